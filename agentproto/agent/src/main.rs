@@ -1,0 +1,5 @@
+//! The `stillpoint-agent` program.
+
+fn main() -> std::process::ExitCode {
+    stillpoint_agent::main()
+}

@@ -1,0 +1,2 @@
+//! Stillpoint.
+#![forbid(unsafe_code)]

@@ -1,0 +1,5 @@
+//! The `stillpoint` program.
+
+fn main() -> std::process::ExitCode {
+    stillpoint::main()
+}
