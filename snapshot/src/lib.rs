@@ -1,2 +1,5 @@
 //! Stillpoint.
 #![forbid(unsafe_code)]
+
+#[cfg(feature = "sim")]
+pub mod sim;

@@ -1,0 +1,6 @@
+//! What the crash tests share.
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+pub(crate) mod facts;
+pub(crate) mod recorder;
+pub(crate) mod replay;
