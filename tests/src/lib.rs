@@ -1,1 +1,23 @@
-//! Stillpoint tests.
+//! Harness of the stories in `tests/tests/`: real initiators against the real programs.
+//!
+//! A story starts `stillpoint` as an operator would (a config file, a control socket, the CLI), points a real initiator
+//! at it (libiscsi's test suite, QEMU's block driver, the Linux kernel in a QEMU guest) and looks at what came of it.
+//! Everything that a story starts ends with it, also when it fails: [`Scratch`] owns the directory, [`Running`] the
+//! process.
+
+#![forbid(unsafe_code)]
+
+mod cpio;
+mod daemon;
+mod guest;
+mod process;
+mod scratch;
+mod test_cu;
+mod tgt;
+
+pub use daemon::Daemon;
+pub use guest::{Answer, Guest, GuestSpec, Payload};
+pub use process::{Finished, Running, run, wait_until};
+pub use scratch::{Scratch, free_port, story};
+pub use test_cu::{Lists, Outcome, Tally, suite, tests_of_suite};
+pub use tgt::Tgt;

@@ -1,0 +1,73 @@
+//! tgt, another target, as the oracle: a story that it passes is a fair one.
+
+use std::fs::File;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::process::{Running, run, wait_until};
+use crate::scratch::{Scratch, free_port};
+
+/// The oracle's only target.
+const IQN: &str = "iqn.2026-11.test.oracle:disk";
+
+/// tgtd with one thin disk as LUN 1 (LUN 0 is tgt's controller).
+#[derive(Debug)]
+pub struct Tgt {
+    control_port: u16,
+    port: u16,
+    _running: Running,
+}
+
+impl Tgt {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// Package `tgt` is missing, or the daemon does not come up.
+    pub fn start(scratch: &Scratch, size_bytes: u64) -> Result<Self> {
+        let (control_port, port) = (free_port()?, free_port()?);
+        let disk = scratch.file("tgt.img");
+        File::create(&disk).and_then(|file| file.set_len(size_bytes)).context("tgt's backing file")?;
+        let mut command = Command::new("tgtd");
+        command.args(["-f", "-C", &control_port.to_string(), "--iscsi", &format!("portal=127.0.0.1:{port}")]);
+        let running = Running::start("tgtd", &mut command, &scratch.file("tgt.log"))?;
+        let tgt = Self { control_port, port, _running: running };
+        wait_until("tgtd", Duration::from_secs(10), || {
+            Ok(tgt.admin("--op show --mode target").is_ok())
+        })?;
+        tgt.admin(&format!("--op new --mode target --tid 1 -T {IQN}"))?;
+        tgt.admin(&format!("--op new --mode logicalunit --tid 1 --lun 1 -b {}", disk.display()))?;
+        tgt.admin("--op update --mode logicalunit --tid 1 --lun 1 --params thin_provisioning=1,lbppbe=3")?;
+        tgt.admin("--op bind --mode target --tid 1 -I ALL")?;
+        Ok(tgt)
+    }
+
+    /// One `tgtadm` command.
+    ///
+    /// # Errors
+    /// tgt refuses it.
+    pub fn admin(&self, arguments: &str) -> Result<String> {
+        let mut command = Command::new("tgtadm");
+        command.args(["-C", &self.control_port.to_string(), "--lld", "iscsi"]).args(arguments.split(' '));
+        run(&mut command, Duration::from_secs(10))?.success().with_context(|| format!("tgtadm {arguments}"))
+    }
+
+    /// Its target's name.
+    #[must_use]
+    pub fn iqn(&self) -> &'static str {
+        IQN
+    }
+
+    /// Its portal.
+    #[must_use]
+    pub fn portal(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    /// The disk's URL.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("iscsi://{}/{IQN}/1", self.portal())
+    }
+}
