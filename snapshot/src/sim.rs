@@ -2,6 +2,10 @@
 //!
 //! [`Medium`] is the model of one file. It is the pessimistic one of POSIX: after a cut each 4 KiB page holds the
 //! version of the last completed sync or any later one, each page by itself, and so does the length.
+//! [`World`] puts one such file and a metadata store under a pool, behind the seams [`crate::disk::Disk`] and
+//! [`crate::meta::MetaStore`].
+
+mod world;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,6 +13,8 @@ use std::sync::Arc;
 /// Unit in which a disk keeps or loses what was not synced, in bytes.
 pub const PAGE: u64 = 4096;
 const PAGE_LEN: usize = 4096;
+
+pub use world::{Call, Failure, Fault, SimDisk, SimMeta, World};
 
 type Page = Arc<[u8; PAGE_LEN]>;
 
@@ -102,6 +108,13 @@ impl Medium {
     #[must_use]
     pub fn allocated(&self) -> u64 {
         self.pages.len() as u64 * PAGE
+    }
+
+    /// Bytes of holes that a write there would fill.
+    #[must_use]
+    pub fn would_allocate(&self, offset: u64, len: u64) -> u64 {
+        let pages = offset / PAGE..offset.saturating_add(len).div_ceil(PAGE);
+        pages.filter(|index| !self.pages.contains_key(index)).count() as u64 * PAGE
     }
 
     fn page(&self, index: u64) -> [u8; PAGE_LEN] {
