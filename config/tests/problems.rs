@@ -50,105 +50,147 @@ fn one(from: &str, to: &str, wanted: &str) {
     assert!(found[0].contains(wanted), "{}\nwanted: {wanted}", found[0]);
 }
 
-#[test]
-fn one_mistake_gives_one_problem_with_line_cause_and_way_out() {
-    one(
+/// What replaces what in `GOOD`, and what the operator must read then.
+const MISTAKES: &[(&str, &str, &str)] = &[
+    (
         "data_dir",
         "data_dri",
         "stillpoint.toml:3: [daemon]: unknown key `data_dri`: did you mean `data_dir`?",
-    );
-    one(
+    ),
+    (
         "[daemon]",
         "[deamon]",
         "the file: unknown key `deamon`: did you mean `daemon`?",
-    );
-    one(
+    ),
+    (
         "\"1GiB\"",
         "\"1GB\"",
         "stillpoint.toml:8: lun \"a\": `size`: \"GB\" is not a unit of size: write \"1GiB\"",
-    );
-    one(
+    ),
+    (
         "size = \"1GiB\"",
         "size = 1073741824",
         "stillpoint.toml:8: lun \"a\": `size` is of type integer: write a text in quotes",
-    );
-    one(
+    ),
+    (
         "size = \"1GiB\"",
         "",
         "stillpoint.toml:6: lun \"a\": `size` is missing: add for example `size = \"500GiB\"`",
-    );
-    one("\"1GiB\"", "\"512B\"", "out of range");
-    one(
+    ),
+    ("\"1GiB\"", "\"512B\"", "out of range"),
+    (
         "\"1GiB\"",
         "\"1048577B\"",
         "512-byte blocks: write for example \"1048576B\"",
-    );
-    one(
+    ),
+    (
         "name = \"b\"",
         "name = \"b\"\nblock_size = 1024",
         "`block_size`: 1024 is no size",
-    );
-    one(
+    ),
+    (
         "luns = [\"b\"]",
         "luns = [\"bb\"]",
         "stillpoint.toml:19: target \"iqn.2026-11.com.example:b\": there is no LUN \"bb\": did you mean",
-    );
-    one(
+    ),
+    (
         "luns = [\"b\"]",
         "luns = [\"b\", \"b\"]",
         "`luns` names \"b\" twice",
-    );
-    one("luns = [\"b\"]", "luns = []", "`luns` is empty");
-    one(
+    ),
+    ("luns = [\"b\"]", "luns = []", "`luns` is empty"),
+    (
         "\"iqn.2026-11.com.example:b\"",
         "\"iqn.2026-11.com.example:a\"",
         "is in the file twice (first in line 13)",
-    );
-    one(
+    ),
+    (
         "\"iqn.2026-11.com.example:b\"",
         "\"iqn.com.example:b\"",
         "is not an iSCSI name",
-    );
-    one(
+    ),
+    (
         "127.0.0.1:3260",
         "localhost:3260",
         "is not an IP address with a port",
-    );
-    one(
+    ),
+    (
         "initiators = [\"iqn.2026-11.com.example:host\"]",
         "initiators = [\"iqn.*\"]",
         "`*` stands only alone",
-    );
-    one(
+    ),
+    (
         "agents = true",
         "agents = true\nmax_sessions = 2",
         "one path (no MPIO): write 1, or remove the key",
-    );
-    one(
+    ),
+    (
         "agents = true",
         "agents = true\nportal_groups = [1, 2]\n[[portal]]\naddress=\"[::1]:3260\"\ngroup=2",
         "has one path (no MPIO): keep one",
-    );
-    one(
+    ),
+    (
         "agents = true",
         "agents = true\nportal_groups = [7]",
         "no `[[portal]]` has group 7",
-    );
-    one(
+    ),
+    (
         "agents = true",
         "agents = true\nallow_from = []",
         "nobody could log in",
-    );
-    one(
+    ),
+    (
         "agents = true",
         "agents = true\nallow_from = [\"10.0.0.1/8\"]",
         "write \"10.0.0.0/8\" for the network, or \"10.0.0.1\" for the host",
-    );
-    one(
+    ),
+    (
         "agents = true",
         "agents = \"yes\"",
         "`agents` is of type string: write true or false",
-    );
+    ),
+    (
+        "luns = [\"b\"]",
+        "luns = [\"b\", \"a\"]",
+        "LUN a is also on target \"iqn.2026-11.com.example:b\", but a LUN with `agents` has one path",
+    ),
+    (
+        "[daemon]",
+        "[pool]\ncache = \"1MiB\"\n[daemon]",
+        "`cache`: 1MiB is too small",
+    ),
+    (
+        "[daemon]",
+        "[pool]\ngrain = \"5KiB\"\n[daemon]",
+        "use one of auto, 4KiB, 8KiB, 16KiB, 64KiB",
+    ),
+    (
+        "[daemon]",
+        "[http]\nlisten = \"0.0.0.0:8480\"\n[daemon]",
+        "add `tls` and at least one `[[http.user]]`",
+    ),
+    (
+        "[daemon]",
+        "[metrics]\nlisten = \"127.0.0.1:3260\"\n[daemon]",
+        "is already taken by portal",
+    ),
+    (
+        "[daemon]",
+        "[agents]\non_failure = \"ignore\"\n[daemon]",
+        "use one of fail, crash-consistent",
+    ),
+    (
+        "[daemon]",
+        "[daemon]\nnaa_company_id = \"1\"",
+        "write three bytes",
+    ),
+];
+
+#[test]
+fn one_mistake_gives_one_problem_with_line_cause_and_way_out() {
+    for (from, to, wanted) in MISTAKES {
+        one(from, to, wanted);
+    }
     let two = GOOD.replacen(
         "luns = [\"b\"]",
         "luns = [\"c\"]\n[[lun]]\nname = \"c\"\nsize = \"1GiB\"",
@@ -158,41 +200,6 @@ fn one_mistake_gives_one_problem_with_line_cause_and_way_out() {
     assert!(
         found.len() == 1 && found[0].contains("a target with `agents` has exactly one LUN"),
         "{found:#?}"
-    );
-    one(
-        "luns = [\"b\"]",
-        "luns = [\"b\", \"a\"]",
-        "LUN a is also on target \"iqn.2026-11.com.example:b\", but a LUN with `agents` has one path",
-    );
-    one(
-        "[daemon]",
-        "[pool]\ncache = \"1MiB\"\n[daemon]",
-        "`cache`: 1MiB is too small",
-    );
-    one(
-        "[daemon]",
-        "[pool]\ngrain = \"5KiB\"\n[daemon]",
-        "use one of auto, 4KiB, 8KiB, 16KiB, 64KiB",
-    );
-    one(
-        "[daemon]",
-        "[http]\nlisten = \"0.0.0.0:8480\"\n[daemon]",
-        "add `tls` and at least one `[[http.user]]`",
-    );
-    one(
-        "[daemon]",
-        "[metrics]\nlisten = \"127.0.0.1:3260\"\n[daemon]",
-        "is already taken by portal",
-    );
-    one(
-        "[daemon]",
-        "[agents]\non_failure = \"ignore\"\n[daemon]",
-        "use one of fail, crash-consistent",
-    );
-    one(
-        "[daemon]",
-        "[daemon]\nnaa_company_id = \"1\"",
-        "write three bytes",
     );
     let long = format!("[daemon]\ncontrol_socket = \"/{}\"", "x".repeat(120));
     one("[daemon]", &long, "Unix sockets allow 107");
