@@ -1,0 +1,178 @@
+//! What is frozen now, written down before it is frozen: `frozen-SESSION.json` in the run directory.
+//!
+//! The last resort after the agent's timer and the guard: an agent that starts, and `stillpoint-agent thaw`, thaw what the
+//! journal says. It names the boot, because a freeze does not outlive one.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::sys;
+use crate::volumes::{self, DeviceNumber, Inventory, Mount, Root};
+
+/// One journal file.
+#[derive(Debug, Serialize, Deserialize)]
+struct Journal {
+    boot_id: String,
+    volumes: Vec<Entry>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Entry {
+    dev: String,
+    point: PathBuf,
+}
+
+/// What became of one file system of a journal.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Recovered {
+    /// Where it is mounted.
+    pub(crate) point: PathBuf,
+    /// What happened.
+    pub(crate) outcome: Outcome,
+}
+
+/// What happened to a file system that a journal names.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// It was frozen and is thawed.
+    Thawed,
+    /// It was not frozen.
+    NotFrozen,
+    /// It is not mounted any more.
+    Gone,
+    /// The kernel refused.
+    Failed(String),
+}
+
+/// Where the journal of a session is.
+pub(crate) fn path(run_dir: &Path, session: &str) -> PathBuf {
+    run_dir.join(format!("frozen-{session}.json"))
+}
+
+/// Writes a journal, in one step (a half-written one would name nothing).
+pub(crate) fn write(
+    path: &Path,
+    root: &Root,
+    volumes: impl Iterator<Item = (DeviceNumber, PathBuf)>,
+) -> io::Result<()> {
+    let volumes = volumes.map(|(dev, point)| Entry { dev: dev.to_string(), point }).collect();
+    let text = serde_json::to_vec(&Journal { boot_id: boot_id(root), volumes })?;
+    let beside = path.with_extension("new");
+    fs::write(&beside, text)?;
+    fs::rename(beside, path)
+}
+
+/// Forgets a journal after the thaw.
+pub(crate) fn remove(path: &Path) {
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %path.display(), %error, "a journal stays behind: the next start thaws what it names");
+    }
+}
+
+/// Thaws what the journals of this boot name, outermost first, and removes them.
+pub(crate) fn thaw_all(run_dir: &Path, root: &Root) -> Vec<Recovered> {
+    let Ok(entries) = fs::read_dir(run_dir) else { return Vec::new() };
+    let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(|path| is_journal(path)).collect();
+    paths.sort();
+    paths.iter().flat_map(|path| thaw_one(path, root)).collect()
+}
+
+fn is_journal(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.starts_with("frozen-") && name.ends_with(".json")
+}
+
+fn thaw_one(path: &Path, root: &Root) -> Vec<Recovered> {
+    let journal: Option<Journal> = fs::read(path).ok().and_then(|text| serde_json::from_slice(&text).ok());
+    let Some(journal) = journal else {
+        tracing::warn!(path = %path.display(), "a journal that cannot be read: it is left for a person to look at");
+        return Vec::new();
+    };
+    let mut recovered = Vec::new();
+    if journal.boot_id == boot_id(root) {
+        let mounts = Inventory::mounts(root);
+        recovered = journal.volumes.iter().rev().map(|entry| thaw_entry(entry, &mounts)).collect();
+    }
+    let failed = |one: &Recovered| matches!(one.outcome, Outcome::Failed(_));
+    if !recovered.iter().any(failed) {
+        remove(path);
+    }
+    recovered
+}
+
+/// By device number, not by path: the mount may have moved.
+fn thaw_entry(entry: &Entry, mounts: &[Mount]) -> Recovered {
+    let dev = DeviceNumber::parse(&entry.dev);
+    let mut outcome = Outcome::Gone;
+    let mut at = entry.point.clone();
+    for mount in mounts.iter().filter(|mount| Some(mount.dev) == dev) {
+        at.clone_from(&mount.point);
+        outcome = match volumes::open(&mount.point, mount.dev).and_then(|dir| sys::thaw(&dir)) {
+            Ok(()) => Outcome::Thawed,
+            Err(error) if sys::was_not_frozen(&error) => Outcome::NotFrozen,
+            Err(error) => Outcome::Failed(error.to_string()),
+        };
+        if !matches!(outcome, Outcome::Failed(_)) {
+            break;
+        }
+    }
+    Recovered { point: at, outcome }
+}
+
+/// The kernel's name for this boot.
+pub(crate) fn boot_id(root: &Root) -> String {
+    root.text("/proc/sys/kernel/random/boot_id").unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host(boot: &str) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        fs::create_dir_all(dir.path().join("proc/sys/kernel/random")).expect("mkdir");
+        fs::create_dir_all(dir.path().join("proc/self")).expect("mkdir");
+        fs::write(dir.path().join("proc/sys/kernel/random/boot_id"), boot).expect("write");
+        dir
+    }
+
+    fn journal(run: &Path, root: &Root) -> PathBuf {
+        let path = path(run, "abc");
+        let volumes = [(DeviceNumber { major: 9, minor: 9 }, PathBuf::from("/gone"))];
+        write(&path, root, volumes.into_iter()).expect("a journal");
+        path
+    }
+
+    #[test]
+    fn an_unmounted_volume_is_gone_and_the_journal_with_it() {
+        let (host, run) = (host("b1"), tempfile::tempdir().expect("a temporary directory"));
+        let root = Root::at(host.path());
+        let path = journal(run.path(), &root);
+        let gone = Recovered { point: "/gone".into(), outcome: Outcome::Gone };
+        assert_eq!(thaw_all(run.path(), &root), [gone]);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_journal_of_another_boot_thaws_nothing() {
+        let (host, run) = (host("b1"), tempfile::tempdir().expect("a temporary directory"));
+        let path = journal(run.path(), &Root::at(host.path()));
+        fs::write(host.path().join("proc/sys/kernel/random/boot_id"), "b2").expect("write");
+        assert_eq!(thaw_all(run.path(), &Root::at(host.path())), []);
+        assert!(!path.exists(), "it can never be true again");
+    }
+
+    #[test]
+    fn garbage_is_left_for_a_person() {
+        let (host, run) = (host("b1"), tempfile::tempdir().expect("a temporary directory"));
+        let path = path(run.path(), "abc");
+        fs::write(&path, "{").expect("write");
+        assert_eq!(thaw_all(run.path(), &Root::at(host.path())), []);
+        assert!(path.exists());
+    }
+}

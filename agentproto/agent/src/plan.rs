@@ -1,0 +1,291 @@
+//! From "these LUNs" to "these file systems and hooks", with everything that stands in the way.
+//!
+//! One function ([`survey`]) looks at the host for Preflight, Prepare and `stillpoint-agent preflight`: what would refuse
+//! a snapshot is told beforehand in the same words.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use stillpoint_agentproto::message::{
+    App, AppState, Exclusion, ExclusionKind, Finding, LunIdentity, LunVolumes, Mode, Mount, Require, Role, Severity,
+};
+use stillpoint_agentproto::{ErrorCode, LunId, Refusal};
+
+use crate::freeze::{self, Settings};
+use crate::hooks::{self, Hook};
+use crate::volumes::{self, Disk, Inventory, Volume};
+
+/// The kind under which hooks report their applications.
+const KIND: &str = "hook";
+/// Bit of CAP_SYS_ADMIN (linux/capability.h): FIFREEZE needs it.
+const CAP_SYS_ADMIN: u32 = 21;
+
+/// A finding, and the LUN and file system it is about.
+#[derive(Debug, Clone)]
+struct Found {
+    finding: Finding,
+    /// The volume that cannot be frozen: with best effort it is left out, otherwise it stops the snapshot.
+    volume: Option<(LunId, String)>,
+}
+
+/// What the host looks like from the point of view of some LUNs.
+#[derive(Debug, Clone)]
+pub(crate) struct Survey {
+    /// The LUNs asked for.
+    luns: Vec<LunId>,
+    found: Vec<Found>,
+    volumes: Vec<Volume>,
+    hooks: Vec<Hook>,
+}
+
+/// What a session will freeze.
+#[derive(Debug, Clone)]
+pub(crate) struct Plan {
+    /// The LUNs of the session.
+    pub(crate) luns: Vec<LunId>,
+    /// In the order of freezing.
+    pub(crate) volumes: Vec<Volume>,
+    /// In the order of freezing.
+    pub(crate) hooks: Vec<Hook>,
+    /// A failing application is a failed application, not a failed freeze.
+    pub(crate) apps_may_fail: bool,
+    /// What is left out.
+    pub(crate) exclusions: Vec<Exclusion>,
+}
+
+impl Plan {
+    /// The applications that will take part.
+    pub(crate) fn apps(&self) -> Vec<App> {
+        self.hooks.iter().filter_map(|hook| app(hook, AppState::Ready, None)).collect()
+    }
+}
+
+/// An application as its hook declares it; `None` for a hook that declares none.
+pub(crate) fn app(hook: &Hook, state: AppState, error: Option<String>) -> Option<App> {
+    let instance = hook.application.clone()?;
+    let (component, version, lun) = (Some(hook.name()), None, None);
+    Some(App { kind: KIND.to_owned(), instance, component, version, state, error, lun })
+}
+
+/// The host's name for a LUN.
+pub(crate) fn naa(lun: LunId) -> String {
+    lun.to_string()
+}
+
+/// Looks at the host. `grants` is what the target said about its LUNs when this agent registered; without a target (the
+/// command line asks) nothing is compared.
+pub(crate) fn survey(
+    inventory: &Inventory,
+    settings: &Settings,
+    hooks_dir: &std::path::Path,
+    luns: &[LunId],
+    mode: Mode,
+    grants: Option<&[LunIdentity]>,
+) -> Survey {
+    let mut survey = Survey { luns: luns.to_vec(), found: Vec::new(), volumes: Vec::new(), hooks: Vec::new() };
+    let names: BTreeSet<String> = luns.iter().copied().map(naa).collect();
+    survey.volumes = inventory.freeze_order(&names).into_iter().cloned().collect();
+    if !may_freeze(settings) {
+        survey.error(ErrorCode::Unsupported, "agent", "it may not freeze file systems: run it as root (CAP_SYS_ADMIN)");
+    }
+    for lun in luns {
+        survey.lun(inventory, *lun, grants);
+    }
+    let protected = freeze::protected(settings);
+    for volume in survey.volumes.clone() {
+        survey.volume(&volume, &names, &protected);
+    }
+    survey.read_hooks(hooks_dir, mode);
+    survey
+}
+
+impl Survey {
+    /// Everything, for Preflight.
+    pub(crate) fn findings(&self) -> Vec<Finding> {
+        self.found.iter().map(|found| found.finding.clone()).collect()
+    }
+
+    /// What a session would do, or why there cannot be one.
+    pub(crate) fn plan(self, require: Require) -> Result<Plan, Refusal> {
+        let best_effort = require == Require::BestEffort;
+        let stops = |found: &&Found| {
+            found.finding.severity == Severity::Error && !(best_effort && found.volume.is_some())
+        };
+        let stopping: Vec<&Finding> = self.found.iter().filter(stops).map(|found| &found.finding).collect();
+        if let Some(first) = stopping.first() {
+            let text = stopping.iter().map(|f| format!("{}: {}", f.subject, f.text)).collect::<Vec<_>>().join("; ");
+            return Err(Refusal::new(first.code, text).about(first.subject.clone()));
+        }
+        let errors = self.found.iter().filter(|found| found.finding.severity == Severity::Error);
+        let left_out: Vec<_> =
+            errors.filter_map(|found| Some((found.volume.clone()?, found.finding.text.clone()))).collect();
+        let names: BTreeSet<&String> = left_out.iter().map(|((_, name), _)| name).collect();
+        let volumes: Vec<Volume> = self.volumes.into_iter().filter(|v| !names.contains(&v.name())).collect();
+        let exclusion = |((lun, subject), reason): ((LunId, String), String)| Exclusion {
+            kind: ExclusionKind::Volume,
+            subject,
+            reason,
+            lun: Some(lun),
+        };
+        let exclusions = left_out.into_iter().map(exclusion).collect();
+        Ok(Plan { luns: self.luns, volumes, hooks: self.hooks, apps_may_fail: best_effort, exclusions })
+    }
+
+    fn lun(&mut self, inventory: &Inventory, lun: LunId, grants: Option<&[LunIdentity]>) {
+        let name = naa(lun);
+        let paths: Vec<&Disk> = inventory.paths(&name).collect();
+        let Some(first) = paths.first() else {
+            return self.error(ErrorCode::NotMounted, &name, "this host has no disk of this identity: log in to its target");
+        };
+        if paths.len() > 1 || inventory.on(&name).any(|volume| volume.multipath) {
+            let disks: Vec<_> = paths.iter().map(|disk| disk.name.as_str()).collect();
+            let text = format!(
+                "it is reached over more than one path ({}): log out of all sessions but one, and release it from dm-multipath",
+                disks.join(", ")
+            );
+            self.error(ErrorCode::LimitMpio, &name, &text);
+        }
+        if inventory.on(&name).next().is_none() {
+            self.error(ErrorCode::NotMounted, &name, "no file system of it is mounted on this host");
+        }
+        match grants.map(|grants| grants.iter().find(|grant| grant.lun == lun)) {
+            None => {}
+            Some(None) => {
+                let text = "this agent has no right to it: `stillpoint agent allow` on the target gives it";
+                self.error(ErrorCode::NotAllowed, &name, text);
+            }
+            Some(Some(grant)) => self.identity(grant, first),
+        }
+    }
+
+    /// The target's word and the disk's own must agree (agent-protocol.md §4).
+    fn identity(&mut self, grant: &LunIdentity, disk: &Disk) {
+        // A test-only device has nothing but the name that the configuration gave it.
+        let Some(path) = &disk.path else { return };
+        let mut differ = |what: &str, theirs: Option<String>, ours: Option<String>| {
+            if let (Some(theirs), Some(ours)) = (theirs, ours)
+                && theirs != ours
+            {
+                let text = format!("its {what} is {ours:?} on this host ({}), the target says {theirs:?}", disk.name);
+                self.error(ErrorCode::IdentityMismatch, &grant.lun.to_string(), &text);
+            }
+        };
+        differ("serial", grant.serial.clone(), disk.serial.clone());
+        differ("target name", grant.iqn.clone(), Some(path.target.clone()));
+        differ("LUN number", grant.number.map(|n| n.to_string()), Some(path.lun.to_string()));
+        differ("size", grant.size_bytes.map(|n| n.to_string()), Some(disk.size_bytes.to_string()));
+    }
+
+    fn volume(&mut self, volume: &Volume, names: &BTreeSet<String>, protected: &[(PathBuf, String)]) {
+        let mut bad = |code, text: String| {
+            for lun in self.luns.clone() {
+                if volume.naas.contains(&naa(lun)) {
+                    let finding = finding(code, Severity::Error, &volume.name(), &text);
+                    self.found.push(Found { finding, volume: Some((lun, volume.name())) });
+                }
+            }
+        };
+        if let Some(process) = &volume.foreign {
+            let text = format!("it is mounted only in the mount namespace of {process}: mount it on the host, too");
+            return bad(ErrorCode::NoQuiesce, text);
+        }
+        if !volume.naas.is_subset(names) || !volume.other_disks.is_empty() {
+            let outside = volume.naas.difference(names).chain(&volume.other_disks).cloned().collect::<Vec<_>>();
+            let text = format!("it lies on {}, too, which this snapshot does not include", outside.join(", "));
+            bad(ErrorCode::Unsupported, text);
+        }
+        if !volume.needs_freeze() {
+            return;
+        }
+        if !volume.is_freezable() {
+            let text = format!("{} cannot be frozen: unmount it or mount it read-only", volume.fs_type);
+            return bad(ErrorCode::NoQuiesce, text);
+        }
+        if let Some(map) = &volume.suspended {
+            let text = format!("its device-mapper map {map} is suspended by another program: `dmsetup resume {map}`");
+            return bad(ErrorCode::NoQuiesce, text);
+        }
+        if let Some(what) = freeze::protects(volume, protected) {
+            let text = format!("{what} lies on it: freezing it would stop the agent itself; move one of them");
+            return bad(ErrorCode::NoQuiesce, text);
+        }
+        let opened = volume.points.iter().map(|point| volumes::open(point, volume.dev));
+        if let Some(Err(error)) = opened.reduce(Result::or) {
+            bad(ErrorCode::NoQuiesce, format!("it cannot be opened: {error}"));
+        }
+    }
+
+    fn read_hooks(&mut self, dir: &std::path::Path, mode: Mode) {
+        let points: Vec<PathBuf> = self.volumes.iter().flat_map(|volume| volume.points.clone()).collect();
+        match hooks::read_dir(dir) {
+            // A `filesystem` snapshot needs no application: one that fails must not stop it.
+            Ok(hooks) => {
+                let wanted = |hook: &Hook| mode == Mode::Application || hook.application.is_none();
+                self.hooks = hooks.into_iter().filter(|hook| hook.concerns(&points) && wanted(hook)).collect();
+            }
+            Err(error) => self.error(ErrorCode::HookFailed, "hooks", &error.to_string()),
+        }
+        if mode == Mode::Application && !self.hooks.iter().any(|hook| hook.application.is_some()) {
+            let text = "no hook declares an application: the snapshot can prove `filesystem` at most";
+            self.found.push(Found {
+                finding: finding(ErrorCode::Unsupported, Severity::Warning, "hooks", text),
+                volume: None,
+            });
+        }
+    }
+
+    fn error(&mut self, code: ErrorCode, subject: &str, text: &str) {
+        self.found.push(Found { finding: finding(code, Severity::Error, subject, text), volume: None });
+    }
+}
+
+/// What `ListVolumes` answers: the LUNs that this host has.
+pub(crate) fn list(inventory: &Inventory, hooks: &[Hook], luns: &[LunId]) -> Vec<LunVolumes> {
+    luns.iter().filter_map(|lun| list_one(inventory, hooks, *lun)).collect()
+}
+
+fn list_one(inventory: &Inventory, hooks: &[Hook], lun: LunId) -> Option<LunVolumes> {
+    let name = naa(lun);
+    let disk = inventory.paths(&name).next()?;
+    let volumes: Vec<&Volume> = inventory.on(&name).collect();
+    let points: Vec<PathBuf> = volumes.iter().flat_map(|volume| volume.points.clone()).collect();
+    let role = if volumes.is_empty() { Role::None } else { Role::Mounted };
+    let path = disk.path.as_ref();
+    let identity = LunIdentity {
+        lun,
+        serial: disk.serial.clone(),
+        iqn: path.map(|path| path.target.clone()),
+        number: path.and_then(|path| u16::try_from(path.lun).ok()),
+        size_bytes: Some(disk.size_bytes),
+    };
+    let concerned = hooks.iter().filter(|hook| !points.is_empty() && hook.concerns(&points));
+    let apps = concerned.filter_map(|hook| app(hook, AppState::Ready, None)).collect();
+    Some(LunVolumes { identity, role, mounts: volumes.into_iter().map(mount).collect(), apps })
+}
+
+fn mount(volume: &Volume) -> Mount {
+    Mount {
+        path: volume.name(),
+        file_system: volume.fs_type.clone(),
+        device: volume.source.clone(),
+        read_only: volume.read_only,
+        cluster: ["gfs2", "ocfs2"].contains(&volume.fs_type.as_str()),
+    }
+}
+
+/// The LUNs among these that have something mounted here.
+pub(crate) fn mounted(inventory: &Inventory, luns: &[LunId]) -> Vec<LunId> {
+    luns.iter().copied().filter(|lun| inventory.on(&naa(*lun)).next().is_some()).collect()
+}
+
+fn may_freeze(settings: &Settings) -> bool {
+    let status = settings.root.text("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let bits = line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
+    // A kernel that does not tell is asked by the freeze itself.
+    bits.is_none_or(|bits| bits >> CAP_SYS_ADMIN & 1 == 1)
+}
+
+fn finding(code: ErrorCode, severity: Severity, subject: &str, text: &str) -> Finding {
+    Finding { code, severity, subject: subject.to_owned(), text: text.to_owned() }
+}
