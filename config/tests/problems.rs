@@ -191,11 +191,10 @@ fn one_mistake_gives_one_problem_with_line_cause_and_way_out() {
     for (from, to, wanted) in MISTAKES {
         one(from, to, wanted);
     }
-    let two = GOOD.replacen(
-        "luns = [\"b\"]",
-        "luns = [\"c\"]\n[[lun]]\nname = \"c\"\nsize = \"1GiB\"",
-        1,
-    );
+    let lun_c = "[[lun]]\nname = \"c\"\nsize = \"1GiB\"\n[daemon]";
+    let two = GOOD
+        .replacen("[daemon]", lun_c, 1)
+        .replacen("luns = [\"b\"]", "luns = [\"c\"]", 1);
     let found = problems(&two.replacen("luns = [\"a\"]", "luns = [\"a\", \"b\"]", 1));
     assert!(
         found.len() == 1 && found[0].contains("a target with `agents` has exactly one LUN"),
