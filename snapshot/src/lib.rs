@@ -14,3 +14,6 @@ mod types;
 
 pub use error::{Error, Result};
 pub use types::*;
+
+#[cfg(feature = "sim")]
+pub mod sim;

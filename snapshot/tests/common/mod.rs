@@ -2,5 +2,7 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 pub(crate) mod facts;
+pub(crate) mod model;
 pub(crate) mod recorder;
 pub(crate) mod replay;
+pub(crate) mod workload;

@@ -1,0 +1,319 @@
+//! A seeded workload on a real pool that states in [`Facts`] what it asked for and what was acknowledged.
+
+use std::path::{Path, PathBuf};
+
+use stillpoint_snapshot::sim::Rng;
+use stillpoint_snapshot::{CloneSpec, Pool, PoolOptions, SnapshotSpec, SnapshotState, Volume, VolumeSpec};
+
+use super::facts::{Facts, Found, SECTOR, What, stamped_run, stamps};
+
+/// 1 MiB: four map pages of 64 grains.
+const SECTORS: u64 = 2048;
+const GRAIN_SECTORS: u64 = 8;
+/// Below this grain two threads share grains, above it they own runs of them.
+const SHARED_GRAINS: u64 = 128;
+const MOST_SNAPSHOTS: usize = 5;
+const MOST_CLONES: usize = 2;
+
+/// What a child process is told.
+#[derive(Clone, Debug)]
+pub(crate) struct Orders {
+    pub(crate) dir: PathBuf,
+    pub(crate) seed: u64,
+    /// Operations per thread; the process then shuts the pool down.
+    pub(crate) steps: u64,
+}
+
+impl Orders {
+    pub(crate) fn vars(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("STILLPOINT_CHILD_DIR", self.dir.display().to_string()),
+            ("STILLPOINT_CHILD_SEED", self.seed.to_string()),
+            ("STILLPOINT_CHILD_STEPS", self.steps.to_string()),
+        ]
+    }
+
+    /// The orders in the environment; a child without any must fail, not pass.
+    pub(crate) fn from_env() -> Self {
+        let var = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name}: only the crash tests run this"));
+        Self {
+            dir: var("STILLPOINT_CHILD_DIR").into(),
+            seed: var("STILLPOINT_CHILD_SEED").parse().expect("a seed"),
+            steps: var("STILLPOINT_CHILD_STEPS").parse().expect("a count"),
+        }
+    }
+
+    pub(crate) fn pool(&self) -> PathBuf {
+        self.dir.join("pool")
+    }
+
+    pub(crate) fn facts(&self) -> PathBuf {
+        self.dir.join("facts")
+    }
+}
+
+/// Small and quick to commit, so that a short run has many commits, checkpoints and jobs.
+pub(crate) fn options() -> PoolOptions {
+    PoolOptions { ballast_bytes: 1 << 20, min_free_bytes: 1 << 20, commit_ms: 15, ..PoolOptions::default() }
+}
+
+/// Opens the pool, or makes it with its three volumes when it is not there.
+pub(crate) fn run(orders: &Orders) {
+    let facts = Facts::append(&orders.facts());
+    let dir = orders.pool();
+    let pool = if Pool::exists(&dir) {
+        Pool::open(&dir, &options()).expect("the pool opens")
+    } else {
+        Pool::create(&dir, &options()).expect("the pool is made")
+    };
+    for name in ["a", "b", "p"] {
+        if pool.volume(name).is_none() {
+            let op = facts.begin(0, &What::Create { volume: name.to_owned(), sectors: SECTORS });
+            create(&pool, name);
+            facts.done(op);
+        }
+    }
+    for info in pool.volumes() {
+        let volume = pool.volume(&info.name).expect("listed");
+        let stamps = stamps(&read_all(&volume).expect("readable")).expect("whole sectors");
+        facts.done(facts.begin(0, &What::Observed { volume: info.name, stamps }));
+    }
+    std::thread::scope(|scope| {
+        for thread in 1..=2 {
+            let (facts, pool) = (&facts, &pool);
+            scope.spawn(move || write(pool, facts, thread, orders));
+        }
+        Coordinator { pool: &pool, facts: &facts, rng: Rng::new(orders.seed) }.run(orders.steps);
+    });
+    pool.shutdown().expect("a clean stop");
+}
+
+fn create(pool: &Pool, name: &str) -> Volume {
+    let spec = VolumeSpec {
+        name: name.to_owned(),
+        size_bytes: SECTORS * SECTOR as u64,
+        block_size: 512,
+        attributes: b"test".to_vec(),
+    };
+    pool.create_volume(spec).expect("a new volume")
+}
+
+pub(crate) fn read_all(volume: &Volume) -> Result<Vec<u8>, String> {
+    let mut bytes = vec![0xee; volume.info().size_bytes as usize];
+    volume.read(0, &mut bytes).map_err(|error| error.to_string())?;
+    Ok(bytes)
+}
+
+/// One writer: its sectors are its own, half of its grains are shared with the other writer.
+fn write(pool: &Pool, facts: &Facts, thread: u64, orders: &Orders) {
+    let mut rng = Rng::new(orders.seed ^ (thread << 40));
+    let volumes = ["a", "b"].map(|name| pool.volume(name).expect("made before"));
+    for _ in 0..orders.steps {
+        let volume = &volumes[rng.index(2)];
+        let name = volume.info().name;
+        let (sector, count) = own_range(&mut rng, thread);
+        match rng.below(100) {
+            0..12 => step(facts, thread, &What::Flush { volume: name }, |_| volume.flush()),
+            12..24 => {
+                let what = What::Zero { volume: name, sector, count };
+                let unmap = rng.chance(50);
+                step(facts, thread, &what, |_| zero(volume, sector, count, unmap));
+            }
+            n => {
+                let fua = n < 32;
+                let what = What::Write { volume: name, sector, count, fua };
+                step(facts, thread, &what, |op| {
+                    volume.write(sector * SECTOR as u64, &stamped_run(sector, count, op), fua)
+                });
+            }
+        }
+    }
+}
+
+fn own_range(rng: &mut Rng, thread: u64) -> (u64, u64) {
+    let mine = thread % 2;
+    if rng.chance(60) {
+        // Four sectors of a grain are mine, the other four are my neighbour's.
+        let grain = rng.below(SHARED_GRAINS);
+        let start = rng.below(4);
+        (grain * GRAIN_SECTORS + mine * 4 + start, 1 + rng.below(4 - start))
+    } else {
+        let runs = (SECTORS / GRAIN_SECTORS - SHARED_GRAINS) / 16;
+        let first = (SHARED_GRAINS + rng.below(runs) * 16 + mine * 8) * GRAIN_SECTORS;
+        let start = if rng.chance(50) { rng.below(8) * GRAIN_SECTORS } else { rng.below(64) };
+        (first + start, 1 + rng.below(64 - start))
+    }
+}
+
+fn zero(volume: &Volume, sector: u64, count: u64, unmap: bool) -> stillpoint_snapshot::Result<()> {
+    let (offset, len) = (sector * SECTOR as u64, count * SECTOR as u64);
+    if unmap { volume.unmap(&[(offset, len)]) } else { volume.write_zeroes(offset, len, false) }
+}
+
+fn step<T>(facts: &Facts, thread: u64, what: &What, run: impl FnOnce(u64) -> stillpoint_snapshot::Result<T>) -> T {
+    let op = facts.begin(thread, what);
+    let result = run(op).unwrap_or_else(|error| panic!("{what:?}: {error}"));
+    facts.done(op);
+    result
+}
+
+/// Takes, deletes, clones and reverts; writes to the volumes that are its own (`p` and the clones).
+struct Coordinator<'a> {
+    pool: &'a Pool,
+    facts: &'a Facts,
+    rng: Rng,
+}
+
+impl Coordinator<'_> {
+    fn run(&mut self, steps: u64) {
+        for _ in 0..steps {
+            match self.rng.below(100) {
+                0..50 => self.write(),
+                50..60 => self.flush(),
+                60..75 => self.snapshot(),
+                75..87 => self.delete_snapshot(),
+                87..92 => self.revert(),
+                92..96 => self.clone(),
+                _ => self.delete_clone(),
+            }
+        }
+    }
+
+    fn own(&self) -> Vec<String> {
+        let names = self.pool.volumes().into_iter().map(|info| info.name);
+        names.filter(|name| name != "a" && name != "b").collect()
+    }
+
+    fn live(&self) -> Vec<(String, stillpoint_snapshot::SnapshotInfo)> {
+        let all = self.pool.snapshots(None).into_iter();
+        all.filter(|info| info.state == SnapshotState::Live).map(|info| (info.volume_name.clone(), info)).collect()
+    }
+
+    fn write(&mut self) {
+        let own = self.own();
+        let volume = self.rng.pick(&own).expect("p is always there").clone();
+        let sector = self.rng.below(SECTORS);
+        let count = 1 + self.rng.below(40.min(SECTORS - sector));
+        let handle = self.pool.volume(&volume).expect("listed");
+        if self.rng.chance(15) {
+            let unmap = self.rng.chance(50);
+            let what = What::Zero { volume, sector, count };
+            step(self.facts, 0, &what, |_| zero(&handle, sector, count, unmap));
+        } else {
+            let what = What::Write { volume, sector, count, fua: false };
+            step(self.facts, 0, &what, |op| {
+                handle.write(sector * SECTOR as u64, &stamped_run(sector, count, op), false)
+            });
+        }
+    }
+
+    fn flush(&mut self) {
+        let own = self.own();
+        let volume = self.rng.pick(&own).expect("p is always there").clone();
+        let handle = self.pool.volume(&volume).expect("listed");
+        step(self.facts, 0, &What::Flush { volume }, |_| handle.flush());
+    }
+
+    fn snapshot(&mut self) {
+        if self.live().len() >= MOST_SNAPSHOTS * 3 {
+            return self.delete_snapshot();
+        }
+        let mut volumes = vec!["a".to_owned(), "b".to_owned(), "p".to_owned()];
+        volumes.extend(self.own().into_iter().filter(|name| name != "p"));
+        volumes.truncate(2 + self.rng.index(volumes.len() - 1));
+        let ids: Vec<_> = volumes.iter().map(|name| self.pool.volume(name).expect("listed").id()).collect();
+        let name = format!("s{}", self.rng.bits());
+        let spec = SnapshotSpec { name: name.clone(), ..SnapshotSpec::default() };
+        step(self.facts, 0, &What::Snapshot { name, volumes }, |_| self.pool.begin_cut(&ids, spec)?.commit());
+    }
+
+    fn delete_snapshot(&mut self) {
+        let live = self.live();
+        let Some((volume, info)) = self.rng.pick(&live).cloned() else { return };
+        let what = What::DeleteSnapshot { volume, snapshot: info.name };
+        step(self.facts, 0, &what, |_| self.pool.delete_snapshot(info.id));
+    }
+
+    fn own_snapshots(&self) -> Vec<(String, stillpoint_snapshot::SnapshotInfo)> {
+        self.live().into_iter().filter(|(volume, _)| volume != "a" && volume != "b").collect()
+    }
+
+    fn revert(&mut self) {
+        let own = self.own_snapshots();
+        let Some((volume, info)) = self.rng.pick(&own).cloned() else { return };
+        if !self.pool.volumes().iter().any(|known| known.name == volume) {
+            return;
+        }
+        let what = What::Revert { volume: volume.clone(), snapshot: info.name };
+        step(self.facts, 0, &what, |_| self.pool.revert(&volume, info.id));
+    }
+
+    fn clone(&mut self) {
+        if self.own().len() > MOST_CLONES {
+            return self.delete_clone();
+        }
+        let own = self.own_snapshots();
+        let Some((volume, info)) = self.rng.pick(&own).cloned() else { return };
+        let to = format!("c{}", self.rng.bits());
+        let what = What::Clone { volume, snapshot: info.name, to: to.clone() };
+        let spec = CloneSpec { name: to, read_only: false, attributes: Vec::new() };
+        step(self.facts, 0, &what, |_| self.pool.clone_snapshot(info.id, spec));
+    }
+
+    fn delete_clone(&mut self) {
+        let clones: Vec<String> = self.own().into_iter().filter(|name| name != "p").collect();
+        let Some(volume) = self.rng.pick(&clones).cloned() else { return };
+        for (_, info) in self.live().into_iter().filter(|(name, _)| *name == volume) {
+            let what = What::DeleteSnapshot { volume: volume.clone(), snapshot: info.name };
+            step(self.facts, 0, &what, |_| self.pool.delete_snapshot(info.id));
+        }
+        step(self.facts, 0, &What::DeleteVolume { volume: volume.clone() }, |_| self.pool.delete_volume(&volume));
+    }
+}
+
+/// A pool as the judge sees it.
+pub(crate) struct FoundPool<'a>(pub(crate) &'a Pool);
+
+impl Found for FoundPool<'_> {
+    fn volumes(&self) -> Vec<String> {
+        self.0.volumes().into_iter().map(|info| info.name).collect()
+    }
+
+    fn read_volume(&self, name: &str) -> Result<Vec<u8>, String> {
+        read_all(&self.0.volume(name).ok_or("gone")?).map_err(|what| format!("volume {name}: {what}"))
+    }
+
+    fn snapshots(&self) -> Vec<(String, String)> {
+        let all = self.0.snapshots(None).into_iter().filter(|info| info.state == SnapshotState::Live);
+        all.map(|info| (info.volume_name, info.name)).collect()
+    }
+
+    fn read_snapshot(&self, volume: &str, snapshot: &str) -> Result<Vec<u8>, String> {
+        let info = self.0.snapshot(volume, snapshot).ok_or("gone")?;
+        let mut bytes = vec![0xee; info.size_bytes as usize];
+        self.0.read_snapshot(info.id, 0, &mut bytes).map_err(|error| format!("{volume}@{snapshot}: {error}"))?;
+        Ok(bytes)
+    }
+}
+
+/// Judges the pool and the facts below `dir`, which is the image of a crash or the leavings of a killed process.
+pub(crate) fn judge(dir: &Path, facts: &str) -> Result<(), String> {
+    let history = super::facts::History::read(facts);
+    let pool_dir = dir.join("pool");
+    if !Pool::exists(&pool_dir) {
+        if history.acknowledged() > 0 {
+            return Err("the pool is gone".to_owned());
+        }
+        // Nothing was promised yet; the operator must be able to start again.
+        let pool = Pool::create(&pool_dir, &options()).map_err(|error| format!("no new start: {error}"))?;
+        return pool.shutdown().map_err(|error| error.to_string());
+    }
+    let report = stillpoint_snapshot::check(&pool_dir).map_err(|error| format!("check: {error}"))?;
+    if !report.is_clean() {
+        return Err(format!("check: {report}"));
+    }
+    let pool = Pool::open(&pool_dir, &options()).map_err(|error| format!("open: {error}"))?;
+    let verdict = history.judge(&FoundPool(&pool));
+    pool.shutdown().map_err(|error| error.to_string())?;
+    verdict
+}

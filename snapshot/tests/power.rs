@@ -1,0 +1,150 @@
+//! Power cuts on the real store: sled and real files under a recorder, replayed with what was not synced dropped or
+//! kept at random (`recorder/recorder.c`, `common/replay.rs`).
+//!
+//! `STILLPOINT_SOAK_CUTS` raises the number of cut points, `STILLPOINT_SEED` repeats a run.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "a test that panics has failed, which is its purpose"
+)]
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use stillpoint_snapshot::sim::{Loss, Rng};
+
+use common::recorder::{self, LeftOut};
+use common::replay::{Event, FileSystem, read_log};
+use common::workload::{self, Orders};
+
+const QUICK_CUTS: usize = 90;
+const CONTROL_CUTS: usize = 60;
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name} is not a number")))
+}
+
+/// The workload itself, in a process of its own.
+#[test]
+#[ignore = "run as a child by the tests of this file"]
+fn workload_child() {
+    workload::run(&Orders::from_env());
+}
+
+/// A recorded session: three processes one after another on one pool, the first of which makes it.
+struct Recording {
+    scratch: tempfile::TempDir,
+    root: PathBuf,
+    events: Vec<Event>,
+}
+
+fn record(seed: u64, left_out: LeftOut, sessions: u64, steps: u64) -> Recording {
+    let scratch = recorder::scratch();
+    let base = fs::canonicalize(scratch.path()).unwrap();
+    let (root, log) = (base.join("root"), base.join("log"));
+    fs::create_dir(&root).unwrap();
+    for session in 0..sessions {
+        let orders = Orders { dir: root.clone(), seed: seed * 100 + session, steps };
+        let output = recorder::record("workload_child", &root, &log, left_out, &orders.vars());
+        assert!(output.status.success(), "seed {seed}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    let events = read_log(&log);
+    fs::remove_file(&log).unwrap();
+    Recording { scratch, root, events }
+}
+
+impl Recording {
+    /// Follows the log and shows `look` the image of a power cut at `cuts` random points, until it says stop.
+    fn cut(&self, seed: u64, cuts: usize, mut look: impl FnMut(usize, Loss, &Path, &str) -> bool) {
+        let mut rng = Rng::new(seed);
+        let mut points: Vec<usize> = (0..cuts).map(|_| rng.index(self.events.len())).collect();
+        points.sort_unstable();
+        let mut system = FileSystem::new(&self.root);
+        let mut followed = 0;
+        for point in points {
+            for event in &self.events[followed..point] {
+                system.apply(event);
+            }
+            followed = point;
+            let loss = match rng.below(10) {
+                0 => Loss::All,
+                1 => Loss::Nothing,
+                _ => Loss::Random,
+            };
+            let image = self.scratch.path().join("image");
+            fs::create_dir(&image).unwrap();
+            system.image(&image, loss, &mut rng);
+            let facts = system.content(&self.root.join("facts"));
+            let go_on = look(point, loss, &image, std::str::from_utf8(&facts).unwrap());
+            fs::remove_dir_all(&image).unwrap();
+            if !go_on {
+                return;
+            }
+        }
+    }
+}
+
+fn files_below(dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { files_below(&path, found) } else { found.push(path) }
+    }
+}
+
+#[test]
+fn the_recorder_misses_nothing() {
+    let recording = record(number("STILLPOINT_SEED", 7), LeftOut::Nothing, 2, 60);
+    let mut system = FileSystem::new(&recording.root);
+    for event in &recording.events {
+        system.apply(event);
+    }
+    let mut files = Vec::new();
+    files_below(&recording.root, &mut files);
+    assert!(files.len() >= 4, "{files:?}");
+    for path in files {
+        assert!(system.content(&path) == fs::read(&path).unwrap(), "{} differs from its replay", path.display());
+    }
+}
+
+#[test]
+fn a_power_cut_loses_nothing_that_was_flushed() {
+    let seed = number("STILLPOINT_SEED", 1);
+    let recording = record(seed, LeftOut::Nothing, 3, 250);
+    let cuts = number("STILLPOINT_SOAK_CUTS", QUICK_CUTS as u64) as usize;
+    let mut judged = 0;
+    recording.cut(seed, cuts, |point, loss, image, facts| {
+        if let Err(what) = workload::judge(image, facts) {
+            panic!("STILLPOINT_SEED={seed}, cut {point}/{} ({loss:?}): {what}", recording.events.len());
+        }
+        judged += 1;
+        true
+    });
+    assert_eq!(judged, cuts);
+}
+
+/// The control: the same experiment must see loss when one of our own syncs is left out.
+fn sees_loss_without_fdatasync_of(suffix: &'static str) {
+    let seed = number("STILLPOINT_SEED", 2);
+    let recording = record(seed, LeftOut::Fdatasync(suffix), 1, 250);
+    let mut seen = None;
+    recording.cut(seed, CONTROL_CUTS, |point, _, image, facts| {
+        seen = workload::judge(image, facts).err().map(|what| (point, what));
+        seen.is_none()
+    });
+    let (point, what) = seen.unwrap_or_else(|| panic!("fdatasync of {suffix} was left out and nothing was lost"));
+    println!("without fdatasync of {suffix}, cut {point}: {what}");
+}
+
+#[test]
+fn control_without_our_fdatasync_of_the_metadata_loss_is_seen() {
+    sees_loss_without_fdatasync_of("/db");
+}
+
+#[test]
+fn control_without_our_fdatasync_of_the_data_loss_is_seen() {
+    sees_loss_without_fdatasync_of("/data");
+}
