@@ -14,7 +14,11 @@ impl Archive {
     pub(crate) fn file(&mut self, path: &str, mode: u32, content: &[u8]) {
         let mut parents: Vec<&Path> = Path::new(path).ancestors().skip(1).collect();
         parents.reverse();
-        for parent in parents.into_iter().filter_map(Path::to_str).filter(|p| !p.is_empty()) {
+        for parent in parents
+            .into_iter()
+            .filter_map(Path::to_str)
+            .filter(|p| !p.is_empty())
+        {
             self.entry(parent, 0o040_755, &[]);
         }
         self.entry(path, 0o100_000 | mode, content);
@@ -29,7 +33,21 @@ impl Archive {
     fn entry(&mut self, name: &str, mode: u32, content: &[u8]) {
         self.inode += 1;
         // inode, mode, uid, gid, nlink, mtime, size, device and rdevice (major, minor), name with its NUL, checksum (unused)
-        let fields = [self.inode, mode, 0, 0, 1, 0, length(content.len()), 0, 0, 0, 0, length(name.len() + 1), 0];
+        let fields = [
+            self.inode,
+            mode,
+            0,
+            0,
+            1,
+            0,
+            length(content.len()),
+            0,
+            0,
+            0,
+            0,
+            length(name.len() + 1),
+            0,
+        ];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
             self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());

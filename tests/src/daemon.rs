@@ -83,7 +83,10 @@ impl Daemon {
     pub fn resume(&mut self) -> Result<()> {
         ensure!(self.running.is_none(), "the daemon runs already");
         let mut command = Command::new(&self.binary);
-        command.args(["serve", "--config"]).arg(self.config()).current_dir(&self.dir);
+        command
+            .args(["serve", "--config"])
+            .arg(self.config())
+            .current_dir(&self.dir);
         let mut running = Running::start("stillpoint serve", &mut command, &self.dir.join("stillpoint.log"))?;
         wait_until("the daemon to answer", START_LIMIT, || {
             if let Some(code) = running.ended()? {
@@ -101,9 +104,16 @@ impl Daemon {
     /// It starts.
     pub fn refuses_to_start(&self) -> Result<(i32, String)> {
         let mut command = Command::new(&self.binary);
-        command.args(["serve", "--config"]).arg(self.config()).current_dir(&self.dir);
+        command
+            .args(["serve", "--config"])
+            .arg(self.config())
+            .current_dir(&self.dir);
         let finished = run(&mut command, START_LIMIT)?;
-        ensure!(finished.code != 0, "the daemon should not have started:\n{}", finished.stdout);
+        ensure!(
+            finished.code != 0,
+            "the daemon should not have started:\n{}",
+            finished.stdout
+        );
         Ok((finished.code, finished.stderr))
     }
 
@@ -131,7 +141,10 @@ impl Daemon {
     /// # Errors
     /// It does not run.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        self.running.as_ref().context("the daemon does not run")?.signal(signal)
+        self.running
+            .as_ref()
+            .context("the daemon does not run")?
+            .signal(signal)
     }
 
     /// Everything that it logged.
@@ -194,7 +207,11 @@ impl Daemon {
     /// It does not end in time.
     pub fn cli(&self, arguments: &[&str]) -> Result<Finished> {
         let mut command = Command::new(&self.binary);
-        command.arg("--config").arg(self.config()).args(arguments).current_dir(&self.dir);
+        command
+            .arg("--config")
+            .arg(self.config())
+            .args(arguments)
+            .current_dir(&self.dir);
         run(&mut command, COMMAND_LIMIT)
     }
 
@@ -203,7 +220,9 @@ impl Daemon {
     /// # Errors
     /// It does not.
     pub fn text(&self, arguments: &[&str]) -> Result<String> {
-        self.cli(arguments)?.success().with_context(|| format!("stillpoint {}", arguments.join(" ")))
+        self.cli(arguments)?
+            .success()
+            .with_context(|| format!("stillpoint {}", arguments.join(" ")))
     }
 
     /// `--json` of a command that must succeed.
@@ -225,11 +244,18 @@ impl Daemon {
             .cli(&[arguments, &["--json"]].concat())?
             .refused(code)
             .with_context(|| format!("stillpoint {shown}"))?;
-        let value: Value = serde_json::from_str(&stderr).with_context(|| format!("stillpoint {shown}: {stderr:?}"))?;
-        let error = value.get("error").with_context(|| format!("stillpoint {shown}: {value}"))?.clone();
+        let value: Value =
+            serde_json::from_str(&stderr).with_context(|| format!("stillpoint {shown}: {stderr:?}"))?;
+        let error = value
+            .get("error")
+            .with_context(|| format!("stillpoint {shown}: {value}"))?
+            .clone();
         for key in ["code", "message"] {
             ensure!(
-                error.get(key).and_then(Value::as_str).is_some_and(|text| !text.is_empty()),
+                error
+                    .get(key)
+                    .and_then(Value::as_str)
+                    .is_some_and(|text| !text.is_empty()),
                 "stillpoint {shown}: the error has no `{key}`: {error}"
             );
         }

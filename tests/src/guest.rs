@@ -48,19 +48,31 @@ impl Payload {
         command.args(["--strip-all", "-o"]).arg(&stripped).arg(binary);
         run(&mut command, REQUEST_LIMIT)?.success()?;
         let content = fs::read(&stripped).with_context(|| format!("reading {}", stripped.display()))?;
-        Ok(Self { name: name.to_owned(), content, mode: 0o755 })
+        Ok(Self {
+            name: name.to_owned(),
+            content,
+            mode: 0o755,
+        })
     }
 
     /// An executable script.
     #[must_use]
     pub fn script(name: &str, text: &str) -> Self {
-        Self { name: name.to_owned(), content: text.as_bytes().to_vec(), mode: 0o755 }
+        Self {
+            name: name.to_owned(),
+            content: text.as_bytes().to_vec(),
+            mode: 0o755,
+        }
     }
 
     /// A plain file.
     #[must_use]
     pub fn text(name: &str, text: &str) -> Self {
-        Self { name: name.to_owned(), content: text.as_bytes().to_vec(), mode: 0o644 }
+        Self {
+            name: name.to_owned(),
+            content: text.as_bytes().to_vec(),
+            mode: 0o644,
+        }
     }
 }
 
@@ -107,8 +119,11 @@ impl Guest {
         let name = spec.name;
         let initrd = scratch.file(&format!("{name}.initrd"));
         fs::write(&initrd, initrd_with(&vm.join("initrd"), &spec.payload)?).context("the guest's initrd")?;
-        let forwarded: Vec<(u16, u16)> =
-            spec.forward.iter().map(|&port| Ok((port, free_port()?))).collect::<Result<_>>()?;
+        let forwarded: Vec<(u16, u16)> = spec
+            .forward
+            .iter()
+            .map(|&port| Ok((port, free_port()?)))
+            .collect::<Result<_>>()?;
         let socket = scratch.file(&format!("{name}.sock"));
         let console = scratch.file(&format!("{name}-console.log"));
 
@@ -127,7 +142,9 @@ impl Guest {
                 }
             }
         };
-        stream.set_read_timeout(Some(BOOT_LIMIT)).context("the control channel")?;
+        stream
+            .set_read_timeout(Some(BOOT_LIMIT))
+            .context("the control channel")?;
         let mut guest = Self {
             name: name.to_owned(),
             control: BufReader::new(stream),
@@ -136,7 +153,9 @@ impl Guest {
             console,
             _qemu: qemu,
         };
-        guest.line_starting("@@ ready").context("the guest did not boot")?;
+        guest
+            .line_starting("@@ ready")
+            .context("the guest did not boot")?;
         Ok(guest)
     }
 
@@ -146,13 +165,17 @@ impl Guest {
     /// It was not in [`GuestSpec::forward`].
     pub fn forwarded(&self, port: u16) -> Result<u16> {
         let found = self.forwarded.iter().find(|(guest, _)| *guest == port);
-        found.map(|(_, host)| *host).with_context(|| format!("port {port} of the guest is not forwarded"))
+        found
+            .map(|(_, host)| *host)
+            .with_context(|| format!("port {port} of the guest is not forwarded"))
     }
 
     /// Everything on its console: kernel messages are there.
     #[must_use]
     pub fn console(&self) -> String {
-        fs::read(&self.console).map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default()
+        fs::read(&self.console)
+            .map(|b| String::from_utf8_lossy(&b).into_owned())
+            .unwrap_or_default()
     }
 
     /// Runs a shell script that must succeed (`set -e` is on) and gives what it printed.
@@ -185,17 +208,34 @@ impl Guest {
     /// The control channel fails: the guest is gone.
     pub fn ask(&mut self, limit: Duration, script: &str) -> Result<Answer> {
         self.sequence += 1;
-        let request = format!("{} {} {}\n", self.sequence, limit.as_secs().max(1), BASE64.encode(script.as_bytes()));
+        let request = format!(
+            "{} {} {}\n",
+            self.sequence,
+            limit.as_secs().max(1),
+            BASE64.encode(script.as_bytes())
+        );
         let stream = self.control.get_mut();
-        stream.set_read_timeout(Some(limit + CHANNEL_SLACK)).context("the control channel")?;
-        stream.write_all(request.as_bytes()).context("the control channel")?;
+        stream
+            .set_read_timeout(Some(limit + CHANNEL_SLACK))
+            .context("the control channel")?;
+        stream
+            .write_all(request.as_bytes())
+            .context("the control channel")?;
         let line = self
             .line_starting(&format!("@@ {} ", self.sequence))
             .with_context(|| format!("guest {} did not answer to\n{script}", self.name))?;
         let mut words = line.split_ascii_whitespace().skip(2);
-        let code = words.next().and_then(|word| word.parse().ok()).with_context(|| format!("answer {line:?}"))?;
-        let output = BASE64.decode(words.next().unwrap_or("").as_bytes()).context("the guest's answer")?;
-        Ok(Answer { code, output: String::from_utf8_lossy(&output).into_owned() })
+        let code = words
+            .next()
+            .and_then(|word| word.parse().ok())
+            .with_context(|| format!("answer {line:?}"))?;
+        let output = BASE64
+            .decode(words.next().unwrap_or("").as_bytes())
+            .context("the guest's answer")?;
+        Ok(Answer {
+            code,
+            output: String::from_utf8_lossy(&output).into_owned(),
+        })
     }
 
     /// Waits until a script succeeds.
@@ -223,8 +263,14 @@ impl Guest {
     fn line_starting(&mut self, start: &str) -> Result<String> {
         loop {
             let mut line = String::new();
-            let count = self.control.read_line(&mut line).with_context(|| format!("waiting for {start:?}"))?;
-            ensure!(count > 0, "the guest's control channel ended while waiting for {start:?}");
+            let count = self
+                .control
+                .read_line(&mut line)
+                .with_context(|| format!("waiting for {start:?}"))?;
+            ensure!(
+                count > 0,
+                "the guest's control channel ended while waiting for {start:?}"
+            );
             if line.starts_with(start) {
                 return Ok(line);
             }
@@ -238,7 +284,9 @@ fn built() -> Result<PathBuf> {
     let vm = tests.parent().context("the workspace's root")?.join("build/vm");
     let mut command = Command::new("bash");
     command.arg(tests.join("vm/build")).arg(&vm);
-    run(&mut command, BUILD_LIMIT)?.success().context("tests/vm/build")?;
+    run(&mut command, BUILD_LIMIT)?
+        .success()
+        .context("tests/vm/build")?;
     Ok(vm)
 }
 
@@ -268,7 +316,18 @@ fn qemu(
     }
     let mut command = Command::new("qemu-system-x86_64");
     command
-        .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "768", "-M", "q35"])
+        .args([
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "max",
+            "-smp",
+            "2",
+            "-m",
+            "768",
+            "-M",
+            "q35",
+        ])
         .args(["-nodefaults", "-display", "none", "-no-reboot"])
         .arg("-kernel")
         .arg(vm.join("vmlinuz"))
@@ -284,7 +343,10 @@ fn qemu(
         .arg(format!("unix:{},server=on,wait=off", socket.display()))
         // snapshot=on: the root disk is one for all guests; what one writes goes to a file without a name.
         .arg("-drive")
-        .arg(format!("file={},if=none,id=root,format=raw,snapshot=on", vm.join("root.img").display()))
+        .arg(format!(
+            "file={},if=none,id=root,format=raw,snapshot=on",
+            vm.join("root.img").display()
+        ))
         .args(["-device", "virtio-blk-pci,drive=root", "-netdev", &network])
         .args(["-device", "virtio-net-pci,netdev=n0,romfile="]);
     command

@@ -30,7 +30,13 @@ impl Finished {
     /// # Errors
     /// The exit code was not 0; the message carries both streams.
     pub fn success(self) -> Result<String> {
-        ensure!(self.code == 0, "exit code {}\n{}{}", self.code, self.stdout, self.stderr);
+        ensure!(
+            self.code == 0,
+            "exit code {}\n{}{}",
+            self.code,
+            self.stdout,
+            self.stderr
+        );
         Ok(self.stdout)
     }
 
@@ -74,7 +80,11 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<Finished> {
     let stdout = stdout.join().unwrap_or_default();
     let stderr = stderr.join().unwrap_or_default();
     match status {
-        Some(status) => Ok(Finished { code: shell_code(status), stdout, stderr }),
+        Some(status) => Ok(Finished {
+            code: shell_code(status),
+            stdout,
+            stderr,
+        }),
         None => bail!("still running after {limit:?}: {shown}\n{stdout}{stderr}"),
     }
 }
@@ -106,7 +116,9 @@ fn wait_child(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>> 
 
 fn shell_code(status: ExitStatus) -> i32 {
     use std::os::unix::process::ExitStatusExt;
-    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+    status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
 /// A process that goes on beside the story; killed when dropped.
@@ -136,7 +148,12 @@ impl Running {
             .spawn()
             .with_context(|| format!("cannot start {command:?}"))?;
         let note = PidNote::write(&child);
-        Ok(Self { name: name.to_owned(), child, log: log.to_owned(), _note: note })
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+            log: log.to_owned(),
+            _note: note,
+        })
     }
 
     /// Its process id.
@@ -148,7 +165,9 @@ impl Running {
     /// All that it printed so far.
     #[must_use]
     pub fn output(&self) -> String {
-        fs::read(&self.log).map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default()
+        fs::read(&self.log)
+            .map(|b| String::from_utf8_lossy(&b).into_owned())
+            .unwrap_or_default()
     }
 
     /// Whether it has ended, and how.
@@ -156,7 +175,11 @@ impl Running {
     /// # Errors
     /// The system refuses to say.
     pub fn ended(&mut self) -> Result<Option<i32>> {
-        Ok(self.child.try_wait().context("waiting for a child")?.map(shell_code))
+        Ok(self
+            .child
+            .try_wait()
+            .context("waiting for a child")?
+            .map(shell_code))
     }
 
     /// Sends a signal.
@@ -164,7 +187,10 @@ impl Running {
     /// # Errors
     /// The process has ended already.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).context("a process id")?;
+        let pid = i32::try_from(self.child.id())
+            .ok()
+            .and_then(Pid::from_raw)
+            .context("a process id")?;
         kill_process(pid, signal).with_context(|| format!("signal to {}", self.name))
     }
 
@@ -207,7 +233,8 @@ struct PidNote(Option<PathBuf>);
 
 impl PidNote {
     fn write(child: &Child) -> Self {
-        let note = std::env::var_os("STILLPOINT_TEST_PIDS").map(|dir| Path::new(&dir).join(child.id().to_string()));
+        let note =
+            std::env::var_os("STILLPOINT_TEST_PIDS").map(|dir| Path::new(&dir).join(child.id().to_string()));
         Self(note.filter(|path| File::create(path).is_ok()))
     }
 }

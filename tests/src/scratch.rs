@@ -22,7 +22,10 @@ pub struct Scratch {
 
 impl Scratch {
     fn new() -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("sp-").tempdir().context("cannot make a scratch directory")?;
+        let dir = tempfile::Builder::new()
+            .prefix("sp-")
+            .tempdir()
+            .context("cannot make a scratch directory")?;
         Ok(Self { dir })
     }
 
@@ -86,7 +89,8 @@ pub fn free_port() -> Result<u16> {
     for _ in 0..count {
         let step = NEXT.fetch_add(1, Ordering::Relaxed);
         let port = first + salt.wrapping_add(step) % count;
-        let free = TcpListener::bind(("127.0.0.1", port)).is_ok() && TcpListener::bind(("0.0.0.0", port)).is_ok();
+        let free =
+            TcpListener::bind(("127.0.0.1", port)).is_ok() && TcpListener::bind(("0.0.0.0", port)).is_ok();
         if free {
             return Ok(port);
         }

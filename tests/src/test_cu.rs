@@ -56,7 +56,8 @@ impl Tally {
     /// Every outcome that `lists` does not allow, readable.
     #[must_use]
     pub fn surprises(&self, lists: Lists<'_>) -> Vec<String> {
-        let listed = |list: &[(&str, &str)], name: &str| list.iter().any(|(prefix, _)| name.starts_with(prefix));
+        let listed =
+            |list: &[(&str, &str)], name: &str| list.iter().any(|(prefix, _)| name.starts_with(prefix));
         self.outcomes
             .iter()
             .filter_map(|(name, outcome)| match outcome {
@@ -82,7 +83,11 @@ pub fn tests_of_suite() -> Result<Vec<String>> {
         .filter(|name| name.contains('.'))
         .map(str::to_owned)
         .collect();
-    ensure!(names.len() > 200, "iscsi-test-cu lists only {} tests", names.len());
+    ensure!(
+        names.len() > 200,
+        "iscsi-test-cu lists only {} tests",
+        names.len()
+    );
     Ok(names)
 }
 
@@ -101,20 +106,33 @@ pub fn suite(tests: &[String], lanes: &[(String, String)]) -> Result<Tally> {
                 scope.spawn(|| -> Result<()> {
                     while let Some(name) = tests.get(next.fetch_add(1, Ordering::Relaxed)) {
                         let outcome = one(name, lane)?;
-                        tally.lock().expect("no worker panics").outcomes.insert(name.clone(), outcome);
+                        tally
+                            .lock()
+                            .expect("no worker panics")
+                            .outcomes
+                            .insert(name.clone(), outcome);
                     }
                     Ok(())
                 })
             })
             .collect();
-        workers.into_iter().try_for_each(|worker| worker.join().expect("a worker does not panic"))
+        workers
+            .into_iter()
+            .try_for_each(|worker| worker.join().expect("a worker does not panic"))
     })?;
     Ok(tally.into_inner().expect("no worker panics"))
 }
 
 fn one(name: &str, lane: &(String, String)) -> Result<Outcome> {
     let mut command = Command::new("iscsi-test-cu");
-    command.args(["--dataloss", "--fail", "--verbose", &format!("--test=ALL.{name}"), &lane.0, &lane.1]);
+    command.args([
+        "--dataloss",
+        "--fail",
+        "--verbose",
+        &format!("--test=ALL.{name}"),
+        &lane.0,
+        &lane.1,
+    ]);
     let finished = run(&mut command, TEST_LIMIT).with_context(|| format!("iscsi-test-cu {name}"))?;
     let text = format!("{}{}", finished.stdout, finished.stderr);
     // An exit code alone proves nothing: the suite must say that it ran exactly one test.

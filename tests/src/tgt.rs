@@ -28,16 +28,31 @@ impl Tgt {
     pub fn start(scratch: &Scratch, size_bytes: u64) -> Result<Self> {
         let (control_port, port) = (free_port()?, free_port()?);
         let disk = scratch.file("tgt.img");
-        File::create(&disk).and_then(|file| file.set_len(size_bytes)).context("tgt's backing file")?;
+        File::create(&disk)
+            .and_then(|file| file.set_len(size_bytes))
+            .context("tgt's backing file")?;
         let mut command = Command::new("tgtd");
-        command.args(["-f", "-C", &control_port.to_string(), "--iscsi", &format!("portal=127.0.0.1:{port}")]);
+        command.args([
+            "-f",
+            "-C",
+            &control_port.to_string(),
+            "--iscsi",
+            &format!("portal=127.0.0.1:{port}"),
+        ]);
         let running = Running::start("tgtd", &mut command, &scratch.file("tgt.log"))?;
-        let tgt = Self { control_port, port, _running: running };
+        let tgt = Self {
+            control_port,
+            port,
+            _running: running,
+        };
         wait_until("tgtd", Duration::from_secs(10), || {
             Ok(tgt.admin("--op show --mode target").is_ok())
         })?;
         tgt.admin(&format!("--op new --mode target --tid 1 -T {IQN}"))?;
-        tgt.admin(&format!("--op new --mode logicalunit --tid 1 --lun 1 -b {}", disk.display()))?;
+        tgt.admin(&format!(
+            "--op new --mode logicalunit --tid 1 --lun 1 -b {}",
+            disk.display()
+        ))?;
         tgt.admin("--op update --mode logicalunit --tid 1 --lun 1 --params thin_provisioning=1,lbppbe=3")?;
         tgt.admin("--op bind --mode target --tid 1 -I ALL")?;
         Ok(tgt)
@@ -49,8 +64,12 @@ impl Tgt {
     /// tgt refuses it.
     pub fn admin(&self, arguments: &str) -> Result<String> {
         let mut command = Command::new("tgtadm");
-        command.args(["-C", &self.control_port.to_string(), "--lld", "iscsi"]).args(arguments.split(' '));
-        run(&mut command, Duration::from_secs(10))?.success().with_context(|| format!("tgtadm {arguments}"))
+        command
+            .args(["-C", &self.control_port.to_string(), "--lld", "iscsi"])
+            .args(arguments.split(' '));
+        run(&mut command, Duration::from_secs(10))?
+            .success()
+            .with_context(|| format!("tgtadm {arguments}"))
     }
 
     /// Its target's name.

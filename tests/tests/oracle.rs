@@ -15,9 +15,18 @@ fn conformance_suite_finds_the_known_faults_of_tgt() {
         let lane = (tgt.url(), tgt.url());
         let names = ["Read10.Simple", "Unmap.ZeroBlocks", "CompareAndWrite.Simple"].map(str::to_owned);
         let outcomes = suite(&names, &[lane])?.outcomes;
-        ensure!(outcomes.get("Read10.Simple") == Some(&Outcome::Passed), "{outcomes:?}");
-        ensure!(matches!(outcomes.get("Unmap.ZeroBlocks"), Some(Outcome::Failed(_))), "{outcomes:?}");
-        ensure!(matches!(outcomes.get("CompareAndWrite.Simple"), Some(Outcome::Skipped(_))), "{outcomes:?}");
+        ensure!(
+            outcomes.get("Read10.Simple") == Some(&Outcome::Passed),
+            "{outcomes:?}"
+        );
+        ensure!(
+            matches!(outcomes.get("Unmap.ZeroBlocks"), Some(Outcome::Failed(_))),
+            "{outcomes:?}"
+        );
+        ensure!(
+            matches!(outcomes.get("CompareAndWrite.Simple"), Some(Outcome::Skipped(_))),
+            "{outcomes:?}"
+        );
         Ok(())
     });
 }
@@ -35,8 +44,14 @@ fn guest_makes_a_file_system_on_tgt() {
                 forward: vec![],
             },
         )?;
-        ensure!(guest.run("cat /payload/hello")? == "from the host\n", "the payload did not arrive");
-        ensure!(guest.ask(Duration::from_secs(1), "sleep 5")?.code == 124, "a request's time limit does not work");
+        ensure!(
+            guest.run("cat /payload/hello")? == "from the host\n",
+            "the payload did not arrive"
+        );
+        ensure!(
+            guest.ask(Duration::from_secs(1), "sleep 5")?.code == 124,
+            "a request's time limit does not work"
+        );
         guest.run(&format!(
             "disk=$(iscsi-login {} {} 1)
              mkfs.ext4 -q $disk; mount $disk /mnt

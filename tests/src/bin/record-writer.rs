@@ -9,7 +9,7 @@
 //! Without CONTROL each record is written and fsynced, then acknowledged. With CONTROL (a directory) records are
 //! acknowledged at once and kept in memory, as a database keeps dirty pages: only `CONTROL/freeze` makes the writer put them
 //! on disk and stand still until that file goes away; it answers with `CONTROL/frozen`. LOG (not on the LUN) gets one
-//! line for each acknowledged record: `NUMBER BEGUN_NS ACKNOWLEDGED_NS`, wall clock of the guest.
+//! line for each acknowledged record: `NUMBER BEGUN_US ACKNOWLEDGED_US`, wall clock of the guest in microseconds.
 //!
 //! A record is 64 bytes: `record NNNNNNNNNNNN` and a check text that follows from the number, ended by a newline, so that a
 //! torn or foreign record shows.
@@ -35,7 +35,9 @@ fn main() -> ExitCode {
         ["write", dir, log] => write_through(Path::new(dir), Path::new(log)),
         ["write", dir, log, control] => write_buffered(Path::new(dir), Path::new(log), Path::new(control)),
         ["check", dir] => check(Path::new(dir)).map(|last| println!("{last}")),
-        _ => Err(anyhow::anyhow!("usage: record-writer write DIR LOG [CONTROL] | check DIR")),
+        _ => Err(anyhow::anyhow!(
+            "usage: record-writer write DIR LOG [CONTROL] | check DIR"
+        )),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -49,7 +51,7 @@ fn main() -> ExitCode {
 fn write_through(dir: &Path, log: &Path) -> Result<()> {
     let (mut records, mut log) = open(dir, log)?;
     for number in 1.. {
-        let begun = now_ns()?;
+        let begun = now_us()?;
         records.write_all(&record(number)).context("writing a record")?;
         records.sync_all().context("fsync")?;
         acknowledge(&mut log, number, begun)?;
@@ -73,7 +75,7 @@ fn write_buffered(dir: &Path, log: &Path, control: &Path) -> Result<()> {
             }
             fs::remove_file(&frozen).context("going on after the hook")?;
         }
-        let begun = now_ns()?;
+        let begun = now_us()?;
         held.extend_from_slice(&record(number));
         acknowledge(&mut log, number, begun)?;
         sleep(PAUSE);
@@ -84,18 +86,24 @@ fn write_buffered(dir: &Path, log: &Path, control: &Path) -> Result<()> {
 fn open(dir: &Path, log: &Path) -> Result<(File, File)> {
     let records = File::create_new(dir.join("records")).context("creating the records")?;
     // The file's name is a promise too: without this a crash could lose it.
-    File::open(dir).and_then(|dir| dir.sync_all()).context("fsync of the directory")?;
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .context("fsync of the directory")?;
     let log = File::create(log).context("creating the log")?;
     Ok((records, log))
 }
 
 fn acknowledge(log: &mut File, number: u64, begun: u128) -> Result<()> {
     // One write per line: whoever reads the log sees whole lines.
-    log.write_all(format!("{number} {begun} {}\n", now_ns()?).as_bytes()).context("writing the log")
+    log.write_all(format!("{number} {begun} {}\n", now_us()?).as_bytes())
+        .context("writing the log")
 }
 
-fn now_ns() -> Result<u128> {
-    Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("the clock")?.as_nanos())
+fn now_us() -> Result<u128> {
+    Ok(SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .context("the clock")?
+        .as_micros())
 }
 
 fn record(number: u64) -> [u8; RECORD_BYTES] {
@@ -103,7 +111,10 @@ fn record(number: u64) -> [u8; RECORD_BYTES] {
     // splitmix64's multiplier: neighbours look nothing like each other.
     let check = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let text = format!("record {number:012} {check:016x} ");
-    bytes.iter_mut().zip(text.bytes()).for_each(|(to, from)| *to = from);
+    bytes
+        .iter_mut()
+        .zip(text.bytes())
+        .for_each(|(to, from)| *to = from);
     bytes.iter_mut().last().into_iter().for_each(|last| *last = b'\n');
     bytes
 }

@@ -1,0 +1,144 @@
+//! libiscsi's conformance suite (Debian's 1.19) on a thin LUN, a LUN of 4096-byte blocks and a read-only LUN.
+
+use anyhow::{Result, ensure};
+use stillpoint_tests::{Daemon, Lists, Tally, story, suite, tests_of_suite};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_stillpoint-under-test");
+
+/// Fails on every target, so probably the suite's own fault.
+const FAILURES: &[(&str, &str)] = &[
+    (
+        "iSCSITMF.LUNResetSimpleAsync",
+        "the suite expects the reconnect that it does not make; tgt, LIO, istgt fail too",
+    ),
+    (
+        "iSCSITMF.AbortTaskSimpleAsync",
+        "asserts in the client when the write has finished before its abort is sent",
+    ),
+];
+
+/// Skips on any LUN: functions that this version does not have, or that a disk with a fixed medium has not.
+const SKIPS: &[(&str, &str)] = &[
+    (
+        "ExtendedCopy.",
+        "EXTENDED COPY comes with the next version of the target",
+    ),
+    (
+        "ReceiveCopyResults.",
+        "RECEIVE COPY RESULTS comes with EXTENDED COPY",
+    ),
+    (
+        "Sanitize.",
+        "SANITIZE is optional, and the suite wants a flag for it",
+    ),
+    ("WriteAtomic16.", "WRITE ATOMIC is optional"),
+    ("PreventAllow.", "the LUN is not removable"),
+    ("NoMedia.", "the LUN is not removable"),
+    ("StartStopUnit.", "ejecting needs a removable LUN"),
+    ("ReadDefectData", "READ DEFECT DATA is optional"),
+];
+
+/// What needs another kind of LUN than the thin one, and runs there.
+const THIN_SKIPS: &[(&str, &str)] = &[("ReadOnly.", "runs on the read-only LUN")];
+
+/// The same for 4096-byte blocks.
+const LARGE_BLOCK_SKIPS: &[(&str, &str)] = &[("ReadOnly.", "runs on the read-only LUN")];
+
+/// Tests that a write-protected LUN must pass: those that only read, and the one about write protection itself. The others
+/// write, and fail on any read-only LUN.
+const READING: &[&str] = &[
+    "Inquiry.",
+    "ModeSense6.",
+    "Prefetch",
+    "PrinReadKeys.",
+    "PrinReportCapabilities.",
+    "Read10.",
+    "Read12.",
+    "Read16.",
+    "Read6.",
+    "ReadCapacity",
+    "ReadOnly.",
+    "ReportSupportedOpcodes.",
+    "TestUnitReady.",
+];
+
+fn config(lun: &str) -> String {
+    let mut text = String::new();
+    // Two equal LUNs, so that the suite runs on both cores; two portals, because the multipath tests want two paths.
+    for name in ["one", "two"] {
+        text.push_str(&format!(
+            "[[lun]]\nname = \"{name}\"\nsize = \"1GiB\"\n{lun}\n\
+             [[target]]\niqn = \"iqn.2026-11.test:{name}\"\nluns = [\"{name}\"]\ninitiators = [\"*\"]\nmax_sessions = 8\n"
+        ));
+    }
+    text + "[[portal]]\naddress = \"127.0.0.1:$PORT\"\n[[portal]]\naddress = \"127.0.0.1:$PORT2\"\n"
+}
+
+fn lanes(daemon: &Daemon) -> Vec<(String, String)> {
+    ["one", "two"]
+        .iter()
+        .map(|name| {
+            let iqn = format!("iqn.2026-11.test:{name}");
+            let second = format!("iscsi://127.0.0.1:{}/{iqn}/0", daemon.second_port());
+            (daemon.url(&iqn, 0), second)
+        })
+        .collect()
+}
+
+fn judge(kind: &str, tally: &Tally, skips: &[&[(&str, &str)]]) -> Result<()> {
+    let (passed, skipped, failed) = tally.counts();
+    println!("story iscsi-test-cu, {kind}: {passed} passed, {skipped} skipped, {failed} failed");
+    let skips = skips.concat();
+    let surprises = tally.surprises(Lists {
+        skips: &skips,
+        failures: FAILURES,
+    });
+    ensure!(
+        surprises.is_empty(),
+        "{} outcomes that are not allowed:\n{}",
+        surprises.len(),
+        surprises.join("\n")
+    );
+    // The lists are for exceptions; a suite that skips most tests proves nothing.
+    ensure!(
+        passed * 3 > tally.outcomes.len() * 2,
+        "only {passed} of {} tests passed",
+        tally.outcomes.len()
+    );
+    Ok(())
+}
+
+#[test]
+fn thin_lun() {
+    story("iscsi-test-cu on a thin LUN", |scratch| {
+        let mut daemon = Daemon::start(BINARY, scratch, &config(""))?;
+        let tally = suite(&tests_of_suite()?, &lanes(&daemon))?;
+        judge("thin LUN", &tally, &[SKIPS, THIN_SKIPS])?;
+        ensure!(daemon.stop()? == 0, "the daemon did not end well");
+        Ok(())
+    });
+}
+
+#[test]
+fn lun_of_4096_byte_blocks() {
+    story("iscsi-test-cu on 4096-byte blocks", |scratch| {
+        let mut daemon = Daemon::start(BINARY, scratch, &config("block_size = 4096"))?;
+        let tally = suite(&tests_of_suite()?, &lanes(&daemon))?;
+        judge("4096-byte blocks", &tally, &[SKIPS, LARGE_BLOCK_SKIPS])?;
+        ensure!(daemon.stop()? == 0, "the daemon did not end well");
+        Ok(())
+    });
+}
+
+#[test]
+fn read_only_lun() {
+    story("iscsi-test-cu on a read-only LUN", |scratch| {
+        let mut daemon = Daemon::start(BINARY, scratch, &config("read_only = true"))?;
+        let mut tests = tests_of_suite()?;
+        tests.retain(|name| READING.iter().any(|prefix| name.starts_with(prefix)));
+        let tally = suite(&tests, &lanes(&daemon))?;
+        judge("read-only LUN", &tally, &[SKIPS])?;
+        ensure!(daemon.stop()? == 0, "the daemon did not end well");
+        Ok(())
+    });
+}
