@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::ident::LunId;
-use crate::message::{App, AppState, Exclusion, ExclusionKind, Frozen, Prepared, Thawed};
+use crate::message::{App, AppState, ExclusionKind, Frozen, Prepared, Thawed};
 use crate::wire::wire_enum;
 
 /// The hold that the target asks of a Linux agent unless configured otherwise.
@@ -218,7 +218,7 @@ fn millis(duration: Duration) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::FrozenVolume;
+    use crate::message::{Exclusion, FrozenVolume};
 
     const LUN: LunId = LunId([6; 16]);
     const OTHER: LunId = LunId([7; 16]);
