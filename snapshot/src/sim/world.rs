@@ -380,6 +380,15 @@ impl MetaStore for SimMeta {
         Ok(range.take(limit).map(|(key, value)| (key.clone(), value.clone())).collect())
     }
 
+    fn last(&mut self, from: &[u8], below: &[u8]) -> Result<Option<Pair>> {
+        let state = self.0.enter(Call::MetaRead).map_err(meta_error)?;
+        if from >= below {
+            return Ok(None);
+        }
+        let mut range = state.meta.applied.range(from.to_vec()..below.to_vec());
+        Ok(range.next_back().map(|(key, value)| (key.clone(), value.clone())))
+    }
+
     fn apply(&mut self, batch: &Batch) -> Result<()> {
         self.0.enter(Call::MetaApply).map_err(meta_error)?.meta.apply(batch);
         Ok(())

@@ -15,9 +15,9 @@ pub(crate) struct ModelVolume {
     /// Per sector what may be found, oldest first; the last is what reads return now.
     pub(crate) sectors: Vec<Vec<Stamp>>,
     pub(crate) read_only: bool,
-    /// Counts up with every change, to know which grains a diff may name.
+    /// Per grain when it was last written: a diff may name no others.
     pub(crate) touched: BTreeMap<u64, u64>,
-    /// The last revert; diffs across it are judged by content only.
+    /// When the volume began as a clone or was last reverted: diffs across that are judged by content only.
     pub(crate) reverted: u64,
 }
 
@@ -29,6 +29,9 @@ pub(crate) struct ModelSnapshot {
     pub(crate) hold: bool,
     /// Clock of the model when it was taken.
     pub(crate) when: u64,
+    /// [`ModelVolume::touched`] and [`ModelVolume::reverted`] at that time.
+    pub(crate) touched: BTreeMap<u64, u64>,
+    pub(crate) reverted: u64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -48,9 +51,9 @@ impl ModelVolume {
         }
     }
 
-    pub(crate) fn of(stamps: &[Stamp], read_only: bool) -> Self {
+    pub(crate) fn of(stamps: &[Stamp], read_only: bool, clock: u64) -> Self {
         let sectors = stamps.iter().map(|&stamp| vec![stamp]).collect();
-        Self { sectors, read_only, ..Self::empty(0) }
+        Self { sectors, read_only, reverted: clock, ..Self::empty(0) }
     }
 
     pub(crate) fn len(&self) -> u64 {

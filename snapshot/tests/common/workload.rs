@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use stillpoint_snapshot::sim::Rng;
-use stillpoint_snapshot::{CloneSpec, Pool, PoolOptions, SnapshotSpec, SnapshotState, Volume, VolumeSpec};
+use stillpoint_snapshot::{CloneSpec, Pool, PoolOptions, SnapshotSpec, Volume, VolumeSpec};
 
 use super::facts::{Facts, Found, SECTOR, What, stamped_run, stamps};
 
@@ -95,7 +95,7 @@ fn create(pool: &Pool, name: &str) -> Volume {
         block_size: 512,
         attributes: b"test".to_vec(),
     };
-    pool.create_volume(spec).expect("a new volume")
+    pool.create_volume(&spec).expect("a new volume")
 }
 
 pub(crate) fn read_all(volume: &Volume) -> Result<Vec<u8>, String> {
@@ -185,8 +185,7 @@ impl Coordinator<'_> {
     }
 
     fn live(&self) -> Vec<(String, stillpoint_snapshot::SnapshotInfo)> {
-        let all = self.pool.snapshots(None).into_iter();
-        all.filter(|info| info.state == SnapshotState::Live).map(|info| (info.volume_name.clone(), info)).collect()
+        self.pool.snapshots(None).into_iter().map(|info| (info.volume_name.clone(), info)).collect()
     }
 
     fn write(&mut self) {
@@ -224,7 +223,7 @@ impl Coordinator<'_> {
         let ids: Vec<_> = volumes.iter().map(|name| self.pool.volume(name).expect("listed").id()).collect();
         let name = format!("s{}", self.rng.bits());
         let spec = SnapshotSpec { name: name.clone(), ..SnapshotSpec::default() };
-        step(self.facts, 0, &What::Snapshot { name, volumes }, |_| self.pool.begin_cut(&ids, spec)?.commit());
+        step(self.facts, 0, &What::Snapshot { name, volumes }, |_| self.pool.begin_cut(&ids, &spec)?.commit());
     }
 
     fn delete_snapshot(&mut self) {
@@ -245,7 +244,7 @@ impl Coordinator<'_> {
             return;
         }
         let what = What::Revert { volume: volume.clone(), snapshot: info.name };
-        step(self.facts, 0, &what, |_| self.pool.revert(&volume, info.id));
+        step(self.facts, 0, &what, |_| self.pool.revert(info.volume, info.id));
     }
 
     fn clone(&mut self) {
@@ -257,7 +256,7 @@ impl Coordinator<'_> {
         let to = format!("c{}", self.rng.bits());
         let what = What::Clone { volume, snapshot: info.name, to: to.clone() };
         let spec = CloneSpec { name: to, read_only: false, attributes: Vec::new() };
-        step(self.facts, 0, &what, |_| self.pool.clone_snapshot(info.id, spec));
+        step(self.facts, 0, &what, |_| self.pool.clone_snapshot(info.id, &spec));
     }
 
     fn delete_clone(&mut self) {
@@ -267,7 +266,7 @@ impl Coordinator<'_> {
             let what = What::DeleteSnapshot { volume: volume.clone(), snapshot: info.name };
             step(self.facts, 0, &what, |_| self.pool.delete_snapshot(info.id));
         }
-        step(self.facts, 0, &What::DeleteVolume { volume: volume.clone() }, |_| self.pool.delete_volume(&volume));
+        step(self.facts, 0, &What::DeleteVolume { volume: volume.clone() }, |_| self.pool.delete_volume(&volume, false));
     }
 }
 
@@ -284,8 +283,7 @@ impl Found for FoundPool<'_> {
     }
 
     fn snapshots(&self) -> Vec<(String, String)> {
-        let all = self.0.snapshots(None).into_iter().filter(|info| info.state == SnapshotState::Live);
-        all.map(|info| (info.volume_name, info.name)).collect()
+        self.0.snapshots(None).into_iter().map(|info| (info.volume_name, info.name)).collect()
     }
 
     fn read_snapshot(&self, volume: &str, snapshot: &str) -> Result<Vec<u8>, String> {

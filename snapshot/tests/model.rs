@@ -1,0 +1,660 @@
+//! The store against plain vectors: random operations on several volumes, compared after each step, checked with the
+//! offline check, with power cuts at random calls to the media. One seed is one run; a failing one is shrunk to the
+//! steps that matter before it is shown.
+//!
+//! `STILLPOINT_SEED` runs one seed, `STILLPOINT_SOAK_SEEDS` raises their number.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "a test that panics has failed, which is its purpose"
+)]
+
+mod common;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use stillpoint_snapshot::sim::{Loss, Rng, World};
+use stillpoint_snapshot::{
+    Caw, CloneSpec, DiffTo, Error, ExtentKind, Pool, PoolOptions, SnapshotChange, SnapshotSpec, Volume, VolumeSpec,
+    check_media,
+};
+
+use common::facts::{SECTOR, Stamp, stamped, stamped_run, stamps};
+use common::model::{GRAIN_SECTORS, Model, ModelSnapshot, ModelVolume, Seen};
+
+const QUICK_SEEDS: u64 = 120;
+const STEPS: usize = 70;
+const MOST_VOLUMES: usize = 4;
+const MOST_SNAPSHOTS: usize = 9;
+/// Two map pages and a bit, not a multiple of the grain.
+const SECTORS: u64 = 2 * 64 * GRAIN_SECTORS + 3 * GRAIN_SECTORS + 5;
+const MOST_SECTORS: u64 = 5 * 64 * GRAIN_SECTORS;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is not a number")))
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Write,
+    Zero,
+    UnmapMany,
+    Flush,
+    CompareAndWrite,
+    TryWrite,
+    Create,
+    Snapshot,
+    Clone,
+    Revert,
+    DeleteSnapshot,
+    DeleteVolume,
+    Grow,
+    Rename,
+    Hold,
+    Jobs,
+    Commit,
+    Tick,
+    Reopen,
+    Diff,
+    LbaStatus,
+}
+
+/// How often each kind comes, of the sum of all.
+const WEIGHTS: &[(Kind, u64)] = &[
+    (Kind::Write, 34),
+    (Kind::Zero, 9),
+    (Kind::UnmapMany, 3),
+    (Kind::Flush, 7),
+    (Kind::CompareAndWrite, 3),
+    (Kind::TryWrite, 3),
+    (Kind::Create, 2),
+    (Kind::Snapshot, 11),
+    (Kind::Clone, 4),
+    (Kind::Revert, 4),
+    (Kind::DeleteSnapshot, 8),
+    (Kind::DeleteVolume, 2),
+    (Kind::Grow, 2),
+    (Kind::Rename, 1),
+    (Kind::Hold, 2),
+    (Kind::Jobs, 7),
+    (Kind::Commit, 4),
+    (Kind::Tick, 4),
+    (Kind::Reopen, 2),
+    (Kind::Diff, 4),
+    (Kind::LbaStatus, 2),
+];
+
+/// A step chooses by its own seed, so that it still means something when others before it are left out.
+#[derive(Clone, Copy, Debug)]
+struct Step {
+    kind: Kind,
+    seed: u64,
+    /// Cut the power at this call of the step, counted from its begin.
+    cut: Option<u64>,
+}
+
+fn steps(seed: u64) -> Vec<Step> {
+    let mut rng = Rng::new(seed);
+    let sum: u64 = WEIGHTS.iter().map(|(_, weight)| weight).sum();
+    let step = |rng: &mut Rng| {
+        let mut ticket = rng.below(sum);
+        let kind = WEIGHTS.iter().find(|(_, weight)| match ticket.checked_sub(*weight) {
+            Some(left) => {
+                ticket = left;
+                false
+            }
+            None => true,
+        });
+        let cut = rng.chance(25).then(|| rng.below(14));
+        Step { kind: kind.unwrap().0, seed: rng.bits(), cut }
+    };
+    (0..STEPS).map(|_| step(&mut rng)).collect()
+}
+
+fn options() -> PoolOptions {
+    PoolOptions {
+        manual: true,
+        ballast_bytes: 0,
+        min_free_bytes: 0,
+        cache_bytes: 8 << 10,
+        checkpoint_txgs: 3,
+        checkpoint_bytes: 2 << 10,
+        job_pages: 2,
+        ..PoolOptions::default()
+    }
+}
+
+/// The store under test beside its model.
+struct Rig {
+    world: World,
+    pool: Pool,
+    model: Model,
+    stamp: Stamp,
+    names: u64,
+}
+
+type Verdict = Result<(), String>;
+
+fn text(error: Error) -> String {
+    error.to_string()
+}
+
+fn open(world: &World) -> Result<Pool, String> {
+    Pool::open_with(std::sync::Arc::new(world.disk()), Box::new(world.meta()), &options()).map_err(text)
+}
+
+fn see(pool: &Pool) -> Result<Seen, String> {
+    let mut seen = Seen::default();
+    for info in pool.volumes() {
+        let mut bytes = vec![0xee; info.size_bytes as usize];
+        pool.volume(&info.name).ok_or("listed but not there")?.read(0, &mut bytes).map_err(text)?;
+        let stamps = stamps(&bytes).map_err(|what| format!("volume {}: {what}", info.name))?;
+        seen.volumes.insert(info.name, (stamps, info.read_only));
+    }
+    for info in pool.snapshots(None) {
+        let mut bytes = vec![0xee; info.size_bytes as usize];
+        pool.read_snapshot(info.id, 0, &mut bytes).map_err(text)?;
+        let stamps = stamps(&bytes).map_err(|what| format!("snapshot {}@{}: {what}", info.volume_name, info.name))?;
+        seen.snapshots.insert((info.volume_name, info.name), (stamps, info.hold));
+    }
+    Ok(seen)
+}
+
+fn check_world(world: &World) -> Verdict {
+    // A copy: the check must not count as calls of the store.
+    let still = world.after_cut(Loss::Nothing, &mut Rng::new(0));
+    let report = check_media(&still.disk(), &mut still.meta()).map_err(text)?;
+    if report.is_clean() { Ok(()) } else { Err(format!("check: {report}")) }
+}
+
+impl Rig {
+    fn new() -> Result<Self, String> {
+        let world = World::new();
+        let disk = std::sync::Arc::new(world.disk());
+        let pool = Pool::create_with(disk, Box::new(world.meta()), &options()).map_err(text)?;
+        let mut rig = Self { world, pool, model: Model::default(), stamp: 0, names: 0 };
+        rig.create(SECTORS)?;
+        rig.create(SECTORS)?;
+        Ok(rig)
+    }
+
+    fn name(&mut self, prefix: &str) -> String {
+        self.names += 1;
+        format!("{prefix}{}", self.names)
+    }
+
+    /// One step, with its cut, and everything compared afterwards.
+    fn step(&mut self, step: Step) -> Verdict {
+        let before = self.model.clone();
+        if let Some(call) = step.cut {
+            self.world.capture(call);
+        }
+        let mut rng = Rng::new(step.seed);
+        self.run(step.kind, &mut rng)?;
+        self.model.equals(&see(&self.pool)?).map_err(|what| format!("reads: {what}"))?;
+        check_world(&self.world)?;
+        if step.cut.is_some() {
+            self.cut(&before, &mut rng)?;
+        }
+        Ok(())
+    }
+
+    /// Opens what a cut at the captured call left. It must be the state before the step or after it.
+    fn cut(&mut self, before: &Model, rng: &mut Rng) -> Verdict {
+        let loss = *rng.pick(&[Loss::All, Loss::Random, Loss::Random, Loss::Random, Loss::Nothing]).unwrap();
+        let Some(world) = self.world.captured(loss, rng) else { return Ok(()) };
+        let told = |what: String| format!("after a cut ({loss:?}): {what}");
+        check_world(&world).map_err(told)?;
+        let pool = open(&world).map_err(told)?;
+        let seen = see(&pool).map_err(told)?;
+        let mut model = match (before.allows(&seen), self.model.allows(&seen)) {
+            (Ok(()), _) => before.clone(),
+            (_, Ok(())) => self.model.clone(),
+            (Err(before), Err(after)) => return Err(told(format!("neither before ({before}) nor after ({after})"))),
+        };
+        model.clock = self.model.clock;
+        model.settle(&seen);
+        if rng.chance(50) {
+            // Go on from there.
+            (self.world, self.pool, self.model) = (world, pool, model);
+            return self.pool.commit_now().map_err(text);
+        }
+        while pool.run_jobs(64).map_err(text)? > 0 {}
+        pool.step().map_err(text)?;
+        model.equals(&see(&pool)?).map_err(|what| told(format!("after its jobs: {what}")))?;
+        check_world(&world).map_err(|what| told(format!("after its jobs: {what}")))
+    }
+
+    fn run(&mut self, kind: Kind, rng: &mut Rng) -> Verdict {
+        match kind {
+            Kind::Write => self.write(rng),
+            Kind::TryWrite => self.try_write(rng),
+            Kind::Zero => self.zero(rng),
+            Kind::UnmapMany => self.unmap_many(rng),
+            Kind::CompareAndWrite => self.compare_and_write(rng),
+            Kind::Flush => self.flush(rng),
+            Kind::Create if self.model.volumes.len() < MOST_VOLUMES => self.create(1 + rng.below(SECTORS)),
+            Kind::Snapshot if self.model.snapshots.len() < MOST_SNAPSHOTS => self.snapshot(rng),
+            Kind::Clone if self.model.volumes.len() < MOST_VOLUMES => self.clone_snapshot(rng),
+            Kind::Revert => self.revert(rng),
+            Kind::DeleteSnapshot => self.delete_snapshot(rng),
+            Kind::DeleteVolume if self.model.volumes.len() > 1 => self.delete_volume(rng),
+            Kind::Grow => self.grow(rng),
+            Kind::Rename => self.rename(rng),
+            Kind::Hold => self.hold(rng),
+            Kind::Jobs => self.pool.run_jobs(1 + rng.index(3)).map(drop).map_err(text),
+            Kind::Commit => self.pool.commit_now().map_err(text),
+            Kind::Tick => self.pool.step().map(drop).map_err(text),
+            Kind::Reopen => self.reopen(),
+            Kind::Diff => self.diff(rng),
+            Kind::LbaStatus => self.lba_status(rng),
+            Kind::Create | Kind::Snapshot | Kind::Clone | Kind::DeleteVolume => Ok(()),
+        }
+    }
+
+    fn any_volume(&self, rng: &mut Rng, writable: bool) -> Option<(String, Volume)> {
+        let fits = |(_, volume): &(&String, &ModelVolume)| !writable || !volume.read_only;
+        let names: Vec<&String> = self.model.volumes.iter().filter(fits).map(|(name, _)| name).collect();
+        let name = (*rng.pick(&names)?).clone();
+        let volume = self.pool.volume(&name).expect("the model knows it");
+        Some((name, volume))
+    }
+
+    fn model_of(&mut self, name: &str) -> &mut ModelVolume {
+        self.model.volumes.get_mut(name).expect("the model knows it")
+    }
+
+    /// A range that often hits the same few grains.
+    fn range(&self, rng: &mut Rng, name: &str) -> (u64, u64) {
+        let len = self.model.volumes[name].len();
+        let start = if rng.chance(60) { rng.below(12 * GRAIN_SECTORS) % len } else { rng.below(len) };
+        let most = match rng.below(10) {
+            0..5 => 8,
+            5..8 => 40,
+            _ => 700,
+        };
+        let aligned = rng.chance(40);
+        let start = if aligned { start / GRAIN_SECTORS * GRAIN_SECTORS } else { start };
+        let count = 1 + rng.below(most.min(len - start));
+        let count = if aligned { count.next_multiple_of(GRAIN_SECTORS).min(len - start) } else { count };
+        (start, count)
+    }
+
+    fn write(&mut self, rng: &mut Rng) -> Verdict {
+        let Some((name, volume)) = self.any_volume(rng, true) else { return Ok(()) };
+        let (sector, count) = self.range(rng, &name);
+        let fua = rng.chance(10);
+        self.stamp += 1;
+        let stamp = self.stamp;
+        let clock = self.model.tick();
+        self.model_of(&name).set(clock, sector, count, stamp);
+        volume.write(sector * SECTOR as u64, &stamped_run(sector, count, stamp), fua).map_err(text)?;
+        if fua {
+            for sector in sector..sector + count {
+                let values = &mut self.model_of(&name).sectors[sector as usize];
+                values.drain(..values.len() - 1);
+            }
+        }
+        Ok(())
+    }
+
+    fn try_write(&mut self, rng: &mut Rng) -> Verdict {
+        let Some((name, volume)) = self.any_volume(rng, true) else { return Ok(()) };
+        let (sector, count) = self.range(rng, &name);
+        let (offset, stamp) = (sector * SECTOR as u64, self.stamp + 1);
+        self.stamp = stamp;
+        let clock = self.model.tick();
+        self.model_of(&name).set(clock, sector, count, stamp);
+        let bytes = stamped_run(sector, count, stamp);
+        self.world.set_reluctant(rng.chance(30));
+        let done = volume.try_write(offset, &bytes).map_err(text);
+        let mut back = vec![0xee; bytes.len()];
+        let read = volume.try_read(offset, &mut back).map_err(text);
+        self.world.set_reluctant(false);
+        if !done? {
+            volume.write(offset, &bytes, false).map_err(text)?;
+        } else if read? && back != bytes {
+            return Err(format!("try_read of {name} does not return what try_write wrote"));
+        }
+        Ok(())
+    }
+
+    fn zero(&mut self, rng: &mut Rng) -> Verdict {
+        let Some((name, volume)) = self.any_volume(rng, true) else { return Ok(()) };
+        let (sector, count) = self.range(rng, &name);
+        let clock = self.model.tick();
+        self.model_of(&name).set(clock, sector, count, 0);
+        volume.write_zeroes(sector * SECTOR as u64, count * SECTOR as u64, rng.chance(50)).map_err(text)
+    }
+
+    fn unmap_many(&mut self, rng: &mut Rng) -> Verdict {
+        let Some((name, volume)) = self.any_volume(rng, true) else { return Ok(()) };
+        let mut ranges = Vec::new();
+        let clock = self.model.tick();
+        for _ in 0..1 + rng.below(4) {
+            let (sector, count) = self.range(rng, &name);
+            ranges.push((sector * SECTOR as u64, count * SECTOR as u64));
+            self.model_of(&name).set(clock, sector, count, 0);
+        }
+        volume.unmap(&ranges).map_err(text)
+    }
+
+    fn compare_and_write(&mut self, rng: &mut Rng) -> Verdict {
+        let Some((name, volume)) = self.any_volume(rng, true) else { return Ok(()) };
+        let (sector, count) = self.range(rng, &name);
+        let count = count.min(8);
+        let now = self.model.volumes[&name].now();
+        let range = sector as usize..(sector + count) as usize;
+        let mut compare: Vec<u8> = (sector..).zip(&now[range]).flat_map(|(at, &stamp)| stamped(at, stamp)).collect();
+        let differs = rng.chance(40).then(|| rng.index(compare.len()));
+        if let Some(at) = differs {
+            compare[at] ^= 0x10;
+        }
+        self.stamp += 1;
+        let stamp = self.stamp;
+        if differs.is_none() {
+            let clock = self.model.tick();
+            self.model_of(&name).set(clock, sector, count, stamp);
+        }
+        let new = stamped_run(sector, count, stamp);
+        let answer = volume.compare_and_write(sector * SECTOR as u64, &compare, &new, false).map_err(text)?;
+        match (differs, answer) {
+            (None, Caw::Done) => Ok(()),
+            (Some(at), Caw::Miscompare { offset }) if offset == at as u64 => Ok(()),
+            (differs, answer) => Err(format!("compare-and-write differs at {differs:?}: {answer:?}")),
+        }
+    }
+
+    fn flush(&mut self, rng: &mut Rng) -> Verdict {
+        let Some((name, volume)) = self.any_volume(rng, false) else { return Ok(()) };
+        volume.flush().map_err(text)?;
+        self.model_of(&name).flushed();
+        Ok(())
+    }
+
+    fn create(&mut self, sectors: u64) -> Verdict {
+        let name = self.name("v");
+        let spec = VolumeSpec {
+            name: name.clone(),
+            size_bytes: sectors * SECTOR as u64,
+            block_size: 512,
+            attributes: name.clone().into_bytes(),
+        };
+        self.model.volumes.insert(name, ModelVolume::empty(sectors));
+        self.pool.create_volume(&spec).map(drop).map_err(text)
+    }
+
+    fn snapshot(&mut self, rng: &mut Rng) -> Verdict {
+        let names: Vec<String> = self.model.volumes.keys().filter(|_| rng.chance(60)).cloned().collect();
+        if names.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<_> = names.iter().map(|name| self.pool.volume(name).unwrap().id()).collect();
+        let spec = SnapshotSpec { name: self.name("s"), ..SnapshotSpec::default() };
+        let when = self.model.tick();
+        for name in &names {
+            let volume = &self.model.volumes[name];
+            self.model.snapshots.push(ModelSnapshot {
+                volume: name.clone(),
+                name: spec.name.clone(),
+                stamps: volume.now(),
+                hold: false,
+                when,
+                touched: volume.touched.clone(),
+                reverted: volume.reverted,
+            });
+        }
+        let records = self.pool.begin_cut(&ids, &spec).map_err(text)?.commit().map_err(text)?;
+        if records.len() != names.len() {
+            return Err(format!("{} records for {} volumes", records.len(), names.len()));
+        }
+        // The commit that carries the records carries all that they hold, so the heads are durable as well.
+        names.iter().for_each(|name| self.model_of(name).flushed());
+        Ok(())
+    }
+
+    fn any_snapshot(&self, rng: &mut Rng) -> Option<ModelSnapshot> {
+        rng.pick(&self.model.snapshots).cloned()
+    }
+
+    fn id(&self, snapshot: &ModelSnapshot) -> stillpoint_snapshot::SnapshotId {
+        self.pool.snapshot(&snapshot.volume, &snapshot.name).expect("the model knows it").id
+    }
+
+    fn clone_snapshot(&mut self, rng: &mut Rng) -> Verdict {
+        let Some(snapshot) = self.any_snapshot(rng) else { return Ok(()) };
+        let spec = CloneSpec { name: self.name("c"), read_only: rng.chance(30), attributes: Vec::new() };
+        let id = self.id(&snapshot);
+        match self.pool.clone_snapshot(id, &spec) {
+            Err(Error::Limit { .. }) => return Ok(()),
+            other => drop(other.map_err(text)?),
+        }
+        let clock = self.model.tick();
+        self.model.volumes.insert(spec.name, ModelVolume::of(&snapshot.stamps, spec.read_only, clock));
+        Ok(())
+    }
+
+    fn revert(&mut self, rng: &mut Rng) -> Verdict {
+        let Some(snapshot) = self.any_snapshot(rng) else { return Ok(()) };
+        let volume = self.pool.volume(&snapshot.volume).unwrap();
+        if self.model.volumes[&snapshot.volume].read_only {
+            return Ok(());
+        }
+        match self.pool.revert(volume.id(), self.id(&snapshot)) {
+            Err(Error::Limit { .. }) => return Ok(()),
+            other => drop(other.map_err(text)?),
+        }
+        let clock = self.model.tick();
+        *self.model_of(&snapshot.volume) = ModelVolume::of(&snapshot.stamps, false, clock);
+        if volume.size_bytes() != snapshot.stamps.len() as u64 * SECTOR as u64 {
+            return Err("a handle from before the revert has the old size".to_owned());
+        }
+        Ok(())
+    }
+
+    fn delete_snapshot(&mut self, rng: &mut Rng) -> Verdict {
+        let Some(snapshot) = self.any_snapshot(rng) else { return Ok(()) };
+        let result = self.pool.delete_snapshot(self.id(&snapshot));
+        if snapshot.hold {
+            return match result {
+                Err(Error::Refused { .. }) => Ok(()),
+                other => Err(format!("a held snapshot must not be deleted: {other:?}")),
+            };
+        }
+        self.model.snapshots.retain(|other| (&other.volume, &other.name) != (&snapshot.volume, &snapshot.name));
+        result.map_err(text)
+    }
+
+    fn delete_volume(&mut self, rng: &mut Rng) -> Verdict {
+        let Some((name, handle)) = self.any_volume(rng, false) else { return Ok(()) };
+        if self.model.snapshots_of(&name).any(|snapshot| snapshot.hold) {
+            return Ok(());
+        }
+        let with_snapshots = self.model.snapshots_of(&name).next().is_some();
+        if with_snapshots && self.pool.delete_volume(&name, false).is_ok() {
+            return Err("a volume with snapshots was deleted without asking for that".to_owned());
+        }
+        self.model.volumes.remove(&name);
+        self.model.snapshots.retain(|snapshot| snapshot.volume != name);
+        self.pool.delete_volume(&name, with_snapshots).map_err(text)?;
+        match handle.read(0, &mut [0; SECTOR]) {
+            Err(Error::NotFound { .. }) => Ok(()),
+            other => Err(format!("a handle of a deleted volume still reads: {other:?}")),
+        }
+    }
+
+    fn grow(&mut self, rng: &mut Rng) -> Verdict {
+        let Some((name, volume)) = self.any_volume(rng, true) else { return Ok(()) };
+        let len = self.model.volumes[&name].len();
+        let more = rng.below((MOST_SECTORS - len).min(200) + 1);
+        self.model_of(&name).sectors.extend(vec![vec![0]; more as usize]);
+        volume.grow((len + more) * SECTOR as u64).map(drop).map_err(text)
+    }
+
+    fn rename(&mut self, rng: &mut Rng) -> Verdict {
+        let Some((old, _)) = self.any_volume(rng, false) else { return Ok(()) };
+        let new = self.name("r");
+        let volume = self.model.volumes.remove(&old).unwrap();
+        self.model.volumes.insert(new.clone(), volume);
+        for snapshot in self.model.snapshots.iter_mut().filter(|snapshot| snapshot.volume == old) {
+            snapshot.volume.clone_from(&new);
+        }
+        self.pool.rename_volume(&old, &new).map_err(text)
+    }
+
+    fn hold(&mut self, rng: &mut Rng) -> Verdict {
+        let Some(snapshot) = self.any_snapshot(rng) else { return Ok(()) };
+        let change = SnapshotChange { hold: Some(!snapshot.hold), ..SnapshotChange::default() };
+        let id = self.id(&snapshot);
+        let same = |other: &&mut ModelSnapshot| (&other.volume, &other.name) == (&snapshot.volume, &snapshot.name);
+        self.model.snapshots.iter_mut().find(same).unwrap().hold = !snapshot.hold;
+        self.pool.set_snapshot(id, &change).map(drop).map_err(text)
+    }
+
+    fn reopen(&mut self) -> Verdict {
+        self.pool.shutdown().map_err(text)?;
+        self.model.volumes.values_mut().for_each(ModelVolume::flushed);
+        self.pool = open(&self.world)?;
+        Ok(())
+    }
+
+    fn diff(&mut self, rng: &mut Rng) -> Verdict {
+        let Some((name, volume)) = self.any_volume(rng, false) else { return Ok(()) };
+        let mut line: Vec<ModelSnapshot> = self.model.snapshots_of(&name).cloned().collect();
+        line.sort_by_key(|snapshot| snapshot.when);
+        let to = rng.index(line.len() + 1);
+        let from = rng.index(to + 1).checked_sub(1).map(|from| line[from].clone());
+        let model = &self.model.volumes[&name];
+        let (target, now, touched, reverted) = match line.get(to) {
+            Some(snapshot) => {
+                let id = DiffTo::Snapshot(self.id(snapshot));
+                (id, snapshot.stamps.clone(), snapshot.touched.clone(), snapshot.reverted)
+            }
+            None => (DiffTo::Head(volume.id()), model.now(), model.touched.clone(), model.reverted),
+        };
+        let old = from.as_ref().map_or_else(Vec::new, |from| from.stamps.clone());
+        let since = from.as_ref().map_or(0, |from| from.when);
+        let extents = self.pool.diff(from.as_ref().map(|from| self.id(from)), target).map_err(text)?;
+        let mut named = std::collections::BTreeSet::new();
+        for extent in &extents {
+            let sectors = extent.offset / SECTOR as u64..(extent.offset + extent.len) / SECTOR as u64;
+            for sector in sectors {
+                named.insert(sector / GRAIN_SECTORS);
+                let stamp = now.get(sector as usize).copied();
+                if extent.kind != ExtentKind::Data && stamp.is_some_and(|stamp| stamp != 0) {
+                    return Err(format!("diff of {name} calls sector {sector} {:?}, it holds {stamp:?}", extent.kind));
+                }
+            }
+        }
+        for (sector, &stamp) in now.iter().enumerate() {
+            let grain = sector as u64 / GRAIN_SECTORS;
+            if stamp != old.get(sector).copied().unwrap_or(0) && !named.contains(&grain) {
+                return Err(format!("diff of {name} from {since} leaves out grain {grain}"));
+            }
+        }
+        let strange = named.iter().find(|grain| touched.get(grain).is_none_or(|&when| when <= since));
+        match strange {
+            Some(grain) if reverted <= since && (reverted == 0 || from.is_some()) => {
+                Err(format!("diff of {name} from {since} names grain {grain}, which nobody wrote: {extents:?}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn lba_status(&mut self, rng: &mut Rng) -> Verdict {
+        let Some((name, volume)) = self.any_volume(rng, false) else { return Ok(()) };
+        let model = &self.model.volumes[&name];
+        let now = model.now();
+        let extents = volume.lba_status(0, model.len() * SECTOR as u64, usize::MAX >> 8).map_err(text)?;
+        let mut at = 0;
+        for extent in extents {
+            if extent.offset != at {
+                return Err(format!("LBA status of {name} has a gap before {}", extent.offset));
+            }
+            at += extent.len;
+            let sectors = (extent.offset / SECTOR as u64) as usize..(at / SECTOR as u64) as usize;
+            if extent.kind != ExtentKind::Data && now[sectors].iter().any(|&stamp| stamp != 0) {
+                return Err(format!("LBA status of {name} calls data a hole: {extent:?}"));
+            }
+        }
+        if at == model.len() * SECTOR as u64 { Ok(()) } else { Err(format!("LBA status of {name} ends at {at}")) }
+    }
+
+    /// Everything deleted must leave nothing behind.
+    fn empty(&mut self) -> Verdict {
+        for snapshot in self.model.snapshots.clone() {
+            let change = SnapshotChange { hold: Some(false), ..SnapshotChange::default() };
+            self.pool.set_snapshot(self.id(&snapshot), &change).map_err(text)?;
+        }
+        for name in self.model.volumes.keys() {
+            self.pool.delete_volume(name, true).map_err(text)?;
+        }
+        while self.pool.run_jobs(64).map_err(text)? > 0 {}
+        self.pool.commit_now().map_err(text)?;
+        check_world(&self.world)?;
+        let stats = self.pool.stats();
+        if stats.allocated_bytes != 0 || stats.snapshots != 0 || stats.jobs != 0 {
+            return Err(format!("everything is deleted, and there is left: {stats:?}"));
+        }
+        let left = self.world.pairs().into_iter().filter(|(key, _)| b"MENVD".contains(&key[0])).count();
+        if left == 0 { Ok(()) } else { Err(format!("{left} records are left of nothing")) }
+    }
+}
+
+fn play(steps: &[Step]) -> Verdict {
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        let mut rig = Rig::new()?;
+        for (number, step) in steps.iter().enumerate() {
+            rig.step(*step).map_err(|what| format!("step {number} {:?}: {what}", step.kind))?;
+        }
+        rig.empty().map_err(|what| format!("at the end: {what}"))
+    }));
+    result.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        Err(format!("panic: {}", text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("?")))
+    })
+}
+
+/// Leaves out what is not needed for a failure, larger pieces first.
+fn shrink(mut steps: Vec<Step>) -> (Vec<Step>, String) {
+    let mut failure = play(&steps).expect_err("it failed before");
+    let mut piece = steps.len() / 2;
+    while piece > 0 {
+        let mut at = 0;
+        while at < steps.len() {
+            let mut fewer = steps.clone();
+            fewer.drain(at..(at + piece).min(steps.len()));
+            match play(&fewer) {
+                Err(what) => (steps, failure) = (fewer, what),
+                Ok(()) => at += piece,
+            }
+        }
+        piece /= 2;
+    }
+    for at in 0..steps.len() {
+        let mut calmer = steps.clone();
+        calmer[at].cut = None;
+        if let Err(what) = play(&calmer) {
+            (steps, failure) = (calmer, what);
+        }
+    }
+    (steps, failure)
+}
+
+#[test]
+fn random_operations_and_power_cuts_agree_with_plain_vectors() {
+    let seeds = match number("STILLPOINT_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("STILLPOINT_SOAK_SEEDS").unwrap_or(QUICK_SEEDS),
+    };
+    for seed in seeds {
+        let all = steps(seed);
+        if let Err(what) = play(&all) {
+            println!("seed {seed} failed ({what}); shrinking");
+            let (few, what) = shrink(all);
+            panic!("STILLPOINT_SEED={seed}: {what}\nsteps: {few:#?}");
+        }
+    }
+}
