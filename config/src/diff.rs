@@ -95,6 +95,13 @@ fn diff_fixed(old: &Config, new: &Config, changes: &mut Vec<Change>) {
             format!("`control_socket` changes from {from} to {to}: {restart}"),
         );
     }
+    if old.daemon.naa_company_id != new.daemon.naa_company_id {
+        let (from, to) = (old.daemon.naa_company_id, new.daemon.naa_company_id);
+        refuse(
+            "[daemon]",
+            format!("`naa_company_id` changes from {from} to {to}: {restart}"),
+        );
+    }
     let grain = |config: &Config| config.pool.grain.bytes(config.pool.max_size);
     if grain(old) != grain(new) {
         let (from, to) = (Size(grain(old).into()), Size(grain(new).into()));
@@ -285,13 +292,6 @@ fn diff_target(old: &Target, new: &Target, changes: &mut Vec<Change>) {
 
 /// Settings that touch no session.
 fn diff_later(old: &Config, new: &Config, changes: &mut Vec<Change>) {
-    if old.daemon.naa_company_id != new.daemon.naa_company_id {
-        let text = format!(
-            "`naa_company_id` is {} for identities made from now on",
-            new.daemon.naa_company_id
-        );
-        push(changes, "[daemon]", Effect::None, Vec::new(), text);
-    }
     let on_failure = |config: &Config| config.agents.map(|a| a.on_failure);
     if let (Some(before), Some(after)) = (on_failure(old), on_failure(new))
         && before != after

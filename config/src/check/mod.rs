@@ -58,14 +58,26 @@ impl Config {
     /// # Errors
     /// When the file cannot be read or its `[daemon]` section is wrong.
     pub fn control_socket_of(file: &Path) -> Result<PathBuf, Problems> {
-        let text = read_text(file)?;
-        let mut sink = Sink::new(&text, file);
-        let (table, errors) = DeTable::parse_recoverable(&text);
-        report_syntax(&mut sink, &errors);
-        let written = v1::read_daemon_only(&mut sink, table.get_ref());
-        let daemon = build_daemon(&mut sink, &written);
-        finish(sink, daemon).map(|daemon| daemon.control_socket)
+        daemon_of(file).map(|daemon| daemon.control_socket)
     }
+
+    /// Only where the data is, for work on the store of a stopped daemon.
+    ///
+    /// # Errors
+    /// When the file cannot be read or its `[daemon]` section is wrong.
+    pub fn data_dir_of(file: &Path) -> Result<PathBuf, Problems> {
+        daemon_of(file).map(|daemon| daemon.data_dir)
+    }
+}
+
+fn daemon_of(file: &Path) -> Result<Daemon, Problems> {
+    let text = read_text(file)?;
+    let mut sink = Sink::new(&text, file);
+    let (table, errors) = DeTable::parse_recoverable(&text);
+    report_syntax(&mut sink, &errors);
+    let written = v1::read_daemon_only(&mut sink, table.get_ref());
+    let daemon = build_daemon(&mut sink, &written);
+    finish(sink, daemon)
 }
 
 fn read_text(file: &Path) -> Result<String, Problems> {

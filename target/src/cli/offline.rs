@@ -1,0 +1,146 @@
+//! Commands that need no daemon, or must not have one: `config check`, `store check|dump|restore`.
+
+use std::fs::{File, TryLockError};
+use std::io::{BufRead, BufReader, BufWriter, Write as _};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use stillpoint_config::{Config, DEFAULT_CONFIG_FILE, EMBEDDED_DATA_DIR};
+
+use super::args::Global;
+use super::{config_refusal, out};
+use crate::serve::control::api::Refusal;
+
+/// `config check [FILE]`.
+pub(crate) fn config_check(global: &Global, file: Option<PathBuf>) -> Result<(), Refusal> {
+    let file = file.or_else(|| global.config.clone()).unwrap_or_else(|| DEFAULT_CONFIG_FILE.into());
+    let config = Config::load(&file).map_err(|problems| {
+        let problems_json = serde_json::to_value(&problems.0).unwrap_or_default();
+        if global.json {
+            let count = problems.0.len();
+            let error = json!({"code": "config", "message": format!("{}: {count} problems", file.display()), "hint": "", "problems": problems_json});
+            super::err(&format!("{}\n", json!({ "error": error })));
+            return Refusal { exit: super::EXIT_ALREADY_TOLD, ..config_refusal(&problems) };
+        }
+        config_refusal(&problems)
+    })?;
+    if global.json {
+        let report = json!({
+            "file": file, "ok": true, "luns": config.luns.len(), "targets": config.targets.len(),
+            "warnings": config.warnings, "unserved": config.unserved(),
+        });
+        return super::out_json(&report);
+    }
+    for warning in &config.warnings {
+        super::err(&format!("warning: {warning}\n"));
+    }
+    for part in config.unserved() {
+        super::err(&format!(
+            "warning: {}:{}: {}: checked, but this version does not serve it yet\n",
+            file.display(),
+            part.line,
+            part.section
+        ));
+    }
+    if !global.quiet {
+        out(&format!("{}: right ({} LUNs, {} targets)\n", file.display(), config.luns.len(), config.targets.len()));
+    }
+    Ok(())
+}
+
+/// The store's directory, and the lock that proves that no daemon uses it.
+fn stopped_store(global: &Global, data_dir: Option<PathBuf>) -> Result<(PathBuf, File), Refusal> {
+    let data_dir = match (data_dir, &global.config) {
+        (Some(dir), _) => dir,
+        (None, Some(file)) => Config::data_dir_of(file).map_err(|p| config_refusal(&p))?,
+        (None, None) if Path::new(DEFAULT_CONFIG_FILE).exists() => {
+            Config::data_dir_of(Path::new(DEFAULT_CONFIG_FILE)).map_err(|p| config_refusal(&p))?
+        }
+        (None, None) => EMBEDDED_DATA_DIR.into(),
+    };
+    let lock = data_dir.join("lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&lock).map_err(|error| {
+        Refusal::failed(
+            "data_dir",
+            format!("{} cannot be opened ({error})", lock.display()),
+            "say where the data directory is with --data-dir or --config",
+        )
+    })?;
+    match file.try_lock() {
+        Ok(()) => Ok((data_dir.join("pool"), file)),
+        Err(TryLockError::WouldBlock) => Err(Refusal::refused(
+            "daemon_runs",
+            format!("a daemon uses the store in {}", data_dir.display()),
+            "stop it first: `systemctl stop stillpoint`",
+        )),
+        Err(TryLockError::Error(error)) => {
+            Err(Refusal::failed("data_dir", format!("{} cannot be locked ({error})", lock.display()), "check the file system"))
+        }
+    }
+}
+
+fn store_error(error: stillpoint_snapshot::Error) -> Refusal {
+    Refusal { hint: String::new(), ..error.into() }
+}
+
+/// `store check`.
+pub(crate) fn store_check(global: &Global, data_dir: Option<PathBuf>) -> Result<(), Refusal> {
+    let (pool, _lock) = stopped_store(global, data_dir)?;
+    let report = stillpoint_snapshot::check(&pool).map_err(store_error)?;
+    let problems: Vec<String> = report.problems.iter().map(|problem| problem.text.clone()).collect();
+    let value = json!({
+        "clean": report.is_clean(), "txg": report.txg, "superblock_txg": report.superblock_txg, "branches": report.branches,
+        "snapshots": report.snapshots, "page_versions": report.page_versions, "deltas": report.deltas,
+        "grains_used": report.grains_used, "jobs": report.jobs, "problem_count": report.problem_count, "problems": problems,
+    });
+    super::print(global, &value, super::show::details)?;
+    if report.is_clean() {
+        return Ok(());
+    }
+    Err(Refusal::failed(
+        "store_damaged",
+        format!("the store has {} problems", report.problem_count),
+        "keep a copy of the data directory, then dump and restore it, or restore a backup",
+    ))
+}
+
+/// `store dump`.
+pub(crate) fn store_dump(global: &Global, data_dir: Option<PathBuf>, to: Option<PathBuf>) -> Result<(), Refusal> {
+    let (pool, _lock) = stopped_store(global, data_dir)?;
+    let failed = |what: String, error: std::io::Error| Refusal::failed("io", format!("{what} cannot be written ({error})"), "");
+    match to {
+        None => {
+            let mut writer = BufWriter::new(std::io::stdout().lock());
+            stillpoint_snapshot::dump(&pool, &mut writer).map_err(store_error)?;
+            writer.flush().map_err(|e| failed("the dump".to_owned(), e))
+        }
+        Some(path) => {
+            let name = path.display().to_string();
+            let file = File::create_new(&path).map_err(|e| failed(name.clone(), e))?;
+            let mut writer = BufWriter::new(&file);
+            stillpoint_snapshot::dump(&pool, &mut writer).map_err(store_error)?;
+            writer.flush().map_err(|e| failed(name.clone(), e))?;
+            drop(writer);
+            // A dump that a power cut can still undo is no safety net.
+            file.sync_all().map_err(|e| failed(name.clone(), e))?;
+            let bytes = file.metadata().map_err(|e| failed(name.clone(), e))?.len();
+            super::print(global, &json!({"file": path, "size_bytes": bytes}), super::show::details)
+        }
+    }
+}
+
+/// `store restore FILE`.
+pub(crate) fn store_restore(global: &Global, data_dir: Option<PathBuf>, from: &Path) -> Result<(), Refusal> {
+    let (pool, _lock) = stopped_store(global, data_dir)?;
+    super::confirm(global, &format!("Replace the metadata of the store in {} by that of {}?", pool.display(), from.display()))?;
+    let mut reader: Box<dyn BufRead> = if from == Path::new("-") {
+        Box::new(BufReader::new(std::io::stdin()))
+    } else {
+        let file = File::open(from)
+            .map_err(|e| Refusal::failed("io", format!("{} cannot be read ({e})", from.display()), "name a file that `store dump` wrote"))?;
+        Box::new(BufReader::new(file))
+    };
+    stillpoint_snapshot::restore(&mut *reader, &pool).map_err(store_error)?;
+    let value: Value = json!({"restored": true, "store": pool});
+    super::print(global, &value, super::show::details)
+}

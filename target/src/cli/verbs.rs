@@ -1,0 +1,319 @@
+//! What each verb asks of the daemon, and how its answer is shown.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::args::{
+    AgentVerb, CloneVerb, ConfigVerb, Events, Global, LunVerb, SessionVerb, SnapshotVerb, StoreVerb, TokenVerb, Verb, VolumeVerb,
+};
+use super::show::{Column, Kind, details, local_time, table};
+use super::{client, confirm, err, offline, out, out_json, print};
+use crate::serve::control::api::{self, Event, Refusal, Request, SnapshotRef};
+
+pub(crate) fn run(global: &Global, verb: Verb) -> Result<(), Refusal> {
+    match verb {
+        Verb::Status => print(global, &ask(global, &Request::Status {})?, status),
+        Verb::Config(verb) => config(global, verb),
+        Verb::Lun(LunVerb::List) => list(global, &Request::LunList {}, "LUNs", LUNS),
+        Verb::Lun(LunVerb::Show { lun }) => show(global, &Request::LunShow { lun }),
+        Verb::Volume(verb) => volume(global, verb),
+        Verb::Session(SessionVerb::List) => list(global, &Request::SessionList {}, "sessions", SESSIONS),
+        Verb::Session(SessionVerb::Drop { id }) => show(global, &Request::SessionDrop { id }),
+        Verb::Snapshot(verb) => snapshot(global, verb),
+        Verb::Clone(CloneVerb::Create { snapshot, new }) => show(global, &Request::CloneCreate { snapshot, new }),
+        Verb::Agent(verb) => agent(global, verb),
+        Verb::Store(verb) => store(global, verb),
+        Verb::Events(options) => events(global, &options),
+        // Handled before a daemon is asked.
+        Verb::Serve(_) | Verb::Generate(_) => Ok(()),
+    }
+}
+
+const LUNS: &[Column] = &[
+    Column("NAME", "name", Kind::Text),
+    Column("SIZE", "size_bytes", Kind::Bytes),
+    Column("USED", "used_bytes", Kind::Bytes),
+    Column("BLOCK", "block_size", Kind::Number),
+    Column("LUN", "targets.0.lun", Kind::Number),
+    Column("TARGET", "targets.0.iqn", Kind::Text),
+    Column("SESSIONS", "sessions", Kind::Number),
+    Column("SNAPSHOTS", "snapshots", Kind::Number),
+    Column("KIND", "kind", Kind::Text),
+];
+const VOLUMES: &[Column] = &[
+    Column("NAME", "name", Kind::Text),
+    Column("STATE", "state", Kind::Text),
+    Column("KIND", "kind", Kind::Text),
+    Column("SIZE", "size_bytes", Kind::Bytes),
+    Column("USED", "used_bytes", Kind::Bytes),
+    Column("SNAPSHOTS", "snapshots", Kind::Number),
+    Column("MADE OF", "origin", Kind::Text),
+    Column("CREATED", "created_at", Kind::Time),
+];
+const SESSIONS: &[Column] = &[
+    Column("ID", "id", Kind::Number),
+    Column("INITIATOR", "initiator", Kind::Text),
+    Column("FROM", "peer", Kind::Text),
+    Column("TARGET", "target", Kind::Text),
+    Column("LUNS", "luns", Kind::List),
+    Column("STATE", "state", Kind::Text),
+    Column("READ", "read_bytes", Kind::Bytes),
+    Column("WRITTEN", "written_bytes", Kind::Bytes),
+    Column("SINCE", "since", Kind::Time),
+];
+const SNAPSHOTS: &[Column] = &[
+    Column("LUN", "lun", Kind::Text),
+    Column("NAME", "name", Kind::Text),
+    Column("CONSISTENCY", "consistency", Kind::Text),
+    Column("CREATED", "created_at", Kind::Time),
+    Column("SIZE", "size_bytes", Kind::Bytes),
+    Column("HELD", "hold", Kind::Flag),
+    Column("LOCKED UNTIL", "locked_until", Kind::Time),
+    Column("USED BY", "used_by", Kind::List),
+    Column("NOTE", "note", Kind::Text),
+];
+const CREATED: &[Column] = &[
+    Column("LUN", "lun", Kind::Text),
+    Column("NAME", "name", Kind::Text),
+    Column("CONSISTENCY", "consistency", Kind::Text),
+    Column("ASKED", "requested", Kind::Text),
+    Column("CUT MS", "cut_ms", Kind::Number),
+];
+const EXTENTS: &[Column] = &[
+    Column("OFFSET", "offset_bytes", Kind::Number),
+    Column("LENGTH", "length_bytes", Kind::Number),
+    Column("KIND", "kind", Kind::Text),
+];
+const CHANGES: &[Column] =
+    &[Column("WHAT", "subject", Kind::Text), Column("SESSIONS", "effect", Kind::Text), Column("CHANGE", "text", Kind::Text)];
+const AGENTS: &[Column] = &[
+    Column("ID", "id", Kind::Text),
+    Column("HOST", "host", Kind::Text),
+    Column("STATE", "state", Kind::Text),
+    Column("VERSION", "version", Kind::Text),
+    Column("LUNS", "luns", Kind::List),
+    Column("LAST SEEN", "last_seen_at", Kind::Time),
+];
+
+/// Asks without events; progress goes to standard error, where it does not disturb `--json`.
+fn ask(global: &Global, request: &Request) -> Result<Value, Refusal> {
+    let show_progress = !global.quiet && !global.json;
+    client::ask(global, request, |text| if show_progress { err(&format!("{text}\n")) }, |_| Ok(()))
+}
+
+fn show(global: &Global, request: &Request) -> Result<(), Refusal> {
+    print(global, &ask(global, request)?, details)
+}
+
+fn list(global: &Global, request: &Request, noun: &str, columns: &[Column]) -> Result<(), Refusal> {
+    let value = ask(global, request)?;
+    if !global.json && !global.quiet && value.as_array().is_some_and(Vec::is_empty) {
+        err(&format!("no {noun}\n"));
+        return Ok(());
+    }
+    print(global, &value, |value| rows(value, columns))
+}
+
+fn rows(value: &Value, columns: &[Column]) -> String {
+    table(value.as_array().map_or(&[], Vec::as_slice), columns)
+}
+
+fn status(value: &Value) -> String {
+    let mut value = value.clone();
+    let warnings = value.as_object_mut().and_then(|object| object.remove("warnings"));
+    let mut text = details(&value);
+    for warning in warnings.as_ref().and_then(Value::as_array).into_iter().flatten() {
+        text.push_str(&format!("warning: {}\n", warning.as_str().unwrap_or_default()));
+    }
+    text
+}
+
+fn config(global: &Global, verb: ConfigVerb) -> Result<(), Refusal> {
+    match verb {
+        ConfigVerb::Check { file } => offline::config_check(global, file),
+        ConfigVerb::Plan => {
+            let value = ask(global, &Request::ConfigPlan {})?;
+            print(global, &value, plan)?;
+            refused_changes(&value)
+        }
+        ConfigVerb::Apply => {
+            let value = match ask(global, &Request::ConfigApply { confirmed: global.yes }) {
+                Err(refusal) if refusal.code == api::CONFIRMATION && std::io::stdin().is_terminal() => {
+                    err(&format!("{refusal}\n"));
+                    for detail in &refusal.details {
+                        err(&format!("  {detail}\n"));
+                    }
+                    confirm(global, "Apply it?")?;
+                    ask(global, &Request::ConfigApply { confirmed: true })?
+                }
+                answer => answer?,
+            };
+            print(global, &value, plan)
+        }
+    }
+}
+
+fn plan(value: &Value) -> String {
+    let mut text = match value.get("changes") {
+        Some(changes) if changes.as_array().is_some_and(|c| !c.is_empty()) => rows(changes, CHANGES),
+        _ => "nothing changes\n".to_owned(),
+    };
+    let list = |key: &str| value.get(key).and_then(Value::as_array).into_iter().flatten();
+    for change in list("changes") {
+        for session in change.get("ends_sessions").and_then(Value::as_array).into_iter().flatten() {
+            let word = |key: &str| session.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+            text.push_str(&format!("ends session {} of {} from {}\n", session["id"], word("initiator"), word("peer")));
+        }
+    }
+    for (key, label) in [("unassigned_volumes", "unassigned volume"), ("warnings", "warning"), ("unserved", "not served yet")] {
+        for item in list(key) {
+            text.push_str(&format!("{label}: {}\n", item.as_str().unwrap_or_default()));
+        }
+    }
+    text
+}
+
+/// A plan that cannot be applied ends with the code of a refusal, for scripts that only look at that.
+fn refused_changes(value: &Value) -> Result<(), Refusal> {
+    let changes = value.get("changes").and_then(Value::as_array).into_iter().flatten();
+    let refused: Vec<String> = changes
+        .filter(|change| change["effect"] == "refused")
+        .map(|change| format!("{}: {}", change["subject"].as_str().unwrap_or_default(), change["text"].as_str().unwrap_or_default()))
+        .collect();
+    if refused.is_empty() {
+        return Ok(());
+    }
+    Err(Refusal::refused("config_refused", "this cannot be applied to a running daemon:", "nothing of the file is applied until that is solved")
+        .with_details(refused))
+}
+
+fn volume(global: &Global, verb: VolumeVerb) -> Result<(), Refusal> {
+    match verb {
+        VolumeVerb::List => list(global, &Request::VolumeList {}, "volumes", VOLUMES),
+        VolumeVerb::Rename { old, new } => show(global, &Request::VolumeRename { old, new }),
+        VolumeVerb::Delete { name } => {
+            confirm(global, &format!("Delete volume {name} with all its data and snapshots?"))?;
+            show(global, &Request::VolumeDelete { name })
+        }
+    }
+}
+
+fn snapshot(global: &Global, verb: SnapshotVerb) -> Result<(), Refusal> {
+    match verb {
+        SnapshotVerb::Create(create) => {
+            let request = Request::SnapshotCreate(api::SnapshotCreate {
+                luns: create.luns,
+                name: create.name,
+                consistency: create.consistency,
+                on_failure: create.on_failure,
+                lock_seconds: create.lock.as_ref().map(Duration::as_secs),
+                note: create.note,
+            });
+            let value = ask(global, &request)?;
+            print(global, &value, |value| match value {
+                Value::Array(_) => rows(value, CREATED),
+                one => rows(&json!([one]), CREATED),
+            })
+        }
+        SnapshotVerb::List { lun } => list(global, &Request::SnapshotList { lun }, "snapshots", SNAPSHOTS),
+        SnapshotVerb::Show { snapshot } => show(global, &Request::SnapshotShow { snapshot }),
+        SnapshotVerb::Delete { snapshot } => {
+            confirm(global, &format!("Delete snapshot {snapshot}?"))?;
+            show(global, &Request::SnapshotDelete { snapshot })
+        }
+        SnapshotVerb::Hold { snapshot } => show(global, &Request::SnapshotHold { snapshot, hold: true }),
+        SnapshotVerb::Release { snapshot } => show(global, &Request::SnapshotHold { snapshot, hold: false }),
+        SnapshotVerb::Diff { from, to } => {
+            let value = ask(global, &Request::SnapshotDiff { from, to })?;
+            print(global, &value, |value| {
+                let changed = value["changed_bytes"].as_u64().unwrap_or(0);
+                format!("{}changed: {}\n", rows(&value["extents"], EXTENTS), stillpoint_config::Size(changed))
+            })
+        }
+        SnapshotVerb::Revert { snapshot, force, plan } => revert(global, snapshot, force, plan),
+        SnapshotVerb::Mount { snapshot, read_only, initiator } => {
+            show(global, &Request::SnapshotMount { snapshot, read_only, initiators: initiator })
+        }
+        SnapshotVerb::Unmount { name, force } => {
+            confirm(global, &format!("Unmount {name}? What was written to it is gone then."))?;
+            show(global, &Request::SnapshotUnmount { name, force })
+        }
+    }
+}
+
+/// Shows the plan before it asks: what is lost, and whose sessions end.
+fn revert(global: &Global, snapshot: SnapshotRef, force: bool, plan: bool) -> Result<(), Refusal> {
+    if plan {
+        return show(global, &Request::SnapshotRevert { snapshot, force, plan: true });
+    }
+    if !global.yes {
+        if std::io::stdin().is_terminal() {
+            err(&details(&ask(global, &Request::SnapshotRevert { snapshot: snapshot.clone(), force, plan: true })?));
+        }
+        confirm(global, &format!("Revert {} to {snapshot}?", snapshot.lun))?;
+    }
+    show(global, &Request::SnapshotRevert { snapshot, force, plan: false })
+}
+
+fn agent(global: &Global, verb: AgentVerb) -> Result<(), Refusal> {
+    match verb {
+        AgentVerb::Token(TokenVerb::Create { luns, ttl }) => {
+            let value = ask(global, &Request::AgentTokenCreate { luns, ttl_seconds: ttl.as_secs() })?;
+            print(global, &value, details)
+        }
+        AgentVerb::List => list(global, &Request::AgentList {}, "agents", AGENTS),
+        AgentVerb::Show { id } => show(global, &Request::AgentShow { id }),
+        AgentVerb::Test { id } => show(global, &Request::AgentTest { id }),
+        AgentVerb::Allow { id, lun } => show(global, &Request::AgentAllow { id, lun }),
+        AgentVerb::Revoke { id } => {
+            confirm(global, &format!("Revoke agent {id}? It must enrol again to take part in snapshots."))?;
+            show(global, &Request::AgentRevoke { id })
+        }
+    }
+}
+
+fn store(global: &Global, verb: StoreVerb) -> Result<(), Refusal> {
+    match verb {
+        StoreVerb::Stats => show(global, &Request::StoreStats {}),
+        StoreVerb::Check { data_dir } => offline::store_check(global, data_dir),
+        StoreVerb::Dump { data_dir, out } => offline::store_dump(global, data_dir, out),
+        StoreVerb::Restore { file, data_dir } => offline::store_restore(global, data_dir, &file),
+    }
+}
+
+fn events(global: &Global, options: &Events) -> Result<(), Refusal> {
+    let request = Request::Events { follow: options.follow, newest: options.newest };
+    if !options.follow {
+        let value = ask(global, &request)?;
+        if global.json {
+            return out_json(&value);
+        }
+        for event in value.as_array().into_iter().flatten() {
+            if let Ok(event) = serde_json::from_value(event.clone()) {
+                out(&event_line(&event));
+            }
+        }
+        return Ok(());
+    }
+    // One line per event, so that a reader need not wait for the end of a list that has none.
+    let show = |event: Event| {
+        let line = if global.json { format!("{}\n", serde_json::to_string(&event)?) } else { event_line(&event) };
+        let mut stdout = std::io::stdout().lock();
+        stdout.write_all(line.as_bytes())?;
+        stdout.flush()
+    };
+    client::ask(global, &request, |_| {}, show).map(drop)
+}
+
+fn event_line(event: &Event) -> String {
+    let severity = match event.severity {
+        api::Severity::Info => "info",
+        api::Severity::Warning => "warning",
+        api::Severity::Error => "error",
+    };
+    let line = format!("{}  {}  {severity:7}  {}: {}", local_time(&event.time), event.code, event.subject, event.text);
+    let line: String = line.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect();
+    if event.who == crate::serve::events::DAEMON { format!("{line}\n") } else { format!("{line} (by {})\n", event.who) }
+}
