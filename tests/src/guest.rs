@@ -16,9 +16,8 @@ use data_encoding::BASE64;
 use crate::cpio::Archive;
 use crate::process::{Running, run};
 use crate::scratch::{Scratch, free_port};
+use crate::tools::{guest_parts, tool};
 
-/// Fetching, unpacking and imaging the guest on a slow line.
-const BUILD_LIMIT: Duration = Duration::from_secs(600);
 /// Power-on to control channel; 5 s on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// What a request may take when the caller does not say.
@@ -115,7 +114,7 @@ impl Guest {
     /// # Errors
     /// The guest cannot be built or does not boot.
     pub fn boot(scratch: &Scratch, spec: GuestSpec<'_>) -> Result<Self> {
-        let vm = built()?;
+        let vm = guest_parts()?;
         let name = spec.name;
         let initrd = scratch.file(&format!("{name}.initrd"));
         fs::write(&initrd, initrd_with(&vm.join("initrd"), &spec.payload)?).context("the guest's initrd")?;
@@ -127,7 +126,7 @@ impl Guest {
         let socket = scratch.file(&format!("{name}.sock"));
         let console = scratch.file(&format!("{name}-console.log"));
 
-        let mut command = qemu(&vm, &initrd, &socket, &console, spec.initiator, &forwarded);
+        let mut command = qemu(&vm, &initrd, &socket, &console, spec.initiator, &forwarded)?;
         let mut qemu = Running::start("qemu", &mut command, &scratch.file(&format!("{name}-qemu.log")))?;
         let deadline = Instant::now() + BOOT_LIMIT;
         let stream = loop {
@@ -278,18 +277,6 @@ impl Guest {
     }
 }
 
-/// The directory with the guest's parts, built when they are not there.
-fn built() -> Result<PathBuf> {
-    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let vm = tests.parent().context("the workspace's root")?.join("build/vm");
-    let mut command = Command::new("bash");
-    command.arg(tests.join("vm/build")).arg(&vm);
-    run(&mut command, BUILD_LIMIT)?
-        .success()
-        .context("tests/vm/build")?;
-    Ok(vm)
-}
-
 fn initrd_with(base: &Path, payload: &[Payload]) -> Result<Vec<u8>> {
     let mut bytes = fs::read(base).with_context(|| format!("reading {}", base.display()))?;
     // A second archive starts at a multiple of four bytes.
@@ -309,12 +296,12 @@ fn qemu(
     console: &Path,
     initiator: &str,
     forwarded: &[(u16, u16)],
-) -> Command {
+) -> Result<Command> {
     let mut network = "user,id=n0,ipv6=off".to_owned();
     for (guest, host) in forwarded {
         network.push_str(&format!(",hostfwd=tcp:127.0.0.1:{host}-:{guest}"));
     }
-    let mut command = Command::new("qemu-system-x86_64");
+    let mut command = tool("qemu-system-x86_64")?;
     command
         .args([
             "-accel",
@@ -349,5 +336,5 @@ fn qemu(
         ))
         .args(["-device", "virtio-blk-pci,drive=root", "-netdev", &network])
         .args(["-device", "virtio-net-pci,netdev=n0,romfile="]);
-    command
+    Ok(command)
 }

@@ -16,12 +16,14 @@ mod qemu_img;
 mod scratch;
 mod test_cu;
 mod tgt;
+mod tools;
 
 pub use daemon::Daemon;
 pub use guest::{Answer, Guest, GuestSpec, Payload};
 pub use process::{Finished, Running, run, wait_until};
 pub use proxy::Proxy;
-pub use qemu_img::{qemu_img, qemu_io, qemu_session, qemu_tool};
+pub use qemu_img::{qemu_img, qemu_io, qemu_session};
 pub use scratch::{Scratch, free_port, story};
 pub use test_cu::{Lists, Outcome, Tally, suite, tests_of_suite};
 pub use tgt::Tgt;
+pub use tools::tool;

@@ -1,7 +1,6 @@
 //! libiscsi's conformance suite, one process per test: a reservation left by a failed test would fail all that follow.
 
 use std::collections::BTreeMap;
-use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -10,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use crate::process::run;
+use crate::tools::tool;
 
 /// One test; the longest against tgt takes 3 s.
 const TEST_LIMIT: Duration = Duration::from_secs(60);
@@ -74,9 +74,9 @@ impl Tally {
 /// Names of all tests of the suite, as this version lists them.
 ///
 /// # Errors
-/// Package `libiscsi-bin` is missing.
+/// The suite cannot be started.
 pub fn tests_of_suite() -> Result<Vec<String>> {
-    let text = run(Command::new("iscsi-test-cu").arg("--list"), TEST_LIMIT)?.success()?;
+    let text = run(tool("iscsi-test-cu")?.arg("--list"), TEST_LIMIT)?.success()?;
     let names: Vec<String> = text
         .lines()
         .filter_map(|line| line.trim().strip_prefix("ALL."))
@@ -124,7 +124,7 @@ pub fn suite(tests: &[String], lanes: &[(String, String)]) -> Result<Tally> {
 }
 
 fn one(name: &str, lane: &(String, String)) -> Result<Outcome> {
-    let mut command = Command::new("iscsi-test-cu");
+    let mut command = tool("iscsi-test-cu")?;
     command.args([
         "--dataloss",
         "--fail",

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use stillpoint_tests::{Daemon, Scratch, free_port, qemu_img, qemu_io, qemu_session, run, story, wait_until};
+use stillpoint_tests::{
+    Daemon, Scratch, free_port, qemu_img, qemu_io, qemu_session, run, story, tool, wait_until,
+};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_stillpoint-under-test");
 const LIMIT: Duration = Duration::from_secs(30);
@@ -246,7 +248,7 @@ fn access_lists_and_portals() {
         )?;
         let inquiry = |portal: &str, iqn: &str, initiator: &str| {
             run(
-                Command::new("iscsi-inq")
+                tool("iscsi-inq")?
                     .args(["-i", initiator])
                     .arg(format!("iscsi://{portal}/{iqn}/0")),
                 LIMIT,
@@ -273,7 +275,7 @@ fn access_lists_and_portals() {
             );
         }
         let listed = run(
-            Command::new("iscsi-ls")
+            tool("iscsi-ls")?
                 .args(["-i", only])
                 .arg(format!("iscsi://{}", daemon.portal())),
             LIMIT,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use stillpoint_tests::{Daemon, qemu_img, qemu_io, run, story};
+use stillpoint_tests::{Daemon, qemu_img, qemu_io, run, story, tool};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_stillpoint-under-test");
 const LIMIT: Duration = Duration::from_secs(60);
@@ -184,8 +184,7 @@ fn chap_md5_by_libiscsi() {
         let listed = |target: &str| {
             let url = url("alice%a-good-secret-of-length@");
             run(
-                std::process::Command::new("iscsi-inq")
-                    .arg(format!("{url}?target_user=target&target_password={target}")),
+                tool("iscsi-inq")?.arg(format!("{url}?target_user=target&target_password={target}")),
                 LIMIT,
             )
         };

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use stillpoint_tests::{Daemon, Guest, GuestSpec, Scratch, story};
+use stillpoint_tests::{Daemon, Guest, GuestSpec, Scratch, Tgt, story};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_stillpoint-under-test");
 const INITIATOR: &str = "iqn.2026-11.test.guest:recovery";
@@ -24,6 +24,47 @@ fn boot(scratch: &Scratch) -> Result<Guest> {
     )
 }
 
+/// fio writes blocks that carry their checksums, and reads them all back; meanwhile `blow` strikes three times.
+fn verified_load(guest: &mut Guest, disk: &str, mut blow: impl FnMut() -> Result<()>) -> Result<()> {
+    // The rate keeps the writing phase longer than the blows on any machine.
+    guest.run(&format!(
+        "(fio --name=load --filename={disk} --size=48m --rw=randwrite --bs=4k --direct=1 --ioengine=libaio \
+           --iodepth=8 --fsync=64 --rate=,3m --verify=crc32c --verify_fatal=1 --do_verify=1 --output=/run/fio.txt \
+           >/run/fio.err 2>&1 && echo done >/run/fio.done || echo $? >/run/fio.failed) &"
+    ))?;
+    for round in 1..=3 {
+        thread::sleep(Duration::from_secs(3));
+        let ended = guest
+            .ask(
+                Duration::from_secs(10),
+                "ls /run/fio.done /run/fio.failed 2>/dev/null",
+            )?
+            .output;
+        ensure!(
+            ended.is_empty(),
+            "round {round}: the load ended too early: {ended}"
+        );
+        blow()?;
+    }
+    guest.wait_for(
+        "the load's end",
+        Duration::from_secs(240),
+        "[ -e /run/fio.done ] || [ -e /run/fio.failed ]",
+    )?;
+    let report = guest.run("cat /run/fio.txt /run/fio.err; ls /run/fio.*")?;
+    ensure!(report.contains("/run/fio.done"), "fio failed:\n{report}");
+    let kernel = guest.run("dmesg")?;
+    ensure!(
+        kernel.contains("detected conn error"),
+        "the session never broke; the story proves nothing:\n{kernel}"
+    );
+    ensure!(
+        !kernel.contains("I/O error"),
+        "the guest saw I/O errors:\n{kernel}"
+    );
+    Ok(())
+}
+
 #[test]
 fn daemon_killed_under_verified_load() {
     story("daemon killed under fio --verify", |scratch| {
@@ -35,46 +76,25 @@ fn daemon_killed_under_verified_load() {
         )?;
         let mut guest = boot(scratch)?;
         let disk = guest.run(&format!("iscsi-login {} iqn.2026-11.test:disk", daemon.portal()))?;
-        let disk = disk.trim();
-        // Direct writes with a flush now and then; every block carries its checksum and is read back at the end.
-        guest.run(&format!(
-            "setsid fio --name=load --filename={disk} --size=64m --rw=randwrite --bs=4k --direct=1 --ioengine=libaio \
-               --iodepth=8 --fsync=64 --rate=2m --verify=crc32c --verify_fatal=1 --do_verify=1 --output=/run/fio.txt \
-               >/run/fio.err 2>&1 && echo done >/run/fio.done || echo $? >/run/fio.failed &"
-        ))?;
-        for round in 1..=3 {
-            thread::sleep(Duration::from_secs(3));
-            let ended = guest
-                .ask(
-                    Duration::from_secs(10),
-                    "ls /run/fio.done /run/fio.failed 2>/dev/null",
-                )?
-                .output;
-            ensure!(
-                ended.is_empty(),
-                "round {round}: the load ended too early: {ended}"
-            );
+        verified_load(&mut guest, disk.trim(), || {
             daemon.kill()?;
             thread::sleep(Duration::from_millis(500));
-            daemon.resume()?;
-        }
-        guest.wait_for(
-            "the load to end",
-            Duration::from_secs(240),
-            "[ -e /run/fio.done ] || [ -e /run/fio.failed ]",
-        )?;
-        let report = guest.run("cat /run/fio.txt /run/fio.err; ls /run/fio.*")?;
-        ensure!(report.contains("/run/fio.done"), "fio failed:\n{report}");
-        let kernel = guest.run("dmesg")?;
-        ensure!(
-            kernel.contains("detected conn error"),
-            "the session never broke; the story proves nothing:\n{kernel}"
-        );
-        ensure!(
-            !kernel.contains("I/O error"),
-            "the guest saw I/O errors:\n{kernel}"
-        );
-        Ok(())
+            daemon.resume()
+        })
+    });
+}
+
+#[test]
+fn the_same_story_is_fair_to_tgt() {
+    story("oracle: tgt killed under fio --verify", |scratch| {
+        let mut tgt = Tgt::start(scratch, 256 << 20)?;
+        let mut guest = boot(scratch)?;
+        let disk = guest.run(&format!("iscsi-login {} {} 1", tgt.portal(), tgt.iqn()))?;
+        verified_load(&mut guest, disk.trim(), || {
+            tgt.kill();
+            thread::sleep(Duration::from_millis(500));
+            tgt.resume()
+        })
     });
 }
 

@@ -1,0 +1,49 @@
+//! Programs of Debian's packages, unpacked below `build/` by the scripts in `tests/vm/`: nothing is installed.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::process::run;
+
+/// Fetching, unpacking and imaging on a slow line.
+const BUILD_LIMIT: Duration = Duration::from_secs(600);
+
+/// One of QEMU's, libiscsi's or tgt's programs.
+///
+/// # Errors
+/// They cannot be fetched.
+pub fn tool(name: &str) -> Result<Command> {
+    static BIN: OnceLock<PathBuf> = OnceLock::new();
+    let bin = match BIN.get() {
+        Some(bin) => bin,
+        None => {
+            let bin = made("tools", "tools")?.join("bin");
+            BIN.get_or_init(|| bin)
+        }
+    };
+    Ok(Command::new(bin.join(name)))
+}
+
+/// The directory with the guest's kernel, initrd and root disk.
+pub(crate) fn guest_parts() -> Result<PathBuf> {
+    made("build", "vm")
+}
+
+/// Runs a script of `tests/vm/`, which does nothing when its result is there and up to date.
+fn made(script: &str, directory: &str) -> Result<PathBuf> {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let out = tests
+        .parent()
+        .context("the workspace's root")?
+        .join("build")
+        .join(directory);
+    let script = tests.join("vm").join(script);
+    run(Command::new("bash").arg(&script).arg(&out), BUILD_LIMIT)?
+        .success()
+        .with_context(|| format!("{} failed", script.display()))?;
+    Ok(out)
+}
