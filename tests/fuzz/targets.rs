@@ -8,10 +8,12 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use stillpoint_iscsi::{
-    Admission, Connection, ConnectionConfig, Directory, DiscoveryAsk, Event, LoginAsk, LoginStatus, Outcome, TargetGrant, TargetRecord,
-    TmfResponse, Tsih,
+    Admission, Connection, ConnectionConfig, Directory, DiscoveryAsk, Event, LoginAsk, LoginStatus, Outcome,
+    TargetGrant, TargetRecord, TmfResponse, Tsih,
 };
-use stillpoint_scsi::{BlockResult, BlockSize, Context, Limits, NexusId, NexusName, Plan, TargetPort, Unit, UnitSpec};
+use stillpoint_scsi::{
+    BlockResult, BlockSize, Context, Limits, NexusId, NexusName, Plan, TargetPort, Unit, UnitSpec,
+};
 
 /// A fuzz target.
 pub struct Target {
@@ -25,38 +27,84 @@ pub struct Target {
 
 /// All targets.
 pub const ALL: &[Target] = &[
-    Target { name: "iscsi_login", run: iscsi_login, seeds: login_seeds },
-    Target { name: "iscsi_session", run: iscsi_session, seeds: session_seeds },
-    Target { name: "scsi_cdb", run: scsi_cdb, seeds: cdb_seeds },
-    Target { name: "agent_frames", run: agent_frames, seeds: frame_seeds },
-    Target { name: "agent_token", run: agent_token, seeds: token_seeds },
-    Target { name: "config_text", run: config_text, seeds: config_seeds },
-    Target { name: "store_records", run: store_records, seeds: record_seeds },
+    Target {
+        name: "iscsi_login",
+        run: iscsi_login,
+        seeds: login_seeds,
+    },
+    Target {
+        name: "iscsi_session",
+        run: iscsi_session,
+        seeds: session_seeds,
+    },
+    Target {
+        name: "scsi_cdb",
+        run: scsi_cdb,
+        seeds: cdb_seeds,
+    },
+    Target {
+        name: "agent_frames",
+        run: agent_frames,
+        seeds: frame_seeds,
+    },
+    Target {
+        name: "agent_token",
+        run: agent_token,
+        seeds: token_seeds,
+    },
+    Target {
+        name: "config_text",
+        run: config_text,
+        seeds: config_seeds,
+    },
+    Target {
+        name: "store_records",
+        run: store_records,
+        seeds: record_seeds,
+    },
 ];
 
 struct Anything;
 
 impl Directory for Anything {
     fn login(&self, _: &LoginAsk<'_>) -> Result<TargetGrant, LoginStatus> {
-        Ok(TargetGrant { target: 1, alias: Some("demo".to_owned()), portal_group: 1, chap: None })
+        Ok(TargetGrant {
+            target: 1,
+            alias: Some("demo".to_owned()),
+            portal_group: 1,
+            chap: None,
+        })
     }
 
     fn discover(&self, _: &DiscoveryAsk<'_>) -> Vec<TargetRecord> {
-        let portals = vec![("192.0.2.1:3260".to_owned(), 1), ("[2001:db8::1]:3260".to_owned(), 1)];
-        vec![TargetRecord { name: "iqn.2026-11.io.stillpoint:demo".to_owned(), portals }]
+        let portals = vec![
+            ("192.0.2.1:3260".to_owned(), 1),
+            ("[2001:db8::1]:3260".to_owned(), 1),
+        ];
+        vec![TargetRecord {
+            name: "iqn.2026-11.io.stillpoint:demo".to_owned(),
+            portals,
+        }]
     }
 }
 
 fn connection(now: Instant) -> Connection {
     let address = SocketAddr::from(([127, 0, 0, 1], 3260));
-    Connection::new(now, ConnectionConfig::new(address, address, 1, [7; 32]), Arc::new(Anything))
+    Connection::new(
+        now,
+        ConnectionConfig::new(address, address, 1, [7; 32]),
+        Arc::new(Anything),
+    )
 }
 
 /// Feeds bytes as a socket would, and answers every event at once.
 fn feed(conn: &mut Connection, now: Instant, mut bytes: &[u8]) {
     while !bytes.is_empty() && !conn.is_closed() {
         let place = conn.space();
-        assert!(!place.is_empty(), "an open connection always has room for the next byte");
+        assert!(
+            !place.is_empty(),
+            "an open connection always has room for the next byte"
+        );
         let n = place.len().min(bytes.len());
         let (head, tail) = bytes.split_at(n);
         place[..n].copy_from_slice(head);
@@ -77,12 +125,26 @@ fn answer(conn: &mut Connection, now: Instant) {
             match event {
                 Event::Admission { .. } => conn.admit(now, Admission::Accept { tsih: Tsih(1) }),
                 Event::Command(command) => {
-                    let data = if command.read { Bytes::from(vec![0; command.edtl.min(8192) as usize]) } else { Bytes::new() };
+                    let data = if command.read {
+                        Bytes::from(vec![0; command.edtl.min(8192) as usize])
+                    } else {
+                        Bytes::new()
+                    };
                     let transfer_len = u64::from(command.edtl);
-                    conn.complete(now, command.task, Outcome { data, transfer_len, ..Outcome::default() });
+                    conn.complete(
+                        now,
+                        command.task,
+                        Outcome {
+                            data,
+                            transfer_len,
+                            ..Outcome::default()
+                        },
+                    );
                 }
                 Event::TaskManagement { tmf, affected, .. } => {
-                    affected.into_iter().for_each(|task| conn.complete(now, task, Outcome::default()));
+                    affected
+                        .into_iter()
+                        .for_each(|task| conn.complete(now, task, Outcome::default()));
                     conn.tmf_complete(now, tmf, TmfResponse::COMPLETE);
                 }
                 _ => {}
@@ -109,11 +171,16 @@ fn iscsi_login(data: &[u8]) {
 
 /// The first byte chooses the digests that were negotiated, the rest comes after the login.
 fn iscsi_session(data: &[u8]) {
-    let Some((&choice, rest)) = data.split_first() else { return };
+    let Some((&choice, rest)) = data.split_first() else {
+        return;
+    };
     let now = Instant::now();
     let mut conn = connection(now);
     let digest = |bit: u8| if choice & bit == 0 { "None" } else { "CRC32C" };
-    let more = [format!("HeaderDigest={}", digest(1)), format!("DataDigest={}", digest(2))];
+    let more = [
+        format!("HeaderDigest={}", digest(1)),
+        format!("DataDigest={}", digest(2)),
+    ];
     feed(&mut conn, now, &login(&more));
     feed(&mut conn, now, rest);
     drop(conn.handle_timeout(now + Duration::from_secs(60)));
@@ -123,7 +190,11 @@ fn iscsi_session(data: &[u8]) {
 /// A Login Request as QEMU sends it: one PDU from the operational stage to the full feature phase.
 fn login(more: &[String]) -> Vec<u8> {
     let mut text = String::new();
-    let fixed = ["InitiatorName=iqn.2008-11.org.linux-kvm", "TargetName=iqn.2026-11.io.stillpoint:demo", "SessionType=Normal"];
+    let fixed = [
+        "InitiatorName=iqn.2008-11.org.linux-kvm",
+        "TargetName=iqn.2026-11.io.stillpoint:demo",
+        "SessionType=Normal",
+    ];
     for key in fixed.iter().copied().chain(more.iter().map(String::as_str)) {
         text.push_str(key);
         text.push('\0');
@@ -141,7 +212,13 @@ fn login(more: &[String]) -> Vec<u8> {
 }
 
 fn login_seeds() -> Vec<Vec<u8>> {
-    let windows = ["HeaderDigest=None,CRC32C", "InitialR2T=No", "MaxBurstLength=262144", "ErrorRecoveryLevel=2", "MaxConnections=32"];
+    let windows = [
+        "HeaderDigest=None,CRC32C",
+        "InitialR2T=No",
+        "MaxBurstLength=262144",
+        "ErrorRecoveryLevel=2",
+        "MaxConnections=32",
+    ];
     let mut security = login(&["AuthMethod=CHAP,None".to_owned()]);
     security[1] = 0x81;
     vec![login(&[]), login(&windows.map(str::to_owned)), security]
@@ -163,25 +240,43 @@ fn pdu(opcode: u8, flags: u8, itt: u32, edtl: u32, cdb: &[u8], data: &[u8]) -> V
 
 fn session_seeds() -> Vec<Vec<u8>> {
     let read = pdu(0x01, 0xc1, 5, 512, &[0x28, 0, 0, 0, 0, 0, 0, 0, 1, 0], &[]);
-    let write = pdu(0x01, 0xa1, 6, 8192, &[0x2a, 0, 0, 0, 0, 0, 0, 0, 16, 0], &[0x5a; 512]);
+    let write = pdu(
+        0x01,
+        0xa1,
+        6,
+        8192,
+        &[0x2a, 0, 0, 0, 0, 0, 0, 0, 16, 0],
+        &[0x5a; 512],
+    );
     let mut data_out = pdu(0x05, 0x80, 6, 0, &[], &[0xa5; 7680]);
     data_out[40..44].copy_from_slice(&512_u32.to_be_bytes());
     let nop = pdu(0x40, 0x80, 7, 0xffff_ffff, &[], b"ping");
     let reset = pdu(0x42, 0x85, 8, 0xffff_ffff, &[], &[]);
     let text = pdu(0x44, 0x80, 9, 0xffff_ffff, &[], b"SendTargets=All\0");
     let logout = pdu(0x46, 0x80, 10, 0, &[], &[]);
-    [vec![read], vec![write.clone(), data_out], vec![nop, text], vec![write, reset], vec![logout]]
-        .into_iter()
-        .map(|pdus| std::iter::once(0).chain(pdus.into_iter().flatten()).collect())
-        .collect()
+    [
+        vec![read],
+        vec![write.clone(), data_out],
+        vec![nop, text],
+        vec![write, reset],
+        vec![logout],
+    ]
+    .into_iter()
+    .map(|pdus| std::iter::once(0).chain(pdus.into_iter().flatten()).collect())
+    .collect()
 }
 
 /// Input: length of the CDB, CDB, data-out. The same unit gets every command twice, from two I_T nexuses.
 fn scsi_cdb(data: &[u8]) {
     const LUN: u64 = 1 << 30;
-    let Some((&len, rest)) = data.split_first() else { return };
+    let Some((&len, rest)) = data.split_first() else {
+        return;
+    };
     let (cdb, data_out) = rest.split_at(rest.len().min(usize::from(len)));
-    let port = TargetPort { target: "iqn.2026-11.io.stillpoint:demo".to_owned(), portal_group: 1 };
+    let port = TargetPort {
+        target: "iqn.2026-11.io.stillpoint:demo".to_owned(),
+        portal_group: 1,
+    };
     for (block_size, bytes) in [(BlockSize::B512, 512), (BlockSize::B4096, 4096)] {
         let mut unit = Unit::new(UnitSpec {
             naa: [0x60; 16],
@@ -196,12 +291,20 @@ fn scsi_cdb(data: &[u8]) {
             limits: Limits::default(),
         });
         for nexus in [1, 2] {
-            let name = NexusName { initiator: format!("iqn.2026-11.example:{nexus}"), isid: [0x80, 0, 0, 0, 0, nexus], port: port.clone() };
+            let name = NexusName {
+                initiator: format!("iqn.2026-11.example:{nexus}"),
+                isid: [0x80, 0, 0, 0, 0, nexus],
+                port: port.clone(),
+            };
             unit.attach(NexusId(nexus.into()), name);
         }
         // The first command of a nexus meets its unit attention, the second is carried out.
         for nexus in [1, 1, 2, 2] {
-            let context = Context { nexus: NexusId(nexus), luns: &[0], data_in_max: 1 << 16 };
+            let context = Context {
+                nexus: NexusId(nexus),
+                luns: &[0],
+                data_in_max: 1 << 16,
+            };
             let reply = match unit.plan(&context, cdb, data_out) {
                 Plan::Done(reply) => reply,
                 Plan::Op(planned) => {
@@ -209,7 +312,10 @@ fn scsi_cdb(data: &[u8]) {
                     planned.finish(BlockResult::Done)
                 }
             };
-            assert!(reply.status != 2 || !reply.sense.is_empty(), "every CHECK CONDITION carries sense");
+            assert!(
+                reply.status != 2 || !reply.sense.is_empty(),
+                "every CHECK CONDITION carries sense"
+            );
         }
     }
     drop(stillpoint_scsi::absent_lun(cdb, &[0, 1]));
@@ -219,35 +325,50 @@ fn inside(op: &stillpoint_scsi::BlockOp, size: u64, sent: usize) {
     use stillpoint_scsi::BlockOp as Op;
     let (offset, len, data) = match *op {
         Op::Read { offset, len, .. } => (offset, u64::from(len), 0),
-        Op::Write { offset, len, .. } | Op::WriteAndVerify { offset, len, .. } | Op::OrWrite { offset, len, .. } => {
-            (offset, u64::from(len), len as usize)
-        }
+        Op::Write { offset, len, .. }
+        | Op::WriteAndVerify { offset, len, .. }
+        | Op::OrWrite { offset, len, .. } => (offset, u64::from(len), len as usize),
         Op::CompareAndWrite { offset, len, .. } => (offset, u64::from(len), 2 * len as usize),
         Op::Verify { offset, len, .. } => (offset, u64::from(len), 0),
         Op::WriteZeroes { offset, len, .. } | Op::LbaStatus { offset, len, .. } => (offset, len, 0),
         Op::WriteSame { offset, len, .. } => (offset, len, 512),
         Op::Unmap { ref ranges } => {
-            assert!(ranges.iter().all(|(offset, len)| offset.checked_add(*len).is_some_and(|end| end <= size)));
+            assert!(
+                ranges
+                    .iter()
+                    .all(|(offset, len)| offset.checked_add(*len).is_some_and(|end| end <= size))
+            );
             return;
         }
         _ => return,
     };
-    assert!(offset.checked_add(len).is_some_and(|end| end <= size), "{op:?} ends behind the LUN");
+    assert!(
+        offset.checked_add(len).is_some_and(|end| end <= size),
+        "{op:?} ends behind the LUN"
+    );
     assert!(data <= sent, "{op:?} needs more data than was sent");
 }
 
 fn cdb_seeds() -> Vec<Vec<u8>> {
     let with_data = |cdb: &[u8], data: &[u8]| [&[u8::try_from(cdb.len()).unwrap()], cdb, data].concat();
-    let unmap = [0, 22, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0, 0, 0];
+    let unmap = [
+        0, 22, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0, 0, 0,
+    ];
     vec![
         with_data(&[0x12, 0, 0, 0, 36, 0], &[]),
         with_data(&[0x12, 1, 0x83, 0, 255, 0], &[]),
         with_data(&[0x1a, 0, 0x3f, 0, 255, 0], &[]),
-        with_data(&[0x15, 0x11, 0, 0, 24, 0], &[&[0; 4][..], &[8, 18, 4], &[0; 17]].concat()),
+        with_data(
+            &[0x15, 0x11, 0, 0, 24, 0],
+            &[&[0; 4][..], &[8, 18, 4], &[0; 17]].concat(),
+        ),
         with_data(&[0x28, 0, 0, 0, 0, 1, 0, 0, 8, 0], &[]),
         with_data(&[0x2a, 8, 0, 0, 0, 1, 0, 0, 1, 0], &[1; 512]),
         with_data(&[0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0], &unmap),
-        with_data(&[0x5f, 0, 0, 0, 0, 0, 0, 0, 24, 0], &[&[0; 8][..], &[1; 8], &[0; 8]].concat()),
+        with_data(
+            &[0x5f, 0, 0, 0, 0, 0, 0, 0, 24, 0],
+            &[&[0; 8][..], &[1; 8], &[0; 8]].concat(),
+        ),
         with_data(&[0x5e, 3, 0, 0, 0, 0, 0, 1, 0, 0], &[]),
         with_data(&[0x89, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0], &[2; 1024]),
         with_data(&[0x93, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0], &[0; 512]),
@@ -290,7 +411,12 @@ fn hello() -> stillpoint_agentproto::message::Hello {
 
 fn frame_seeds() -> Vec<Vec<u8>> {
     let now = Instant::now();
-    let mut dialer = stillpoint_agentproto::channel::Channel::dial(now, hello(), 1, stillpoint_agentproto::frame::MAX_BODY);
+    let mut dialer = stillpoint_agentproto::channel::Channel::dial(
+        now,
+        hello(),
+        1,
+        stillpoint_agentproto::frame::MAX_BODY,
+    );
     let mut seed = Vec::new();
     while let Some(bytes) = dialer.poll_transmit() {
         seed.extend_from_slice(&bytes);
@@ -312,32 +438,57 @@ fn token_seeds() -> Vec<Vec<u8>> {
 
 fn config_text(data: &[u8]) {
     if let Ok(text) = std::str::from_utf8(data) {
-        drop(stillpoint_config::Config::parse(text, Path::new("stillpoint.toml")));
+        drop(stillpoint_config::Config::parse(
+            text,
+            Path::new("stillpoint.toml"),
+        ));
     }
 }
 
 fn config_seeds() -> Vec<Vec<u8>> {
     let text = include_str!("../../config/examples/minimal.toml");
-    vec![text.as_bytes().to_vec(), b"[[lun]]\nname = \"a\"\nsize = \"1GiB\"\n".to_vec()]
+    vec![
+        text.as_bytes().to_vec(),
+        b"[[lun]]\nname = \"a\"\nsize = \"1GiB\"\n".to_vec(),
+    ]
 }
 
-/// Input: length of the key, key, value: whatever the metadata store may hold after damage.
+/// Input: length of the key, key, payload. The payload is sealed first: a checksum would stop almost every input otherwise, and
+/// damage that a checksum catches is no parser's work.
 fn store_records(data: &[u8]) {
-    use stillpoint_snapshot::record;
-    let Some((&len, rest)) = data.split_first() else { return };
-    let (key, value) = rest.split_at(rest.len().min(usize::from(len)));
-    drop(record::Key::parse(key));
-    drop(record::System::decode(value));
-    drop(stillpoint_snapshot::page::Page::decode(value));
-    drop(record::decode_bitmap(0, value));
-    drop(record::decode_counts(0, value));
-    drop(record::decode_journal(1, 0, value));
-    drop(record::decode_value("name", value));
+    use stillpoint_snapshot::record::{self, Key};
+    let Some((&len, rest)) = data.split_first() else {
+        return;
+    };
+    let (key, payload) = rest.split_at(rest.len().min(usize::from(len)));
+    let Ok(parsed) = Key::parse(key) else { return };
+    let value = record::sealed(key, payload.to_vec());
+    for value in [&value[..], payload] {
+        match &parsed {
+            Key::System => drop(record::SystemRecord::decode(value)),
+            Key::Branch(id) => drop(record::BranchRecord::decode(*id, value)),
+            Key::Snapshot(id) => drop(record::SnapshotRecord::decode(*id, value)),
+            Key::Page(page) => drop(record::decode_page(*page, value)),
+            Key::Changed(_) => {}
+            Key::Bitmap(chunk) => drop(record::decode_bitmap(*chunk, value)),
+            Key::Counts(block) => drop(record::decode_counts(*block, value)),
+            Key::Journal(txg, sequence) => drop(record::decode_journal(*txg, *sequence, value)),
+            Key::Job(id) => drop(record::JobRecord::decode(*id, value)),
+            Key::Value(name) => drop(record::decode_value(name, value)),
+        }
+    }
 }
 
 fn record_seeds() -> Vec<Vec<u8>> {
-    use stillpoint_snapshot::record;
-    let key = record::key::value("name");
-    let value = record::encode_value("name", b"value");
-    vec![[&[u8::try_from(key.len()).unwrap()], &key[..], &value[..]].concat()]
+    use stillpoint_snapshot::record::key;
+    let keys = [
+        key::system(),
+        key::bitmap(3),
+        key::counts(1),
+        key::journal(7, 0),
+        key::job(1),
+        key::value("name"),
+    ];
+    let seed = |key: &Vec<u8>| [&[u8::try_from(key.len()).unwrap()], &key[..], &[0; 96]].concat();
+    keys.iter().map(seed).collect()
 }

@@ -221,11 +221,18 @@ fn offline_store() {
             "two dumps of one store differ"
         );
 
-        // Bytes gone wrong are found and nothing is lost without a word.
-        let superblocks = damage(&daemon)?;
+        // Bytes gone wrong are found, and a dump brings the metadata back.
+        damage(&daemon)?;
         let checked = daemon.cli(&["store", "check"])?;
         ensure!(checked.code == 1, "a damaged store passed: {checked:?}");
-        superblocks.undo()?;
+        let file = scratch.file("dump.txt");
+        std::fs::write(&file, dump)?;
+        let file = file.display().to_string();
+        ensure!(
+            daemon.cli(&["store", "restore", &file])?.code != 0,
+            "restored without a question"
+        );
+        daemon.text(&["store", "restore", &file, "--yes"])?;
         daemon.text(&["store", "check"])?;
         daemon.resume()?;
         qemu_io(
@@ -233,23 +240,19 @@ fn offline_store() {
             &["read -P 0x11 0 1M", "read -P 0x22 1M 1M", "read -P 0x11 2M 2M"],
         )?
         .success()?;
+        ensure!(
+            daemon
+                .json(&["snapshot", "list", "disk"])?
+                .to_string()
+                .contains("first"),
+            "the snapshot is lost"
+        );
         Ok(())
     });
 }
 
-/// The pool's metadata, overwritten in the middle.
-struct Damage {
-    file: std::path::PathBuf,
-    before: Vec<u8>,
-}
-
-impl Damage {
-    fn undo(self) -> Result<()> {
-        std::fs::write(&self.file, self.before).context("putting the bytes back")
-    }
-}
-
-fn damage(daemon: &Daemon) -> Result<Damage> {
+/// Turns 4 KiB of the metadata's log over.
+fn damage(daemon: &Daemon) -> Result<()> {
     let found = run(
         Command::new("find")
             .arg(daemon.data())
@@ -263,17 +266,15 @@ fn damage(daemon: &Daemon) -> Result<Damage> {
             .next()
             .context("no file `db` of the metadata store")?,
     );
-    let before = std::fs::read(&file)?;
-    let mut bytes = before.clone();
-    let zeroed = bytes
+    let mut bytes = std::fs::read(&file)?;
+    let turned = bytes
         .iter_mut()
         .filter(|byte| **byte != 0)
         .take(4096)
         .map(|byte| *byte = !*byte)
         .count();
-    ensure!(zeroed > 0, "{} is empty", file.display());
-    std::fs::write(&file, bytes)?;
-    Ok(Damage { file, before })
+    ensure!(turned > 0, "{} is empty", file.display());
+    std::fs::write(&file, bytes).context("damaging the metadata")
 }
 
 #[test]

@@ -151,7 +151,7 @@ impl Scene {
                 .as_array()
                 .into_iter()
                 .flatten()
-                .any(|agent| agent["connected"] == true);
+                .any(|agent| agent["state"] == "connected");
             if connected {
                 return Ok(());
             }
@@ -621,7 +621,7 @@ fn wait_connected(scene: &Scene) -> Result<()> {
             .as_array()
             .into_iter()
             .flatten()
-            .any(|agent| agent["connected"] == true))
+            .any(|agent| agent["state"] == "connected"))
     })
 }
 
