@@ -59,14 +59,14 @@ const fn command(access: Access, usage: &'static [u8]) -> Command {
     }
 }
 
-/// `usage[1]` carries the service action itself.
+/// The low bits of `usage[1]` are the service action itself.
 const fn action(access: Access, usage: &'static [u8]) -> Command {
     let [opcode, service_action, ..] = usage else {
         panic!("a service action has two bytes")
     };
     Command {
         opcode: *opcode,
-        service_action: Some(*service_action),
+        service_action: Some(*service_action & 0x1f),
         access,
         usage,
     }
@@ -153,7 +153,7 @@ pub(crate) static COMMANDS: &[Command] = &[
     action(Read, &[op::SERVICE_ACTION_IN_16, 0x12, F, F, F, F, F, F, F, F, F, F, F, F, 0, 0]),
     command(Free, &[op::REPORT_LUNS, 0, F, 0, 0, 0, F, F, F, F, 0, 0]),
     // Bits 7-5 of REPORT TARGET PORT GROUPS choose the header's format.
-    action(Free, &[op::MAINTENANCE_IN, 0x0a, 0, 0, 0, 0, F, F, F, F, 0, 0]),
+    action(Free, &[op::MAINTENANCE_IN, 0x2a, 0, 0, 0, 0, F, F, F, F, 0, 0]),
     action(Exclusive, &[op::MAINTENANCE_IN, 0x0c, 0x87, F, F, F, F, F, F, F, 0, 0]),
     action(Exclusive, &[op::MAINTENANCE_IN, 0x0d, 0x80, 0, 0, 0, F, F, F, F, 0, 0]),
     command(Read, &[op::READ_12, 0x18, F, F, F, F, F, F, F, F, 0, 0]),
