@@ -75,7 +75,7 @@ pub(crate) struct Problems(pub(crate) Vec<String>);
 impl Config {
     /// Reads the file; a missing default file means defaults, a missing named file is an error.
     pub(crate) fn load(named: Option<&Path>) -> Result<Self, Problems> {
-        let path = named.unwrap_or(Path::new(PATH));
+        let path = named.unwrap_or_else(|| Path::new(PATH));
         match std::fs::read_to_string(path) {
             Ok(text) => Self::parse(&text, path),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && named.is_none() => Ok(Self::default()),

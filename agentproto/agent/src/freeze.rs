@@ -20,6 +20,9 @@ use crate::journal;
 use crate::sys;
 use crate::volumes::{self, DeviceNumber, Root, Volume};
 
+/// For all hooks after the thaw together: the target waits 30 s for the answer to Release (agent-protocol.md §5).
+const THAW_TIME_MAX: Duration = Duration::from_secs(20);
+
 /// What to freeze.
 #[derive(Debug, Clone)]
 pub(crate) struct Order {
@@ -127,18 +130,18 @@ pub(crate) enum Broken {
 pub(crate) struct HookResult {
     /// The hook.
     pub(crate) hook: Hook,
-    /// Why it failed, if it did.
-    pub(crate) error: Option<String>,
+    /// Why `freeze` failed, if it did: it takes no part.
+    pub(crate) freeze_error: Option<String>,
+    /// Why `thaw` failed, if it did.
+    pub(crate) thaw_error: Option<String>,
 }
 
 /// How a hold ended.
 #[derive(Debug, Clone)]
 pub(crate) struct Released {
-    /// From before the first FIFREEZE to after the last FITHAW.
-    pub(crate) held: Duration,
     /// Why the hold was not in force until its release, if it was not.
     pub(crate) broken: Option<Broken>,
-    /// Every hook that was run, with what `freeze` and `thaw` said together.
+    /// Every hook that was run.
     pub(crate) hooks: Vec<HookResult>,
 }
 
@@ -171,18 +174,6 @@ impl Hold {
             state.broken.get_or_insert(why);
             state.thaw();
         }
-    }
-
-    /// How long it has been (or was) frozen.
-    pub(crate) fn held(&self) -> Option<Duration> {
-        let state = self.lock();
-        let began = state.began?;
-        Some(state.ended.unwrap_or_else(Instant::now).saturating_duration_since(began))
-    }
-
-    /// Is something frozen now?
-    pub(crate) fn is_frozen(&self) -> bool {
-        !self.lock().frozen.is_empty()
     }
 
     fn is_broken(&self) -> bool {
@@ -238,12 +229,15 @@ impl State {
         while let Some((point, dir)) = self.frozen.pop() {
             match sys::thaw(&dir) {
                 Ok(()) => {}
+                // At the end of the hold the guard may be first, by microseconds.
                 Err(error) if sys::was_not_frozen(&error) => {
-                    self.broken.get_or_insert(Broken::Somebody(point));
+                    let over = self.began.is_some_and(|began| began.elapsed() >= self.limit);
+                    self.broken.get_or_insert(if over { Broken::Expired } else { Broken::Somebody(point) });
                 }
                 Err(error) => {
                     tracing::error!(point, %error, "cannot be thawed: run `stillpoint-agent thaw`");
-                    self.broken.get_or_insert(Broken::ThawFailed(format!("{point} cannot be thawed: {error}")));
+                    let why = format!("{point} cannot be thawed: {error}");
+                    self.broken.get_or_insert(Broken::ThawFailed(why));
                 }
             }
         }
@@ -265,7 +259,7 @@ pub(crate) struct Freezer {
 impl Freezer {
     /// Freezes everything in the order, or nothing.
     ///
-    /// `began` is called once, when the hold begins: after the hooks, before the first FIFREEZE.
+    /// `begin` is called once, when the hold begins: after the hooks, before the first FIFREEZE. Its `false` stops everything.
     ///
     /// # Errors
     /// Whatever the error, nothing is frozen any more and the hooks that ran were told to go on.
@@ -273,22 +267,22 @@ impl Freezer {
         settings: &Settings,
         order: &Order,
         hold: &Arc<Hold>,
-        began: impl FnOnce(),
-    ) -> Result<Self, FreezeError> {
+        begin: impl FnOnce() -> bool,
+    ) -> Result<Self, Box<(FreezeError, Released)>> {
         let journal = journal::path(&settings.run_dir, &order.session);
         let mut freezer =
             Self { settings: settings.clone(), hold: Arc::clone(hold), guard: None, journal, ran: Vec::new() };
-        match freezer.steps(order, began) {
+        match freezer.steps(order, begin) {
             Ok(()) => Ok(freezer),
             Err(error) => {
                 hold.break_off(Broken::Asked(error.to_string()));
-                freezer.release(false);
-                Err(error)
+                let released = freezer.release(false);
+                Err(Box::new((error, released)))
             }
         }
     }
 
-    fn steps(&mut self, order: &Order, began: impl FnOnce()) -> Result<(), FreezeError> {
+    fn steps(&mut self, order: &Order, begin: impl FnOnce() -> bool) -> Result<(), FreezeError> {
         let volumes: Vec<&Volume> = order.volumes.iter().filter(|volume| volume.needs_freeze()).collect();
         refuse_protected(&self.settings, &volumes)?;
         let mut dirs = volumes.iter().map(|volume| open(volume)).collect::<Result<Vec<_>, _>>()?;
@@ -306,8 +300,10 @@ impl Freezer {
         if let Some(guard) = &mut self.guard {
             guard.arm()?;
         }
+        if !begin() {
+            self.hold.break_off(Broken::Asked("the session was ended before the hold began".to_owned()));
+        }
         self.hold.begin(order.hold);
-        began();
         for (volume, dir) in volumes.iter().zip(dirs.drain(..)) {
             self.hold.check()?;
             sys::freeze(&dir).map_err(|error| freeze_error(volume, &error))?;
@@ -326,7 +322,7 @@ impl Freezer {
             let result = hook.run(Verb::Freeze, left, &|| hold.is_broken());
             let error = result.as_ref().err().map(ToString::to_string);
             // Kept before the error is returned: a hook that failed half-way has to be told to go on, too.
-            self.ran.push(HookResult { hook: hook.clone(), error });
+            self.ran.push(HookResult { hook: hook.clone(), freeze_error: error, thaw_error: None });
             match result {
                 Err(error) if !(order.apps_may_fail && hook.application.is_some()) => return Err(error.into()),
                 _ => {}
@@ -343,6 +339,7 @@ impl Freezer {
     /// Ends the hold and tells the hooks to go on. Thawing comes first, everything else can wait.
     pub(crate) fn release(mut self, taken: bool) -> Released {
         let (held, mut broken) = self.hold.end();
+        tracing::debug!(held_ms = held.as_millis(), ?broken, "thawed");
         if let Some(guard) = self.guard.take()
             && !guard.finish()
         {
@@ -351,12 +348,11 @@ impl Freezer {
         journal::remove(&self.journal);
         let taken = taken && broken.is_none();
         self.thaw_hooks(taken);
-        Released { held, broken, hooks: self.ran }
+        Released { broken, hooks: self.ran }
     }
 
     fn thaw_hooks(&mut self, taken: bool) {
-        let allowed = self.settings.hook_time_max;
-        let deadline = Instant::now() + allowed;
+        let deadline = Instant::now() + THAW_TIME_MAX;
         for ran in self.ran.iter_mut().rev() {
             // A hook gets a second even when others used all the time: it must not miss its thaw.
             let left = || deadline.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
@@ -366,7 +362,7 @@ impl Freezer {
             }
             if let Err(error) = ran.hook.run(Verb::Thaw, left(), &|| false) {
                 tracing::error!(%error, "a hook failed at thaw: look at its application");
-                ran.error.get_or_insert(error.to_string());
+                ran.thaw_error = Some(error.to_string());
             }
         }
     }

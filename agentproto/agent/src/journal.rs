@@ -124,6 +124,14 @@ fn thaw_entry(entry: &Entry, mounts: &[Mount]) -> Recovered {
     Recovered { point: at, outcome }
 }
 
+/// The sessions that have a journal now.
+pub(crate) fn names(run_dir: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(run_dir) else { return Vec::new() };
+    let paths = entries.flatten().map(|entry| entry.path()).filter(|path| is_journal(path));
+    let stem = |path: PathBuf| path.file_stem().map(|stem| stem.to_string_lossy().replacen("frozen-", "", 1));
+    paths.filter_map(stem).collect()
+}
+
 /// The kernel's name for this boot.
 pub(crate) fn boot_id(root: &Root) -> String {
     root.text("/proc/sys/kernel/random/boot_id").unwrap_or_default()

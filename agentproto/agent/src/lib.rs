@@ -1,21 +1,40 @@
-//! The reference snapshot agent for Linux.
+//! The reference snapshot agent for Linux: one program with its whole logic here, so that tests can run it as it is.
+//!
+//! ```text
+//!   target ◀─── registration ───┐                ┌── plan ── volumes (sysfs, mountinfo), hooks
+//!      │                        ├── engine ──────┤
+//!      └──────▶ listener ───────┘  (one per      └── freeze ── sys (ioctls), guard (2nd process), journal
+//!              snapshot channels    target)
+//! ```
+//!
+//! What the protocol says is decided in `stillpoint-agentproto`; here is what happens on the host.
 #![deny(unsafe_code)]
-#![expect(dead_code, reason = "wip")]
 
+mod cli;
 mod config;
+mod dial;
+mod engine;
+mod enrol;
 mod freeze;
 mod guard;
 mod hooks;
+mod host;
 mod journal;
 mod link;
+mod listener;
+mod log;
 mod plan;
+mod registration;
+mod report;
+mod run;
 mod state;
+mod status;
 mod sys;
 mod tls;
 mod volumes;
 
-/// Runs the program.
+/// Runs the program with the process's arguments.
 #[must_use]
 pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+    cli::main()
 }

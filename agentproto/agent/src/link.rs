@@ -1,8 +1,9 @@
-//! A [`Channel`] over a byte stream: the only place that moves protocol bytes.
+//! A protocol machine over a byte stream: the only place that moves protocol bytes.
 
 use std::time::{Duration, Instant};
 
 use stillpoint_agentproto::channel::{Channel, ChannelError, ChannelEvent};
+use stillpoint_agentproto::registration::{AgentEnd, AgentEvent};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 
 /// A peer that does not take a single byte for this long is gone.
@@ -25,12 +26,64 @@ pub(crate) enum LinkError {
     WriteTimeout,
 }
 
+/// The sans-IO half of a connection.
+pub(crate) trait Machine {
+    /// What it tells its owner.
+    type Event;
+    /// Takes bytes that came in.
+    fn receive(&mut self, now: Instant, bytes: &[u8]) -> Result<(), ChannelError>;
+    /// What came in.
+    fn poll_event(&mut self) -> Option<Self::Event>;
+    /// What has to go out.
+    fn poll_transmit(&mut self) -> Option<Vec<u8>>;
+    /// Shall more be read?
+    fn wants_receive(&self) -> bool;
+    /// Is nothing to come any more?
+    fn is_closed(&self) -> bool;
+    /// When time changes something.
+    fn poll_timeout(&self) -> Option<Instant>;
+    /// Lets time pass.
+    fn handle_timeout(&mut self, now: Instant) -> Result<(), ChannelError>;
+}
+
+macro_rules! machine {
+    ($machine:ty, $event:ty, $wants:expr) => {
+        impl Machine for $machine {
+            type Event = $event;
+            fn receive(&mut self, now: Instant, bytes: &[u8]) -> Result<(), ChannelError> {
+                <$machine>::receive(self, now, bytes)
+            }
+            fn poll_event(&mut self) -> Option<$event> {
+                <$machine>::poll_event(self)
+            }
+            fn poll_transmit(&mut self) -> Option<Vec<u8>> {
+                <$machine>::poll_transmit(self)
+            }
+            fn wants_receive(&self) -> bool {
+                let wants: fn(&$machine) -> bool = $wants;
+                wants(self)
+            }
+            fn is_closed(&self) -> bool {
+                <$machine>::is_closed(self)
+            }
+            fn poll_timeout(&self) -> Option<Instant> {
+                <$machine>::poll_timeout(self)
+            }
+            fn handle_timeout(&mut self, now: Instant) -> Result<(), ChannelError> {
+                <$machine>::handle_timeout(self, now)
+            }
+        }
+    };
+}
+machine!(Channel, ChannelEvent, Channel::wants_receive);
+machine!(AgentEnd, AgentEvent, |end| !end.is_closed());
+
 /// One connection.
-pub(crate) struct Link<S> {
+pub(crate) struct Link<S, M> {
     read: ReadHalf<S>,
     write: WriteHalf<S>,
     /// The protocol's state: requests and replies are handed to it directly, [`Link::event`] sends them.
-    pub(crate) channel: Channel,
+    pub(crate) machine: M,
     incoming: Box<[u8]>,
     outgoing: Vec<u8>,
     unflushed: bool,
@@ -38,37 +91,37 @@ pub(crate) struct Link<S> {
     write_by: Option<Instant>,
 }
 
-impl<S: AsyncRead + AsyncWrite> Link<S> {
+impl<S: AsyncRead + AsyncWrite, M: Machine> Link<S, M> {
     /// A connection whose TLS handshake is done.
-    pub(crate) fn new(stream: S, channel: Channel) -> Self {
+    pub(crate) fn new(stream: S, machine: M) -> Self {
         let (read, write) = tokio::io::split(stream);
         let incoming = vec![0; 16 * 1024].into_boxed_slice();
-        Self { read, write, channel, incoming, outgoing: Vec::new(), unflushed: false, write_by: None }
+        Self { read, write, machine, incoming, outgoing: Vec::new(), unflushed: false, write_by: None }
     }
 
     /// Moves bytes both ways until something has come in. Cancel-safe: nothing is lost when the future is dropped.
-    pub(crate) async fn event(&mut self) -> Result<ChannelEvent, LinkError> {
+    pub(crate) async fn event(&mut self) -> Result<M::Event, LinkError> {
         loop {
-            if let Some(event) = self.channel.poll_event() {
+            if let Some(event) = self.machine.poll_event() {
                 return Ok(event);
             }
             self.fill();
             let idle = self.outgoing.is_empty() && !self.unflushed;
-            if idle && self.channel.is_closed() {
+            if idle && self.machine.is_closed() {
                 return Err(LinkError::Closed);
             }
-            let deadline = self.channel.poll_timeout().into_iter().chain(self.write_by).min();
+            let deadline = self.machine.poll_timeout().into_iter().chain(self.write_by).min();
             tokio::select! {
                 moved = push(&mut self.write, &mut self.outgoing, &mut self.unflushed), if !idle => {
                     moved?;
                     self.write_by = None;
                 }
-                count = self.read.read(&mut self.incoming), if self.channel.wants_receive() => {
+                count = self.read.read(&mut self.incoming), if self.machine.wants_receive() => {
                     let count = count?;
                     if count == 0 {
                         return Err(LinkError::Closed);
                     }
-                    let received = self.channel.receive(Instant::now(), self.incoming.get(..count).unwrap_or_default());
+                    let received = self.machine.receive(Instant::now(), self.incoming.get(..count).unwrap_or_default());
                     self.last_words(received).await?;
                 }
                 () = sleep_until(deadline) => {
@@ -76,7 +129,7 @@ impl<S: AsyncRead + AsyncWrite> Link<S> {
                     if self.write_by.is_some_and(|by| by <= now) {
                         return Err(LinkError::WriteTimeout);
                     }
-                    let handled = self.channel.handle_timeout(now);
+                    let handled = self.machine.handle_timeout(now);
                     self.last_words(handled).await?;
                 }
             }
@@ -99,7 +152,7 @@ impl<S: AsyncRead + AsyncWrite> Link<S> {
     }
 
     fn fill(&mut self) {
-        while let Some(bytes) = self.channel.poll_transmit() {
+        while let Some(bytes) = self.machine.poll_transmit() {
             self.outgoing.extend_from_slice(&bytes);
         }
         if self.outgoing.is_empty() && !self.unflushed {

@@ -173,7 +173,12 @@ impl Survey {
         differ("serial", grant.serial.clone(), disk.serial.clone());
         differ("target name", grant.iqn.clone(), Some(path.target.clone()));
         differ("LUN number", grant.number.map(|n| n.to_string()), Some(path.lun.to_string()));
-        differ("size", grant.size_bytes.map(|n| n.to_string()), Some(disk.size_bytes.to_string()));
+        if grant.size_bytes.is_some_and(|size_bytes| size_bytes != disk.size_bytes) {
+            // No error: a LUN that has grown can be snapshotted before its host has looked again.
+            let text = format!("{} has another size than the target says: rescan it (`iscsiadm -m session -R`)", disk.name);
+            let finding = finding(ErrorCode::IdentityMismatch, Severity::Warning, &grant.lun.to_string(), &text);
+            self.found.push(Found { finding, volume: None });
+        }
     }
 
     fn volume(&mut self, volume: &Volume, names: &BTreeSet<String>, protected: &[(PathBuf, String)]) {

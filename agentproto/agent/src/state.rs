@@ -215,7 +215,7 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.write_all(bytes)?;
     file.sync_all()?;
     fs::rename(&beside, path)?;
-    fs::File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+    fs::File::open(path.parent().unwrap_or_else(|| Path::new("/")))?.sync_all()
 }
 
 #[cfg(test)]

@@ -17,6 +17,8 @@ use rustix::fs::OFlags;
 pub(crate) use mountinfo::{DeviceNumber, Mount};
 pub(crate) use sysfs::{Disk, Root};
 
+/// The vendor of every Stillpoint LUN (INQUIRY).
+const VENDOR: &str = "STILLPNT";
 /// File systems whose superblock implements the freeze (agent-protocol.md §11).
 const FREEZABLE: [&str; 8] = ["ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "jfs", "nilfs2"];
 
@@ -80,8 +82,6 @@ pub(crate) struct Inventory {
     pub(crate) disks: Vec<Disk>,
     /// File systems on them.
     pub(crate) volumes: Vec<Volume>,
-    /// Initiator names of this host, configured and live.
-    pub(crate) initiators: BTreeSet<String>,
 }
 
 impl Inventory {
@@ -102,7 +102,7 @@ impl Inventory {
                 }
             }
         }
-        Self { disks, volumes, initiators: root.initiators() }
+        Self { disks, volumes }
     }
 
     /// The mounts of our own namespace.
@@ -113,6 +113,11 @@ impl Inventory {
     /// The paths to a LUN.
     pub(crate) fn paths<'a>(&'a self, naa: &'a str) -> impl Iterator<Item = &'a Disk> {
         self.disks.iter().filter(move |disk| disk.naa == naa)
+    }
+
+    /// The LUNs of Stillpoint targets, each once.
+    pub(crate) fn stillpoint_luns(&self) -> BTreeSet<&str> {
+        self.disks.iter().filter(|disk| disk.vendor == VENDOR).map(|disk| disk.naa.as_str()).collect()
     }
 
     /// The file systems on a LUN.
@@ -148,7 +153,7 @@ pub(crate) fn open(point: &Path, dev: DeviceNumber) -> io::Result<OwnedFd> {
 fn test_disk(root: &Root, lun: &TestLun) -> Option<Disk> {
     let name = root.block_name(&lun.path)?;
     let size_bytes = root.size_bytes(&name);
-    Some(Disk { name, naa: lun.naa.clone(), serial: None, size_bytes, path: None })
+    Some(Disk { name, naa: lun.naa.clone(), serial: None, vendor: VENDOR.to_owned(), size_bytes, path: None })
 }
 
 /// Groups the mounts of one namespace by superblock and keeps those that lie on a LUN.

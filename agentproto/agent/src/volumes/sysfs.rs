@@ -22,6 +22,8 @@ pub(crate) struct Disk {
     pub(crate) naa: String,
     /// Page 0x80.
     pub(crate) serial: Option<String>,
+    /// Vendor in its INQUIRY data.
+    pub(crate) vendor: String,
     /// Capacity, bytes.
     pub(crate) size_bytes: u64,
     /// The iSCSI path it is reached by; `None` for other transports.
@@ -180,8 +182,9 @@ impl Root {
         let naa = page83.as_deref().and_then(naa_of_page83).or_else(|| naa_of_wwid(&device))?;
         let page80 = fs::read(device.join("vpd_pg80")).ok();
         let serial = page80.and_then(|page| Some(String::from_utf8_lossy(page.get(4..)?).trim().to_owned()));
+        let vendor = read_text(&device.join("vendor")).unwrap_or_default();
         let size_bytes = self.size_bytes(name);
-        Some(Disk { name: name.to_owned(), naa, serial, size_bytes, path: self.iscsi_path(&device) })
+        Some(Disk { name: name.to_owned(), naa, serial, vendor, size_bytes, path: self.iscsi_path(&device) })
     }
 
     /// The device directory is `…/sessionN/targetH:C:T/H:C:T:L` when iSCSI carries it.
