@@ -1,8 +1,10 @@
-//! Unit attention conditions (SAM-5 §5.14): what each I_T nexus has to hear before its next command is carried out.
+//! Unit attention conditions (SAM-5 §5.14): what each I_T nexus has to hear before its next command is
+//! carried out.
 
 use crate::sense::{Sense, SenseKey};
 
-/// A unit attention condition, most urgent first: the order is the one in which they are reported (SAM-5 §5.14.2).
+/// A unit attention condition, most urgent first: the order is the one in which they are reported (SAM-5
+/// §5.14.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum UnitAttention {
     /// POWER ON, RESET, OR BUS DEVICE RESET OCCURRED: the first thing that a new I_T nexus hears.

@@ -1,7 +1,8 @@
-//! Commands on the medium (SBC-3 §5): every field is checked here, and a [`BlockOp`] never leaves the capacity.
+//! Commands on the medium (SBC-3 §5): every field is checked here, and a [`BlockOp`] never leaves the
+//! capacity.
 //!
-//! The order of checks is the same everywhere: fields of the CDB, the range, limits, nothing to do, write protection,
-//! the data that came.
+//! The order of checks is the same everywhere: fields of the CDB, the range, limits, nothing to do, write
+//! protection, the data that came.
 
 use crate::{
     cdb::{Blocks, Cdb, opcode},
@@ -17,8 +18,8 @@ struct Range {
     len: u64,
 }
 
-/// "If the LBA plus the transfer length exceeds the capacity": an empty range right at the end is inside, one behind it
-/// is not.
+/// "If the LBA plus the transfer length exceeds the capacity": an empty range right at the end is inside, one
+/// behind it is not.
 fn range(unit: &Unit, blocks: Blocks) -> Result<Range, Sense> {
     let end = blocks
         .lba
@@ -75,13 +76,7 @@ pub(crate) fn read(unit: &Unit, context: &Context<'_>, cdb: &Cdb) -> Result<Read
         len: wanted,
         fua: cdb.len() > 6 && cdb.bit(1, 0x08),
     };
-    Ok(Ready::Transfer(
-        op,
-        Answer::Data {
-            data_in_max: context.data_in_max,
-        },
-        u64::from(len),
-    ))
+    Ok(Ready::Transfer(op, Answer::Data, u64::from(len)))
 }
 
 /// How much of the data that a command wants has come, in whole blocks.
@@ -102,7 +97,8 @@ fn came(unit: &Unit, data_out: &[u8], len: u32) -> Came {
     }
 }
 
-/// A CHECK CONDITION that still counts the residual: the data of the command and the data that came do not agree.
+/// A CHECK CONDITION that still counts the residual: the data of the command and the data that came do not
+/// agree.
 fn wrong_data_length(unit: &Unit, transfer_len: u64) -> Ready {
     Ready::Reply(Reply {
         transfer_len,
@@ -202,7 +198,8 @@ pub(crate) fn prefetch(unit: &Unit, cdb: &Cdb) -> Result<Ready, Sense> {
     Ok(Ready::Reply(Reply::status(status::CONDITION_MET)))
 }
 
-/// SYNCHRONIZE CACHE(10) and (16): the whole unit, whatever the range; with IMMED too, as waiting harms nobody.
+/// SYNCHRONIZE CACHE(10) and (16): the whole unit, whatever the range; with IMMED too, as waiting harms
+/// nobody.
 pub(crate) fn synchronize(unit: &Unit, cdb: &Cdb) -> Result<Ready, Sense> {
     range(unit, cdb.extent())?;
     Ok(Ready::Op(BlockOp::Flush, Answer::Good))

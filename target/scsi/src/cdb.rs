@@ -51,8 +51,8 @@ pub mod opcode {
     pub const READ_DEFECT_DATA_12: u8 = 0xb7;
 }
 
-/// A CDB of up to sixteen bytes, padded with zeroes: iSCSI has room for sixteen, and longer ones are of commands that
-/// this device server does not know.
+/// A CDB of up to sixteen bytes, padded with zeroes: iSCSI has room for sixteen, and longer ones are of
+/// commands that this device server does not know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Cdb(pub(crate) [u8; 16]);
 
@@ -94,7 +94,8 @@ impl Cdb {
         (u64::from(self.u32(at)) << 32) | u64::from(self.u32(at + 4))
     }
 
-    /// Length in bytes as the group code of the operation code gives it (SPC-4 §4.2.5.1); 16 for the groups without one.
+    /// Length in bytes as the group code of the operation code gives it (SPC-4 §4.2.5.1); 16 for the groups
+    /// without one.
     pub(crate) const fn len(&self) -> usize {
         match self.0[0] >> 5 {
             0 => 6,
@@ -109,8 +110,8 @@ impl Cdb {
         self.byte(self.len() - 1)
     }
 
-    /// The LBA and transfer length of a media access CDB, by its length (SBC-3 §4.2, "CDB usage"). In a 6-byte CDB a
-    /// length of zero means 256 blocks (READ(6), WRITE(6)).
+    /// The LBA and transfer length of a media access CDB, by its length (SBC-3 §4.2, "CDB usage"). In a
+    /// 6-byte CDB a length of zero means 256 blocks (READ(6), WRITE(6)).
     pub(crate) fn extent(&self) -> Blocks {
         let (lba, count) = match self.len() {
             6 => {

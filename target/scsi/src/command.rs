@@ -1,16 +1,17 @@
-//! The commands that this device server knows: one table for dispatch, reservations and REPORT SUPPORTED OPERATION CODES.
+//! The commands that this device server knows: one table for dispatch, reservations and REPORT SUPPORTED
+//! OPERATION CODES.
 
 use crate::cdb::{Cdb, opcode as op};
 
-/// How a command fares while a reservation of another I_T nexus stands (SPC-4 tables 66 and 67, SBC-3 table 13; for
-/// RESERVE(6)/(10) SPC-2 §5.5.1).
+/// How a command fares while a reservation of another I_T nexus stands (SPC-4 tables 66 and 67, SBC-3 table
+/// 13; for RESERVE(6)/(10) SPC-2 §5.5.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
     /// Never conflicts.
     Free,
     /// TEST UNIT READY: conflicts with a RESERVE only.
     Ready,
-    /// Reads the medium: conflicts with exclusive access.
+    /// Reads the medium or the settings: conflicts with exclusive access.
     Read,
     /// Changes the medium or what all nexuses share: conflicts with every reservation.
     Exclusive,
@@ -98,8 +99,8 @@ const F: u8 = 0xff;
 
 use Access::{Exclusive, Free, Persistent, PreventAllow, Read, Ready, Reserve, StartStop};
 
-/// In the order of operation codes. What must be zero (PROTECT fields, ANCHOR, SP of LOG SENSE, NACA and the like) has
-/// no bits, nor has what is not looked at (group numbers).
+/// In the order of operation codes. What must be zero (PROTECT fields, ANCHOR, SP of LOG SENSE, NACA and the
+/// like) has no bits, nor has what is not looked at (group numbers).
 #[rustfmt::skip]
 pub(crate) static COMMANDS: &[Command] = &[
     command(Ready, &[op::TEST_UNIT_READY, 0, 0, 0, 0, 0]),
@@ -110,7 +111,7 @@ pub(crate) static COMMANDS: &[Command] = &[
     command(Exclusive, &[op::MODE_SELECT_6, 0x11, 0, 0, F, 0]),
     command(Reserve, &[op::RESERVE_6, 0, 0, 0, 0, 0]),
     command(Reserve, &[op::RELEASE_6, 0, 0, 0, 0, 0]),
-    command(Exclusive, &[op::MODE_SENSE_6, 0x08, F, F, F, 0]),
+    command(Read, &[op::MODE_SENSE_6, 0x08, F, F, F, 0]),
     command(StartStop, &[op::START_STOP_UNIT, 0x01, 0, 0, 0xf5, 0]),
     command(Exclusive, &[op::SEND_DIAGNOSTIC, 0xe4, 0, 0, 0, 0]),
     command(PreventAllow, &[op::PREVENT_ALLOW_MEDIUM_REMOVAL, 0, 0, 0, 0x01, 0]),
@@ -128,7 +129,7 @@ pub(crate) static COMMANDS: &[Command] = &[
     command(Exclusive, &[op::MODE_SELECT_10, 0x11, 0, 0, 0, 0, 0, F, F, 0]),
     command(Reserve, &[op::RESERVE_10, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
     command(Reserve, &[op::RELEASE_10, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
-    command(Exclusive, &[op::MODE_SENSE_10, 0x18, F, F, 0, 0, 0, F, F, 0]),
+    command(Read, &[op::MODE_SENSE_10, 0x18, F, F, 0, 0, 0, F, F, 0]),
     action(Persistent, &[op::PERSISTENT_RESERVE_IN, 0x00, 0, 0, 0, 0, 0, F, F, 0]),
     action(Persistent, &[op::PERSISTENT_RESERVE_IN, 0x01, 0, 0, 0, 0, 0, F, F, 0]),
     action(Persistent, &[op::PERSISTENT_RESERVE_IN, 0x02, 0, 0, 0, 0, 0, F, F, 0]),
@@ -154,8 +155,8 @@ pub(crate) static COMMANDS: &[Command] = &[
     command(Free, &[op::REPORT_LUNS, 0, F, 0, 0, 0, F, F, F, F, 0, 0]),
     // Bits 7-5 of REPORT TARGET PORT GROUPS choose the header's format.
     action(Free, &[op::MAINTENANCE_IN, 0x2a, 0, 0, 0, 0, F, F, F, F, 0, 0]),
-    action(Exclusive, &[op::MAINTENANCE_IN, 0x0c, 0x87, F, F, F, F, F, F, F, 0, 0]),
-    action(Exclusive, &[op::MAINTENANCE_IN, 0x0d, 0x80, 0, 0, 0, F, F, F, F, 0, 0]),
+    action(Read, &[op::MAINTENANCE_IN, 0x0c, 0x87, F, F, F, F, F, F, F, 0, 0]),
+    action(Read, &[op::MAINTENANCE_IN, 0x0d, 0x80, 0, 0, 0, F, F, F, F, 0, 0]),
     command(Read, &[op::READ_12, 0x18, F, F, F, F, F, F, F, F, 0, 0]),
     command(Exclusive, &[op::WRITE_12, 0x18, F, F, F, F, F, F, F, F, 0, 0]),
     command(Exclusive, &[op::WRITE_AND_VERIFY_12, 0x16, F, F, F, F, F, F, F, F, 0, 0]),

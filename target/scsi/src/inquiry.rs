@@ -13,7 +13,8 @@ pub const PRODUCT: [u8; 16] = *b"VIRTUAL DISK    ";
 const VERSION: u8 = 0x06;
 /// HISUP (Windows finds LUNs above 8 only with it) and RESPONSE DATA FORMAT 2.
 const FORMAT: u8 = 0x12;
-/// Claimed standards: SAM-5, iSCSI, SPC-4, SBC-3 (SPC-4 annex E.2: architecture, transport, primary, device type).
+/// Claimed standards: SAM-5, iSCSI, SPC-4, SBC-3 (SPC-4 annex E.2: architecture, transport, primary, device
+/// type).
 const VERSION_DESCRIPTORS: [u16; 4] = [0x00a0, 0x0960, 0x0460, 0x04c0];
 
 const SUPPORTED_PAGES: u8 = 0x00;
@@ -105,7 +106,8 @@ pub(crate) fn absent() -> Bytes {
     Bytes::copy_from_slice(&data)
 }
 
-/// One designation descriptor: `association` 0 logical unit, 1 target port; binary unless `text` says ASCII or UTF-8.
+/// One designation descriptor: `association` 0 logical unit, 1 target port; binary unless `text` says ASCII
+/// or UTF-8.
 fn designator(data: &mut BytesMut, code_set: u8, association: u8, kind: u8, bytes: &[u8]) {
     // PROTOCOL IDENTIFIER (iSCSI) with PIV for what belongs to the port.
     let (protocol, piv) = if association == 0 {
@@ -139,7 +141,7 @@ fn device_identification(unit: &Unit, port: &TargetPort) -> Bytes {
         0x5,
         &[0, 0, 0, crate::report::TARGET_PORT_GROUP],
     );
-    // "SCSI name strings are null-terminated, padded with nulls to a multiple of four" (SPC-4 §7.8.6.11).
+    // A SCSI name string is null-terminated and padded with nulls to a multiple of four (SPC-4 §7.8.6.11).
     let mut name = port.name().into_bytes();
     name.resize((name.len() + 1).next_multiple_of(4), 0);
     designator(&mut data, UTF8, 1, 0x8, &name);

@@ -1,8 +1,8 @@
 //! The SCSI device server of a thin direct-access block device (SPC-4, SBC-3), without any I/O.
 //!
-//! A command goes in as CDB and data-out; a finished [`Reply`] comes out, or one [`BlockOp`] whose result makes the
-//! reply. [`Unit`] holds what the I_T nexuses of one logical unit share: unit attentions, reservations, mode pages.
-//! See the crate's README for the picture and for what this crate refuses to know.
+//! A command goes in as CDB and data-out; a finished [`Reply`] comes out, or one [`BlockOp`] whose result
+//! makes the reply. [`Unit`] holds what the I_T nexuses of one logical unit share: unit attentions,
+//! reservations, mode pages. See the crate's README for the picture and for what this crate refuses to know.
 #![forbid(unsafe_code)]
 
 mod attention;
@@ -36,7 +36,8 @@ pub use unit::{BlockSize, Context, Limits, Unit, UnitSpec};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NexusId(pub u64);
 
-/// A SCSI target port as iSCSI has it: target name and portal group (RFC 7143 §4.4.2, "iSCSI target port name").
+/// A SCSI target port as iSCSI has it: target name and portal group (RFC 7143 §4.4.2, "iSCSI target port
+/// name").
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TargetPort {
     /// The iSCSI target name.

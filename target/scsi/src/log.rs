@@ -13,8 +13,8 @@ const SUPPORTED_PAGES: u8 = 0x00;
 const LOGICAL_BLOCK_PROVISIONING: u8 = 0x0c;
 const ALL_SUBPAGES: u8 = 0xff;
 
-/// LOG SENSE. Only cumulative values (PC 01b) are kept; as they are also the default and threshold answer, every PC is
-/// answered alike.
+/// LOG SENSE. Only cumulative values (PC 01b) are kept; as they are also the default and threshold answer,
+/// every PC is answered alike.
 pub(crate) fn sense(unit: &Unit, cdb: &Cdb) -> Result<Ready, Sense> {
     if cdb.bit(1, 0x01) {
         // SP: there is nothing that could be saved.
@@ -85,7 +85,8 @@ pub(crate) fn thin_page(figures: ThinFigures, threshold_set_bytes: u64, start: u
             // FORMAT AND LINKING 11b: a binary list; length 8.
             parameters.put_slice(&[0x03, 0x08]);
             parameters.put_u32(count);
-            // SCOPE: available space is shared with other logical units (10b), used space is this unit's (01b).
+            // SCOPE: available space is shared with other logical units (10b), used space is this unit's
+            // (01b).
             parameters.put_slice(&[if code == AVAILABLE { 0x02 } else { 0x01 }, 0, 0, 0]);
         }
     }

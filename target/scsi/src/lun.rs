@@ -1,4 +1,5 @@
-//! Addressing of logical units: REPORT LUNS, and the commands that a LUN without a logical unit still answers.
+//! Addressing of logical units: REPORT LUNS, and the commands that a LUN without a logical unit still
+//! answers.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -9,7 +10,8 @@ use crate::{
     sense::Sense,
 };
 
-/// One LUN as REPORT LUNS lists it: peripheral addressing below 256, flat space addressing above (SAM-5 §4.7.7).
+/// One LUN as REPORT LUNS lists it: peripheral addressing below 256, flat space addressing above (SAM-5
+/// §4.7.7).
 const fn encode(lun: u16) -> [u8; 8] {
     let [high, low] = lun.to_be_bytes();
     if high == 0 {
@@ -19,8 +21,8 @@ const fn encode(lun: u16) -> [u8; 8] {
     }
 }
 
-/// REPORT LUNS (SPC-4 §6.33). Every SELECT REPORT that a device without well-known and administrative logical units can
-/// answer is answered.
+/// REPORT LUNS (SPC-4 §6.33). Every SELECT REPORT that a device without well-known and administrative logical
+/// units can answer is answered.
 ///
 /// # Errors
 /// INVALID FIELD IN CDB for a SELECT REPORT that is reserved or asks for subsidiary logical units.
@@ -41,8 +43,9 @@ pub(crate) fn report_luns(cdb: &Cdb, luns: &[u16]) -> Result<Reply, Sense> {
     Ok(Reply::parameter_data(data.freeze(), u64::from(cdb.u32(6))))
 }
 
-/// Answers a command that was sent to a LUN without a logical unit (SPC-4 §6.6, SAM-5 §5.11): INQUIRY says that there
-/// could be one, REPORT LUNS says which there are, REQUEST SENSE says what is wrong, everything else fails with it.
+/// Answers a command that was sent to a LUN without a logical unit (SPC-4 §6.6, SAM-5 §5.11): INQUIRY says
+/// that there could be one, REPORT LUNS says which there are, REQUEST SENSE says what is wrong, everything
+/// else fails with it.
 pub fn absent_lun(cdb: &[u8], luns: &[u16]) -> Reply {
     let cdb = Cdb::new(cdb);
     let answer = match cdb.opcode() {

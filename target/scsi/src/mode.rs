@@ -229,8 +229,8 @@ fn block_descriptor(unit: &Unit, long_lba: bool) -> Bytes {
 /// MODE SELECT(6) and (10).
 ///
 /// # Errors
-/// PARAMETER LIST LENGTH ERROR for a list that is cut off, INVALID FIELD IN PARAMETER LIST for one that changes what
-/// cannot be changed. Nothing is changed then.
+/// PARAMETER LIST LENGTH ERROR for a list that is cut off, INVALID FIELD IN PARAMETER LIST for one that
+/// changes what cannot be changed. Nothing is changed then.
 pub(crate) fn select(unit: &mut Unit, nexus: NexusId, cdb: &Cdb, data_out: &[u8]) -> Result<Ready, Sense> {
     let short = cdb.opcode() == opcode::MODE_SELECT_6;
     let len = if short {
@@ -254,8 +254,8 @@ pub(crate) fn select(unit: &mut Unit, nexus: NexusId, cdb: &Cdb, data_out: &[u8]
     Ok(apply(unit, nexus, wanted, cdb.bit(1, 0x01), len as u64))
 }
 
-/// Makes the settings current (and saved): the others hear of it, and acknowledged data reaches the medium when the
-/// write cache goes.
+/// Makes the settings current (and saved): the others hear of it, and acknowledged data reaches the medium
+/// when the write cache goes.
 fn apply(unit: &mut Unit, nexus: NexusId, wanted: Settings, save: bool, transfer_len: u64) -> Ready {
     let before = std::mem::replace(&mut unit.modes.current, wanted);
     let flush = before.write_cache && !wanted.write_cache;
@@ -297,7 +297,8 @@ fn parse_list(unit: &Unit, short: bool, list: &[u8]) -> Result<Settings, Sense> 
     Ok(settings)
 }
 
-/// Neither capacity nor block length can be set: a descriptor has to say what is, or nothing (zeroes, all ones).
+/// Neither capacity nor block length can be set: a descriptor has to say what is, or nothing (zeroes, all
+/// ones).
 fn check_descriptor(unit: &Unit, long_lba: bool, descriptor: &[u8], at: usize) -> Result<(), Sense> {
     let bad = |offset: usize| Sense::invalid_list(u16::try_from(at + offset).unwrap_or(u16::MAX));
     if descriptor.is_empty() {

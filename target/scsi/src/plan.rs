@@ -1,4 +1,5 @@
-//! What a command turns into: a finished reply, or one block operation for the owner and what to make of its result.
+//! What a command turns into: a finished reply, or one block operation for the owner and what to make of its
+//! result.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -25,7 +26,7 @@ pub struct Reply {
     pub status: u8,
     /// Encoded sense data; empty unless the status is CHECK CONDITION.
     pub sense: Bytes,
-    /// Data-in, already cut to the allocation length.
+    /// Data-in, already cut to the allocation length and to what the initiator takes.
     pub data: Bytes,
     /// Bytes the command wanted to move in its direction: residuals are counted against this.
     pub transfer_len: u64,
@@ -53,8 +54,8 @@ impl Reply {
         }
     }
 
-    /// GOOD with parameter data. "Truncation by allocation length is not an error" (SPC-4 §4.2.5.6): initiators probe
-    /// with four bytes first, and the length fields inside the data stay what they were.
+    /// GOOD with parameter data. Truncation by allocation length is no error (SPC-4 §4.2.5.6): initiators
+    /// probe with four bytes first, and the length fields inside the data stay what they were.
     pub(crate) fn parameter_data(mut data: Bytes, allocation: u64) -> Self {
         data.truncate(usize::try_from(allocation).unwrap_or(usize::MAX));
         Self {
@@ -62,6 +63,14 @@ impl Reply {
             data,
             ..Self::good()
         }
+    }
+
+    /// Cuts the data to what the initiator has room for; `transfer_len` stays, and makes the residual
+    /// overflow.
+    pub(crate) fn cut(mut self, data_in_max: u64) -> Self {
+        self.data
+            .truncate(usize::try_from(data_in_max).unwrap_or(usize::MAX));
+        self
     }
 
     pub(crate) fn check(sense: Sense, descriptor_sense: bool) -> Self {
@@ -97,8 +106,8 @@ pub enum Compare {
     OneBlock,
 }
 
-/// One operation on the bytes of the logical unit. Offsets and lengths are bytes, multiples of the block size, inside
-/// the capacity and (except for lists) not empty.
+/// One operation on the bytes of the logical unit. Offsets and lengths are bytes, multiples of the block
+/// size, inside the capacity and (except for lists) not empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[expect(
     missing_docs,
@@ -124,7 +133,8 @@ pub enum BlockOp {
     WriteSame { offset: u64, len: u64, fua: bool },
     /// Deallocate the ranges `(offset, len)`; they read as zeroes afterwards (LBPRZ is one).
     Unmap { ranges: Vec<(u64, u64)> },
-    /// When the range equals `data_out[..len]`, write `data_out[len..2 * len]`: one atomic step against every other write.
+    /// When the range equals `data_out[..len]`, write `data_out[len..2 * len]`: one atomic step against every
+    /// other write.
     CompareAndWrite { offset: u64, len: u32, fua: bool },
     /// Write the bitwise OR of the range and `data_out[..len]`: one atomic step against every other write.
     OrWrite { offset: u64, len: u32, fua: bool },
@@ -225,8 +235,8 @@ pub enum BlockError {
 /// How the result becomes a reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Answer {
-    /// GOOD with the data cut to `data_in_max`.
-    Data { data_in_max: u64 },
+    /// GOOD with the data that was read.
+    Data,
     /// GOOD without data.
     Good,
     /// GET LBA STATUS parameter data.
@@ -245,6 +255,7 @@ pub struct Planned {
     pub(crate) op: BlockOp,
     pub(crate) answer: Answer,
     pub(crate) transfer_len: u64,
+    pub(crate) data_in_max: u64,
     pub(crate) block_size: u32,
     pub(crate) descriptor_sense: bool,
 }
@@ -255,18 +266,20 @@ impl Planned {
         &self.op
     }
 
-    /// Turns the result into the command's reply. A result of the wrong kind is INTERNAL TARGET FAILURE, as is a read
-    /// of the wrong length: the initiator must not take either for data.
+    /// Turns the result into the command's reply. A result of the wrong kind is INTERNAL TARGET FAILURE, as
+    /// is a read of the wrong length: the initiator must not take either for data.
     pub fn finish(self, result: BlockResult) -> Reply {
+        let data_in_max = self.data_in_max;
+        self.reply(result).cut(data_in_max)
+    }
+
+    fn reply(self, result: BlockResult) -> Reply {
         match (self.answer, result) {
             (_, BlockResult::Failed(error)) => self.failed(error),
-            (Answer::Data { data_in_max }, BlockResult::Data(mut data)) if self.is_whole_read(&data) => {
-                data.truncate(usize::try_from(data_in_max).unwrap_or(usize::MAX));
-                Reply {
-                    data,
-                    ..Reply::took(self.transfer_len)
-                }
-            }
+            (Answer::Data, BlockResult::Data(data)) if self.is_whole_read(&data) => Reply {
+                data,
+                ..Reply::took(self.transfer_len)
+            },
             (Answer::Good, BlockResult::Done) => Reply::took(self.transfer_len),
             (Answer::LbaStatus { lba, allocation }, BlockResult::Extents(extents)) => {
                 Reply::parameter_data(lba_status(lba, &extents, self.block_size), allocation)
@@ -323,7 +336,7 @@ impl Planned {
     }
 }
 
-/// GET LBA STATUS parameter data (SBC-3 §5.4.2). "The first descriptor shall contain the starting LBA of the CDB": QEMU
+/// GET LBA STATUS parameter data (SBC-3 §5.4.2). The first descriptor starts at the LBA of the CDB: QEMU
 /// takes anything else for an I/O error.
 fn lba_status(lba: u64, extents: &[LbaExtent], block_size: u32) -> Bytes {
     let block_size = u64::from(block_size);
@@ -356,6 +369,7 @@ mod tests {
             op,
             answer,
             transfer_len: 512,
+            data_in_max: u64::MAX,
             block_size: 512,
             descriptor_sense: false,
         }
@@ -370,9 +384,7 @@ mod tests {
                     len: 512,
                     fua: false,
                 },
-                Answer::Data {
-                    data_in_max: u64::MAX,
-                },
+                Answer::Data,
             )
         };
         let short = read().finish(BlockResult::Data(Bytes::from_static(&[1; 511])));
@@ -425,7 +437,7 @@ mod tests {
             len: 512,
             fua: false,
         };
-        let answer = Answer::Data { data_in_max: 512 };
+        let answer = Answer::Data;
         let unread = planned(op, answer).finish(BlockResult::Failed(BlockError::Medium { offset: 0 }));
         assert_eq!([unread.sense[2], unread.sense[12]], [0x3, 0x11]);
     }

@@ -1,4 +1,7 @@
-//! Reports of the device server about itself: capacity, supported commands and task management functions, port groups.
+//! Reports of the device server about itself: capacity, supported commands and task management functions,
+//! port groups.
+
+use std::collections::BTreeSet;
 
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -42,7 +45,8 @@ pub(crate) fn capacity_16(unit: &Unit, cdb: &Cdb) -> Reply {
 /// # Errors
 /// INVALID FIELD IN CDB for a parameter data format that is reserved.
 pub(crate) fn target_port_groups(unit: &Unit, cdb: &Cdb) -> Result<Reply, Sense> {
-    let ports = &unit.spec.ports;
+    // Relative port identifiers are unique in a target; a unit in two targets would list one twice.
+    let ports: BTreeSet<u16> = unit.spec.ports.iter().map(|port| port.portal_group).collect();
     let mut data = BytesMut::with_capacity(16 + 4 * ports.len());
     match cdb.byte(1) >> 5 {
         0 => {}
@@ -55,7 +59,7 @@ pub(crate) fn target_port_groups(unit: &Unit, cdb: &Cdb) -> Result<Reply, Sense>
     data.put_u16(u16::from(TARGET_PORT_GROUP));
     data.put_slice(&[0, 0, 0, u8::try_from(ports.len()).unwrap_or(u8::MAX)]);
     for port in ports.iter().take(usize::from(u8::MAX)) {
-        data.put_u32(u32::from(port.portal_group));
+        data.put_u32(u32::from(*port));
     }
     Ok(Reply::parameter_data(with_length(data), u64::from(cdb.u32(6))))
 }
@@ -68,8 +72,8 @@ fn with_length(data: BytesMut) -> Bytes {
     whole.freeze()
 }
 
-/// REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS (SPC-4 §6.36): ABORT TASK, ABORT TASK SET, CLEAR TASK SET, LOGICAL UNIT
-/// RESET and TARGET RESET; no ACA, no QUERY TASK.
+/// REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS (SPC-4 §6.36): ABORT TASK, ABORT TASK SET, CLEAR TASK SET,
+/// LOGICAL UNIT RESET and TARGET RESET; no ACA, no QUERY TASK.
 pub(crate) fn task_management(cdb: &Cdb) -> Reply {
     let mut data = BytesMut::with_capacity(16);
     // ATS ATSS CLRTSS LURS (bits 7 6 4 3) and TRS (bit 1).
@@ -87,8 +91,8 @@ pub(crate) fn task_management(cdb: &Cdb) -> Reply {
 /// REPORT SUPPORTED OPERATION CODES (SPC-4 §6.35).
 ///
 /// # Errors
-/// INVALID FIELD IN CDB: reserved reporting options, or a form (with or without service action) that does not go with
-/// the operation code.
+/// INVALID FIELD IN CDB: reserved reporting options, or a form (with or without service action) that does not
+/// go with the operation code.
 pub(crate) fn operation_codes(cdb: &Cdb) -> Result<Reply, Sense> {
     let timeouts = cdb.bit(2, 0x80);
     let (wanted, action) = (cdb.byte(3), cdb.u16(4));
@@ -104,7 +108,8 @@ pub(crate) fn operation_codes(cdb: &Cdb) -> Result<Reply, Sense> {
     };
     let data = match (cdb.byte(2) & 0x07, has_actions) {
         (0, _) => all_commands(timeouts),
-        // 001b is for operation codes without service actions, 010b for those with one: the other form is an error.
+        // 001b is for operation codes without service actions, 010b for those with one: the other form is an
+        // error.
         (1, Some(true)) | (2, Some(false)) => return Err(Sense::invalid_cdb(2)),
         (1, _) => one_command(with_code.next(), timeouts),
         (2, _) => one_command(exact(), timeouts),

@@ -102,7 +102,8 @@ impl Sense {
         }
     }
 
-    /// MISCOMPARE DURING VERIFY OPERATION; `offset` counts bytes from the start of the data-out buffer (SBC-3 §5.2).
+    /// MISCOMPARE DURING VERIFY OPERATION; `offset` counts bytes from the start of the data-out buffer (SBC-3
+    /// §5.2).
     pub const fn miscompare(offset: u64) -> Self {
         Self {
             information: Some(offset),

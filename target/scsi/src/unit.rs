@@ -88,7 +88,8 @@ pub struct UnitSpec {
     pub revision: [u8; 4],
     /// Logical block length.
     pub block_size: BlockSize,
-    /// Granularity of the store in bytes, a power of two: unmap granularity, and physical block length up to 4096.
+    /// Granularity of the store in bytes, a power of two: unmap granularity, and physical block length up to
+    /// 4096.
     pub grain: u32,
     /// Capacity in logical blocks, at least one.
     pub blocks: u64,
@@ -109,7 +110,8 @@ pub struct Context<'a> {
     pub nexus: NexusId,
     /// All LUNs of the target, for REPORT LUNS.
     pub luns: &'a [u16],
-    /// Data-in that the initiator takes: the expected data transfer length if the command reads (R bit), else zero.
+    /// Data-in that the initiator takes: the expected data transfer length if the command reads (R bit), else
+    /// zero.
     pub data_in_max: u64,
 }
 
@@ -142,8 +144,8 @@ impl Unit {
     /// A unit after power on: no I_T nexus, no reservation.
     ///
     /// # Panics
-    /// On a specification that no logical unit can have: no blocks, a grain that is no power of two or below the block
-    /// length, a capacity of 2^64 bytes or more.
+    /// On a specification that no logical unit can have: no blocks, a grain that is no power of two or below
+    /// the block length, a capacity of 2^64 bytes or more.
     pub fn new(mut spec: UnitSpec) -> Self {
         let block_size = spec.block_size.bytes();
         assert!(spec.blocks > 0, "a logical unit has at least one block");
@@ -184,28 +186,26 @@ impl Unit {
     /// Plans one command. `data_out` is all that came of the data-out, however much the CDB speaks of.
     pub fn plan(&mut self, context: &Context<'_>, cdb: &[u8], data_out: &[u8]) -> Plan {
         let descriptor_sense = self.modes.current.descriptor_sense;
-        match self.decide(context, &Cdb::new(cdb), data_out) {
-            Ok(Ready::Reply(reply)) => Plan::Done(reply),
-            Ok(Ready::Op(op, answer)) => self.planned(op, answer, 0, descriptor_sense),
-            Ok(Ready::Transfer(op, answer, transfer_len)) => {
-                self.planned(op, answer, transfer_len, descriptor_sense)
-            }
-            Err(sense) => Plan::Done(Reply::check(sense, descriptor_sense)),
-        }
-    }
-
-    const fn planned(&self, op: BlockOp, answer: Answer, transfer_len: u64, descriptor_sense: bool) -> Plan {
+        let (op, answer, transfer_len) = match self.decide(context, &Cdb::new(cdb), data_out) {
+            Ok(Ready::Reply(reply)) => return Plan::Done(reply.cut(context.data_in_max)),
+            Ok(Ready::Op(op, answer)) => (op, answer, 0),
+            Ok(Ready::Transfer(op, answer, transfer_len)) => (op, answer, transfer_len),
+            Err(sense) => return Plan::Done(Reply::check(sense, descriptor_sense)),
+        };
+        let (data_in_max, block_size) = (context.data_in_max, self.block_size());
         Plan::Op(Planned {
             op,
             answer,
             transfer_len,
-            block_size: self.block_size(),
+            data_in_max,
+            block_size,
             descriptor_sense,
         })
     }
 
-    /// Reservation conflict, then unit attention, then the command itself (SAM-5 §5.3.3: "RESERVATION CONFLICT status
-    /// shall take precedence" over a unit attention).
+    /// Reservation conflict, then unit attention, then the command itself: RESERVATION CONFLICT takes
+    /// precedence over CHECK CONDITION (SAM-5 §5.3.3), and the unit attention stays for a command that is let
+    /// in.
     fn decide(&mut self, context: &Context<'_>, cdb: &Cdb, data_out: &[u8]) -> Result<Ready, Sense> {
         let found = lookup(cdb);
         let Some(nexus) = self.nexuses.get_mut(&context.nexus) else {
@@ -282,15 +282,15 @@ impl Unit {
             (op::MAINTENANCE_IN, 0x0d) => Ok(report::task_management(cdb)),
             (op::PERSISTENT_RESERVE_IN, _) => Ok(reservation::read(self, cdb)),
             (op::SEND_DIAGNOSTIC, _) => send_diagnostic(cdb),
-            // "Prevented" is what the medium always is: it cannot be removed.
+            // The medium cannot be removed: to prevent that is always granted.
             (op::PREVENT_ALLOW_MEDIUM_REMOVAL, _) if cdb.byte(4) & 0x02 == 0 => Ok(Reply::good()),
             (op::PREVENT_ALLOW_MEDIUM_REMOVAL, _) => Err(Sense::invalid_cdb(4)),
             _ => Err(Sense::INVALID_OPCODE),
         }
     }
 
-    /// LOGICAL UNIT RESET (SAM-5 §6.3.3), after the owner ended all tasks: a RESERVE ends, saved mode pages come back,
-    /// every I_T nexus hears of it, the one that asked for it too.
+    /// LOGICAL UNIT RESET (SAM-5 §6.3.3), after the owner ended all tasks: a RESERVE ends, saved mode pages
+    /// come back, every I_T nexus hears of it, the one that asked for it too.
     pub fn lun_reset(&mut self) {
         self.reservations.reset();
         self.modes.reset();
@@ -380,7 +380,8 @@ impl Unit {
         self.spec.blocks * self.block_size() as u64
     }
 
-    /// Persistent reservations as bytes, for [`Self::restore_reservations`]; empty registrations unless APTPL is active.
+    /// Persistent reservations as bytes, for [`Self::restore_reservations`]; empty registrations unless APTPL
+    /// is active.
     pub fn reservation_state(&self) -> Bytes {
         self.reservations.persistent()
     }
@@ -448,8 +449,8 @@ fn request_sense(nexus: &mut Nexus, cdb: &Cdb) -> Result<Reply, Sense> {
     ))
 }
 
-/// START STOP UNIT (SBC-3 §5.25): nothing spins. Stopping makes data durable first unless NO_FLUSH, as guests do it when
-/// they shut down; LOEJ needs a medium that can be removed.
+/// START STOP UNIT (SBC-3 §5.25): nothing spins. Stopping makes data durable first unless NO_FLUSH, as guests
+/// do it when they shut down; LOEJ needs a medium that can be removed.
 fn start_stop(cdb: &Cdb) -> Result<Ready, Sense> {
     let power_condition = cdb.byte(4) >> 4;
     // 0 START_VALID, 1-3 ACTIVE IDLE STANDBY, 7 LU_CONTROL, A-B FORCE_IDLE_0 FORCE_STANDBY_0.
@@ -467,8 +468,8 @@ fn start_stop(cdb: &Cdb) -> Result<Ready, Sense> {
     Ok(Ready::Reply(Reply::good()))
 }
 
-/// SEND DIAGNOSTIC (SPC-4 §6.42): the default self test and the foreground ones pass; there are no diagnostic pages and
-/// no log page with results of background tests.
+/// SEND DIAGNOSTIC (SPC-4 §6.42): the default self test and the foreground ones pass; there are no diagnostic
+/// pages and no log page with results of background tests.
 fn send_diagnostic(cdb: &Cdb) -> Result<Reply, Sense> {
     if cdb.u16(3) != 0 {
         return Err(Sense::invalid_cdb(3));

@@ -27,7 +27,8 @@ pub(super) struct Parameters {
 }
 
 impl Parameters {
-    /// Length of the basic parameter list, the only one that there is without SPEC_I_PT and REGISTER AND MOVE.
+    /// Length of the basic parameter list, the only one that there is without SPEC_I_PT and REGISTER AND
+    /// MOVE.
     pub(super) const LEN: u64 = 24;
 
     /// # Errors
@@ -101,7 +102,7 @@ impl Reservations {
         if matches!(action, REGISTER | REGISTER_AND_IGNORE) {
             return self.register(sender, action == REGISTER, parameters);
         }
-        // "An unregistered I_T nexus, or the wrong key: RESERVATION CONFLICT" (SPC-4 §5.12.6 and table 67).
+        // An unregistered I_T nexus, or the wrong key: a conflict (SPC-4 §5.12.6 and table 67).
         if self.key_of(sender) != Some(parameters.key) {
             return Err(Refusal::Conflict);
         }
@@ -161,7 +162,8 @@ impl Reservations {
         Ok(effects)
     }
 
-    /// Unregistering releases what the nexus alone held (SPC-4 §5.12.11.2), and what all held with the last of them.
+    /// Unregistering releases what the nexus alone held (SPC-4 §5.12.11.2), and what all held with the last
+    /// of them.
     fn unregister(&mut self, sender: &NexusName) -> Effects {
         let held_alone = self
             .reservation
@@ -275,7 +277,7 @@ impl Reservations {
             .partition(doomed);
         self.registrations = kept;
         let mut effects = Self::preempted(sender, removed);
-        // "If the type changed, RESERVATIONS RELEASED for the registrants that stay" (SPC-4 §5.12.11.4.2).
+        // With another type, the registrants that stay hear RESERVATIONS RELEASED (SPC-4 §5.12.11.4.2).
         if kind_changes {
             effects
                 .attentions

@@ -1,6 +1,7 @@
 //! Reservations of one logical unit: persistent ones (SPC-4 §5.12) and the RESERVE and RELEASE of SPC-2.
 //!
-//! Persistent registrations belong to the names of an I_T nexus and outlive its logins; a RESERVE belongs to the login.
+//! Persistent registrations belong to the names of an I_T nexus and outlive its logins; a RESERVE belongs to
+//! the login.
 
 mod change;
 mod report;
@@ -108,7 +109,7 @@ impl Reservations {
     pub(crate) fn conflicts(&self, nexus: NexusId, name: &NexusName, access: Access) -> bool {
         match (self.reserved_by, access) {
             (_, Access::Free | Access::Reserve) => return false,
-            // SPC-2 §5.5.1: while RESERVEd, persistent reservation commands conflict "regardless of initiator".
+            // SPC-2 §5.5.1: while RESERVEd, persistent reservation commands conflict for everybody.
             (Some(_), Access::Persistent) => return true,
             (Some(holder), _) => return holder != nexus,
             (None, _) => {}
@@ -133,7 +134,8 @@ impl Reservations {
         self.registrations.iter().find(|r| r.name == *name).map(|r| r.key)
     }
 
-    /// Whether this I_T nexus holds the persistent reservation: with an all-registrants type every registrant does.
+    /// Whether this I_T nexus holds the persistent reservation: with an all-registrants type every registrant
+    /// does.
     fn holds(&self, name: &NexusName) -> bool {
         self.reservation
             .as_ref()
@@ -155,8 +157,8 @@ impl Reservations {
         self.reserved_by = None;
     }
 
-    /// RESERVE and RELEASE where persistent reservations are in use too (SPC-4 §5.12.3, CRH): GOOD without effect for
-    /// those who have access anyway, a conflict for the others.
+    /// RESERVE and RELEASE where persistent reservations are in use too (SPC-4 §5.12.3, CRH): GOOD without
+    /// effect for those who have access anyway, a conflict for the others.
     fn reserve_or_release(&mut self, nexus: NexusId, name: &NexusName, reserve: bool) -> Reply {
         const CONFLICT: Reply = Reply::status(status::RESERVATION_CONFLICT);
         if let Some(reservation) = &self.reservation {
@@ -173,7 +175,7 @@ impl Reservations {
             (Some(holder), true) if holder != nexus => return CONFLICT,
             (_, true) => self.reserved_by = Some(nexus),
             (Some(holder), false) if holder == nexus => self.reserved_by = None,
-            // "RELEASE from another initiator shall return GOOD and not alter any reservation."
+            // RELEASE by somebody else is GOOD and alters nothing (SPC-2 §7.21).
             (_, false) => {}
         }
         Reply::good()

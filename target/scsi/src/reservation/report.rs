@@ -88,8 +88,8 @@ impl Reservations {
     }
 }
 
-/// TransportID of an iSCSI initiator port (SPC-4 §7.6.4.6): format 01b, `name,i,0x` and the ISID in hexadecimal,
-/// null-terminated and padded to a multiple of four, at least twenty bytes.
+/// TransportID of an iSCSI initiator port (SPC-4 §7.6.4.6): format 01b, `name,i,0x` and the ISID in
+/// hexadecimal, null-terminated and padded to a multiple of four, at least twenty bytes.
 fn transport_id(name: &NexusName) -> Bytes {
     let [a, b, c, d, e, f] = name.isid;
     let mut text = format!(

@@ -1,5 +1,5 @@
-//! Whatever comes: no panic, sense with every CHECK CONDITION, and no operation outside the capacity (the disk of the
-//! bench asserts that, and `Bench::send` the sense).
+//! Whatever comes: no panic, sense with every CHECK CONDITION, and no operation outside the capacity (the
+//! disk of the bench asserts that, and `Bench::send` the sense).
 
 use proptest::prelude::*;
 use stillpoint_scsi::{BlockOp, BlockSize, Context, NexusId, Plan, Unit, absent_lun};

@@ -1,4 +1,5 @@
-//! The command sequences of real initiators when they find a disk, in their order and with their allocation lengths.
+//! The command sequences of real initiators when they find a disk, in their order and with their allocation
+//! lengths.
 
 use crate::bench::*;
 

@@ -1,5 +1,5 @@
-//! WRITE SAME, UNMAP, GET LBA STATUS and the figures of a thin unit (SBC-3 §4.7; HLK thin provisioning; libiscsi's
-//! WriteSame*, Unmap, GetLBAStatus).
+//! WRITE SAME, UNMAP, GET LBA STATUS and the figures of a thin unit (SBC-3 §4.7; HLK thin provisioning;
+//! libiscsi's WriteSame*, Unmap, GetLBAStatus).
 
 use stillpoint_scsi::BlockSize;
 

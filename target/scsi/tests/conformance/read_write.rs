@@ -1,5 +1,6 @@
-//! Reads, writes, verifies: every length of CDB, zero blocks, the end of the unit, flags, residuals. The cases are
-//! those of libiscsi's test suite (Read*, Write*, WriteVerify*, Verify*, OrWrite, Prefetch*) and of Microsoft's HLK.
+//! Reads, writes, verifies: every length of CDB, zero blocks, the end of the unit, flags, residuals. The
+//! cases are those of libiscsi's test suite (Read*, Write*, WriteVerify*, Verify*, OrWrite, Prefetch*) and of
+//! Microsoft's HLK.
 
 use stillpoint_scsi::{BlockError, BlockOp, BlockSize, Context, NexusId, Plan, Unit};
 
@@ -81,7 +82,7 @@ fn a_range_that_crosses_the_end_is_refused_whole() {
                 let reply = bench.send(0, &cdb(opcode, 0, lba, count), &data, data.len() as u64);
                 assert_eq!(sense(&reply), LBA_RANGE, "{opcode:#x} at {lba}");
             }
-            if opcode >= 0x80 && opcode < 0xa0 {
+            if (0x80..0xa0).contains(&opcode) {
                 assert_eq!(
                     sense(&bench.ask(&cdb(opcode, 0, u64::MAX, 1))),
                     LBA_RANGE,
@@ -143,7 +144,8 @@ fn reads_count_residuals_against_what_the_cdb_asks_for() {
         bench.fill(7);
         let block = bench.block as u64;
         for opcode in [0x28, 0xa8, 0x88] {
-            // (blocks, room for data-in) and what comes: libiscsi's Read*.Residuals, and READ flagged as a write.
+            // (blocks, room for data-in) and what comes: libiscsi's Read*.Residuals, and READ flagged as a
+            // write.
             for (count, room) in [(1, 0), (1, 10_000), (1, 200), (2, block)] {
                 let reply = bench.send(0, &cdb(opcode, 0, 0, count), &[], room);
                 assert_eq!(reply.status, GOOD);

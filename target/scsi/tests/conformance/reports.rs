@@ -66,7 +66,8 @@ fn codes(option: u8, opcode: u8, action: u16, allocation: u32) -> Vec<u8> {
     cdb
 }
 
-/// (opcode, service action if it has one, CDB length) of all commands, from the report with or without timeouts.
+/// (opcode, service action if it has one, CDB length) of all commands, from the report with or without
+/// timeouts.
 fn all(bench: &mut Bench, timeouts: bool) -> Vec<(u8, Option<u16>, u16)> {
     let data = bench.data(&codes(if timeouts { 0x80 } else { 0 }, 0, 0, 65535));
     assert_eq!(u32_at(&data, 0) as usize, data.len() - 4);
@@ -185,6 +186,11 @@ fn target_port_groups_in_both_formats() {
         port(),
         TargetPort {
             portal_group: 7,
+            ..port()
+        },
+        // The same group tag in another target is listed once.
+        TargetPort {
+            target: "iqn.2026-11.com.example:b".into(),
             ..port()
         },
     ]);

@@ -1,5 +1,5 @@
-//! RESERVE and RELEASE, persistent reservations, and what conflicts with what (SPC-4 §5.12, tables 66 and 67; SBC-3
-//! table 13; SPC-2 §5.5.1; libiscsi's ProutReserve*, Prin*, Reserve6).
+//! RESERVE and RELEASE, persistent reservations, and what conflicts with what (SPC-4 §5.12, tables 66 and 67;
+//! SBC-3 table 13; SPC-2 §5.5.1; libiscsi's ProutReserve*, Prin*, Reserve6).
 
 use stillpoint_scsi::{BlockError, MAX_REGISTRATIONS, NexusId, Reply, Unit};
 
@@ -107,13 +107,13 @@ fn commands() -> Vec<(Row, Vec<u8>, usize)> {
         (Changes, vec![0x1b, 0, 0, 0, 0, 0], 0),
         (Changes, vec![0x1b, 0, 0, 0, 0x31, 0], 0),
         (Changes, vec![0x1e, 0, 0, 0, 1, 0], 0),
-        (Changes, vec![0x1a, 0, 0x3f, 0, 255, 0], 0),
-        (Changes, vec![0x5a, 0, 0x3f, 0, 0, 0, 0, 0, 255, 0], 0),
+        (Reads, vec![0x1a, 0, 0x3f, 0, 255, 0], 0),
+        (Reads, vec![0x5a, 0, 0x3f, 0, 0, 0, 0, 0, 255, 0], 0),
         (Changes, vec![0x15, 0x10, 0, 0, 0, 0], 0),
         (Changes, vec![0x55, 0x10, 0, 0, 0, 0, 0, 0, 0, 0], 0),
         (Changes, vec![0x1d, 0x04, 0, 0, 0, 0], 0),
-        (Changes, vec![0xa3, 0x0c, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0], 0),
-        (Changes, vec![0xa3, 0x0d, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0], 0),
+        (Reads, vec![0xa3, 0x0c, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0], 0),
+        (Reads, vec![0xa3, 0x0d, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0], 0),
         (Changes, vec![0x42, 0, 0, 0, 0, 0, 0, 0, 0, 0], 0),
         (Changes, cdb(0x89, 0, 0, 0), 0),
         (Changes, cdb(0x41, 0, 0, 1), 512),
