@@ -107,9 +107,15 @@ fn carry_out(cli: &Cli) -> anyhow::Result<ExitCode> {
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     // Two threads at least: one may wait for a slow disk while another has to end a hold.
-    let threads = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 4);
+    let threads = std::thread::available_parallelism()
+        .map_or(2, usize::from)
+        .clamp(2, 4);
     let mut builder = tokio::runtime::Builder::new_multi_thread();
-    builder.worker_threads(threads).enable_all().build().context("the runtime cannot be started")
+    builder
+        .worker_threads(threads)
+        .enable_all()
+        .build()
+        .context("the runtime cannot be started")
 }
 
 fn enrol_verb(cli: &Cli, config: &Config, invitation: &str) -> anyhow::Result<ExitCode> {
@@ -121,7 +127,10 @@ fn enrol_verb(cli: &Cli, config: &Config, invitation: &str) -> anyhow::Result<Ex
         report::print_json(&serde_json::json!({ "agent_id": agent_id, "target": target }))?;
     } else {
         report::print(&format!("enrolled with {} as {agent_id}", target.address()))?;
-        report::print(&format!("the target's key has the fingerprint {}", target.fingerprint))?;
+        report::print(&format!(
+            "the target's key has the fingerprint {}",
+            target.fingerprint
+        ))?;
         if !run::is_running(&config.run_dir) {
             report::print("the agent does not run yet: `stillpoint-agent run`, or start its service")?;
         }
@@ -140,15 +149,23 @@ fn unenrol(cli: &Cli, config: &Config, name: Option<&str>) -> anyhow::Result<Exi
     let found: Vec<&Target> = targets.iter().filter(is_named).collect();
     let target = match found.as_slice() {
         [one] => *one,
-        [] => bail!("not enrolled with {}: see `stillpoint-agent status`", name.unwrap_or("any target")),
-        _ => bail!("{} targets are meant: give HOST:PORT or the fingerprint from `status`", found.len()),
+        [] => bail!(
+            "not enrolled with {}: see `stillpoint-agent status`",
+            name.unwrap_or("any target")
+        ),
+        _ => bail!(
+            "{} targets are meant: give HOST:PORT or the fingerprint from `status`",
+            found.len()
+        ),
     };
     state.remove_target(target.fingerprint)?;
     if cli.json {
         report::print_json(&serde_json::json!({ "target": target }))?;
     } else {
         let address = target.address();
-        report::print(&format!("{address} is trusted no longer; on the target: `stillpoint agent revoke`"))?;
+        report::print(&format!(
+            "{address} is trusted no longer; on the target: `stillpoint agent revoke`"
+        ))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -158,7 +175,11 @@ fn inventory(config: &Config) -> Inventory {
 }
 
 fn stillpoint_luns(inventory: &Inventory) -> Vec<LunId> {
-    inventory.stillpoint_luns().into_iter().filter_map(|naa| naa.parse().ok()).collect()
+    inventory
+        .stillpoint_luns()
+        .into_iter()
+        .filter_map(|naa| naa.parse().ok())
+        .collect()
 }
 
 fn list(cli: &Cli, config: &Config) -> anyhow::Result<ExitCode> {
@@ -171,7 +192,11 @@ fn list(cli: &Cli, config: &Config) -> anyhow::Result<ExitCode> {
 
 fn preflight(cli: &Cli, config: &Config, asked: &[LunId]) -> anyhow::Result<ExitCode> {
     let inventory = inventory(config);
-    let luns = if asked.is_empty() { stillpoint_luns(&inventory) } else { asked.to_vec() };
+    let luns = if asked.is_empty() {
+        stillpoint_luns(&inventory)
+    } else {
+        asked.to_vec()
+    };
     if luns.is_empty() {
         bail!("this host has no Stillpoint LUN: log in to a target first");
     }
@@ -179,19 +204,37 @@ fn preflight(cli: &Cli, config: &Config, asked: &[LunId]) -> anyhow::Result<Exit
     // Each LUN alone, as a snapshot of it would be.
     let survey = |lun| {
         let one = [lun];
-        plan::survey(&inventory, &settings, &config.hooks_dir, &one, Mode::Application, None).findings()
+        plan::survey(
+            &inventory,
+            &settings,
+            &config.hooks_dir,
+            &one,
+            Mode::Application,
+            None,
+        )
+        .findings()
     };
     let findings: Vec<Finding> = luns.into_iter().flat_map(survey).collect();
     report::findings(cli.json, &findings)?;
     let stops = findings.iter().any(|finding| finding.severity == Severity::Error);
-    Ok(if stops { ExitCode::from(REFUSED) } else { ExitCode::SUCCESS })
+    Ok(if stops {
+        ExitCode::from(REFUSED)
+    } else {
+        ExitCode::SUCCESS
+    })
 }
 
 fn thaw(cli: &Cli, config: &Config) -> anyhow::Result<ExitCode> {
     let recovered = journal::thaw_all(&config.run_dir, &Root::real());
     report::thawed(cli.json, &recovered)?;
-    let failed = recovered.iter().any(|one| matches!(one.outcome, Outcome::Failed(_)));
-    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    let failed = recovered
+        .iter()
+        .any(|one| matches!(one.outcome, Outcome::Failed(_)));
+    Ok(if failed {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
 }
 
 fn tell_error(json: bool, error: &anyhow::Error) {

@@ -78,8 +78,13 @@ impl Config {
         let path = named.unwrap_or_else(|| Path::new(PATH));
         match std::fs::read_to_string(path) {
             Ok(text) => Self::parse(&text, path),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && named.is_none() => Ok(Self::default()),
-            Err(error) => Err(Problems(vec![format!("{}: cannot be read: {error}", path.display())])),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && named.is_none() => {
+                Ok(Self::default())
+            }
+            Err(error) => Err(Problems(vec![format!(
+                "{}: cannot be read: {error}",
+                path.display()
+            )])),
         }
     }
 
@@ -89,13 +94,19 @@ impl Config {
             let line = line_of(text, error.span().map_or(0, |span| span.start));
             Problems(vec![format!("{}:{line}: {}", path.display(), error.message())])
         })?;
-        let mut check = Checker { text, path, problems: Vec::new() };
+        let mut check = Checker {
+            text,
+            path,
+            problems: Vec::new(),
+        };
         let config = check.config(spec);
         if check.problems.is_empty() {
             return Ok(config);
         }
         check.problems.sort_by_key(|(line, _)| *line);
-        Err(Problems(check.problems.into_iter().map(|(_, text)| text).collect()))
+        Err(Problems(
+            check.problems.into_iter().map(|(_, text)| text).collect(),
+        ))
     }
 
     /// The port targets dial.
@@ -147,9 +158,15 @@ impl Checker<'_> {
         let default = Config::default();
         let listen = spec.listen.and_then(|value| self.listen(&value));
         let seconds = |value: Option<u64>, other: Duration| value.map_or(other, Duration::from_secs);
-        let hook_s = spec.hook_s_max.and_then(|v| self.within("hook_s_max", &v, 1, HOOK_S_MAX));
-        let hold_ms = spec.hold_ms_max.and_then(|v| self.within("hold_ms_max", &v, HOLD_MS_MIN, HOLD_MS_MAX));
-        let interval_s = spec.min_interval_s.and_then(|v| self.within("min_interval_s", &v, 1, MIN_INTERVAL_S_MAX));
+        let hook_s = spec
+            .hook_s_max
+            .and_then(|v| self.within("hook_s_max", &v, 1, HOOK_S_MAX));
+        let hold_ms = spec
+            .hold_ms_max
+            .and_then(|v| self.within("hold_ms_max", &v, HOLD_MS_MIN, HOLD_MS_MAX));
+        let interval_s = spec
+            .min_interval_s
+            .and_then(|v| self.within("min_interval_s", &v, 1, MIN_INTERVAL_S_MAX));
         Config {
             listen: listen.unwrap_or(default.listen),
             advertise_port: spec.advertise_port.and_then(|v| self.port(&v)),
@@ -169,7 +186,10 @@ impl Checker<'_> {
     fn listen(&mut self, value: &toml::Spanned<String>) -> Option<SocketAddr> {
         let address = value.get_ref().parse().ok();
         if address.is_none() {
-            let text = format!("`listen = {:?}` is no address: write ADDR:PORT, \"0.0.0.0:11169\"", value.get_ref());
+            let text = format!(
+                "`listen = {:?}` is no address: write ADDR:PORT, \"0.0.0.0:11169\"",
+                value.get_ref()
+            );
             self.problem(value, &text);
         }
         address
@@ -177,7 +197,10 @@ impl Checker<'_> {
 
     fn port(&mut self, value: &toml::Spanned<u16>) -> Option<u16> {
         if *value.get_ref() == 0 {
-            self.problem(value, "`advertise_port = 0` cannot be dialled: write the port the target reaches");
+            self.problem(
+                value,
+                "`advertise_port = 0` cannot be dialled: write the port the target reaches",
+            );
         }
         Some(*value.get_ref())
     }
@@ -185,7 +208,10 @@ impl Checker<'_> {
     fn within(&mut self, key: &str, value: &toml::Spanned<u64>, low: u64, high: u64) -> Option<u64> {
         let number = *value.get_ref();
         if !(low..=high).contains(&number) {
-            self.problem(value, &format!("`{key} = {number}` is out of range: write {low} to {high}"));
+            self.problem(
+                value,
+                &format!("`{key} = {number}` is out of range: write {low} to {high}"),
+            );
         }
         Some(number)
     }
@@ -193,7 +219,10 @@ impl Checker<'_> {
     fn dir(&mut self, key: &str, value: Option<toml::Spanned<PathBuf>>, other: PathBuf) -> PathBuf {
         let Some(value) = value else { return other };
         if !value.get_ref().is_absolute() {
-            self.problem(&value, &format!("`{key}` must be an absolute path: the agent has no working directory"));
+            self.problem(
+                &value,
+                &format!("`{key}` must be an absolute path: the agent has no working directory"),
+            );
         }
         value.into_inner()
     }
@@ -209,8 +238,14 @@ impl Checker<'_> {
     fn names(&mut self, value: toml::Spanned<Vec<String>>) -> Vec<String> {
         self.limit("initiators", &value);
         let is_name = |name: &String| ["iqn.", "eui.", "naa."].iter().any(|kind| name.starts_with(kind));
-        if let Some(bad) = value.get_ref().iter().find(|name| !is_name(name) || name.len() > 223) {
-            let text = format!("`{bad}` is no iSCSI name: it starts with iqn., eui. or naa. and has at most 223 bytes");
+        if let Some(bad) = value
+            .get_ref()
+            .iter()
+            .find(|name| !is_name(name) || name.len() > 223)
+        {
+            let text = format!(
+                "`{bad}` is no iSCSI name: it starts with iqn., eui. or naa. and has at most 223 bytes"
+            );
             self.problem(&value, &text);
         }
         value.into_inner()
@@ -218,7 +253,10 @@ impl Checker<'_> {
 
     fn log(&mut self, value: toml::Spanned<String>) -> String {
         if tracing_subscriber::EnvFilter::try_new(value.get_ref()).is_err() {
-            self.problem(&value, "`log` is no filter: write error, warn, info, debug or trace");
+            self.problem(
+                &value,
+                "`log` is no filter: write error, warn, info, debug or trace",
+            );
         }
         value.into_inner()
     }
@@ -231,12 +269,18 @@ impl Checker<'_> {
         let naa = value.get_ref().naa.to_ascii_lowercase();
         let digits = naa.strip_prefix("naa.").unwrap_or_default();
         if digits.len() != 32 || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
-            self.problem(&value, "`naa` of a test_lun is naa. and 32 hex digits: `stillpoint lun show` prints it");
+            self.problem(
+                &value,
+                "`naa` of a test_lun is naa. and 32 hex digits: `stillpoint lun show` prints it",
+            );
         }
         if !value.get_ref().path.is_absolute() {
             self.problem(&value, "`path` of a test_lun must be absolute");
         }
-        TestLun { path: value.into_inner().path, naa }
+        TestLun {
+            path: value.into_inner().path,
+            naa,
+        }
     }
 
     fn limit<T>(&mut self, key: &str, value: &toml::Spanned<Vec<T>>) {
@@ -247,7 +291,8 @@ impl Checker<'_> {
 
     fn problem<T>(&mut self, at: &toml::Spanned<T>, text: &str) {
         let line = line_of(self.text, at.span().start);
-        self.problems.push((line, format!("{}:{line}: {text}", self.path.display())));
+        self.problems
+            .push((line, format!("{}:{line}: {text}", self.path.display())));
     }
 }
 
@@ -279,9 +324,16 @@ mod tests {
     #[test]
     fn unknown_keys_are_errors_with_their_line() {
         let problem = parse("log = \"info\"\nlisten_on = \"0.0.0.0:1\"\n").expect_err("unknown key");
-        assert!(problem.starts_with("agent.toml:2: unknown field `listen_on`"), "{problem}");
-        let problem = parse("[[test_lun]]\npath = \"/dev/loop0\"\nnaa = \"naa.6\"\nsize = 1\n").expect_err("unknown");
-        assert!(problem.starts_with("agent.toml:4: unknown field `size`"), "{problem}");
+        assert!(
+            problem.starts_with("agent.toml:2: unknown field `listen_on`"),
+            "{problem}"
+        );
+        let problem =
+            parse("[[test_lun]]\npath = \"/dev/loop0\"\nnaa = \"naa.6\"\nsize = 1\n").expect_err("unknown");
+        assert!(
+            problem.starts_with("agent.toml:4: unknown field `size`"),
+            "{problem}"
+        );
     }
 
     #[test]
@@ -295,7 +347,8 @@ mod tests {
 
     #[test]
     fn limits_are_inclusive() {
-        let config = parse("hold_ms_max = 60000\nmin_interval_s = 1\nhook_s_max = 30\n").expect("at the limits");
+        let config =
+            parse("hold_ms_max = 60000\nmin_interval_s = 1\nhook_s_max = 30\n").expect("at the limits");
         assert_eq!(config.hold_max, Duration::from_secs(60));
         assert!(parse("hook_s_max = 31").is_err());
         assert!(parse("hold_ms_max = 1999").is_err());

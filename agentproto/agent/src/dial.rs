@@ -34,16 +34,28 @@ pub(crate) async fn dial(address: &str, identity: &Identity, pins: Arc<dyn Pins>
     let config = tls::client(identity, pins).context("TLS cannot be set up")?;
     let stream = tokio::time::timeout(CONNECT_TIME_MAX, TcpStream::connect(address)).await;
     let stream = stream.map_err(|_| anyhow::anyhow!("no answer within {} s", CONNECT_TIME_MAX.as_secs()));
-    let stream = stream.and_then(|result| Ok(result?)).with_context(|| format!("{address} cannot be reached"))?;
+    let stream = stream
+        .and_then(|result| Ok(result?))
+        .with_context(|| format!("{address} cannot be reached"))?;
     stream.set_nodelay(true)?;
     let name = ServerName::try_from("stillpoint").context("a fixed name")?;
     let handshake = TlsConnector::from(Arc::new(config)).connect(name, stream);
     let stream = tokio::time::timeout(HANDSHAKE_TIME_MAX, handshake).await;
-    let stream = stream.map_err(|_| anyhow::anyhow!("no TLS answer within {} s", HANDSHAKE_TIME_MAX.as_secs()));
-    let stream = stream.and_then(|result| Ok(result?)).with_context(|| format!("{address} is not the target"))?;
+    let stream =
+        stream.map_err(|_| anyhow::anyhow!("no TLS answer within {} s", HANDSHAKE_TIME_MAX.as_secs()));
+    let stream = stream
+        .and_then(|result| Ok(result?))
+        .with_context(|| format!("{address} is not the target"))?;
     let (_, session) = stream.get_ref();
-    let certificate = session.peer_certificates().and_then(|chain| chain.first()).context("no certificate")?;
+    let certificate = session
+        .peer_certificates()
+        .and_then(|chain| chain.first())
+        .context("no certificate")?;
     let fingerprint = tls::fingerprint(certificate).context("a certificate that cannot be read")?;
     let exporter = session.export_keying_material([0; EXPORTER_LEN], EXPORTER_LABEL, None)?;
-    Ok(Dialled { stream, fingerprint, exporter })
+    Ok(Dialled {
+        stream,
+        fingerprint,
+        exporter,
+    })
 }

@@ -17,12 +17,12 @@ use std::time::{Duration, Instant};
 
 use stillpoint_agentproto::client::{self, Agent, Asked, FreezeReport, Output, ThawReport, Work};
 use stillpoint_agentproto::message::{
-    AppState, FrozenVolume, LogEvent, Mode, Prepare, Prepared, PreflightReport, Reply, Severity, Volumes,
+    AppState, FrozenVolume, LogEvent, Mode, PreflightReport, Prepare, Prepared, Reply, Severity, Volumes,
 };
 use stillpoint_agentproto::message::{LunIdentity, SessionState};
 use stillpoint_agentproto::{ErrorCode, Fingerprint, LunId, Refusal, SessionId};
-use tokio_util::sync::CancellationToken;
 use tokio::sync::{Notify, broadcast, mpsc, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::freeze::{Broken, FreezeError, Freezer, Hold, Order, Released, Settings};
@@ -137,7 +137,10 @@ impl Engine {
 
     /// The LUNs of this target.
     pub(crate) fn granted(&self) -> Option<Vec<LunId>> {
-        self.grants.borrow().as_ref().map(|grants| grants.iter().map(|grant| grant.lun).collect())
+        self.grants
+            .borrow()
+            .as_ref()
+            .map(|grants| grants.iter().map(|grant| grant.lun).collect())
     }
 
     /// Lines for the operator.
@@ -207,7 +210,12 @@ impl Engine {
     }
 
     fn log(&self, event: LogEvent) {
-        let LogEvent { severity, subject, text, .. } = &event;
+        let LogEvent {
+            severity,
+            subject,
+            text,
+            ..
+        } = &event;
         match severity {
             Severity::Error => tracing::error!(session = subject, "{text}"),
             Severity::Warning => tracing::warn!(session = subject, "{text}"),
@@ -230,7 +238,9 @@ impl Engine {
             Work::Preflight { asked, luns, mode } => {
                 self.blocking(luns, move |engine, luns| {
                     let findings = engine.survey(&luns, mode).findings();
-                    engine.feed(|agent| agent.answer(asked, Ok(Reply::Preflight(PreflightReport { findings }))));
+                    engine.feed(|agent| {
+                        agent.answer(asked, Ok(Reply::Preflight(PreflightReport { findings })))
+                    });
                 });
             }
             Work::Prepare(prepare) => self.prepare(prepare),
@@ -245,7 +255,11 @@ impl Engine {
     }
 
     /// Runs something that looks at the host, once the target's word on these LUNs is known.
-    fn blocking(self: &Arc<Self>, luns: Vec<LunId>, run: impl FnOnce(&Arc<Self>, Vec<LunId>) + Send + 'static) {
+    fn blocking(
+        self: &Arc<Self>,
+        luns: Vec<LunId>,
+        run: impl FnOnce(&Arc<Self>, Vec<LunId>) + Send + 'static,
+    ) {
         let engine = Arc::clone(self);
         tokio::spawn(async move {
             engine.await_grants(&luns).await;
@@ -259,7 +273,10 @@ impl Engine {
     /// `agent allow` on the target reaches this agent with the next heartbeat: a LUN that is not granted asks for one.
     async fn await_grants(&self, luns: &[LunId]) {
         let covered = |grants: &Option<Vec<LunIdentity>>| {
-            grants.as_ref().is_some_and(|grants| luns.iter().all(|lun| grants.iter().any(|grant| grant.lun == *lun)))
+            grants.as_ref().is_some_and(|grants| {
+                luns.iter()
+                    .all(|lun| grants.iter().any(|grant| grant.lun == *lun))
+            })
         };
         let mut grants = self.grants.subscribe();
         if covered(&grants.borrow_and_update()) {
@@ -282,7 +299,14 @@ impl Engine {
     fn survey(&self, luns: &[LunId], mode: Mode) -> plan::Survey {
         let grants = self.grants.borrow().clone().unwrap_or_default();
         let Shared { config, settings, .. } = &*self.shared;
-        plan::survey(&self.inventory(), settings, &config.hooks_dir, luns, mode, Some(&grants))
+        plan::survey(
+            &self.inventory(),
+            settings,
+            &config.hooks_dir,
+            luns,
+            mode,
+            Some(&grants),
+        )
     }
 
     fn list(&self, luns: &[LunId]) -> Result<Reply, Refusal> {
@@ -291,7 +315,10 @@ impl Engine {
         let hooks = hooks::read_dir(&self.shared.config.hooks_dir);
         let hooks = hooks.map_err(|error| Refusal::new(ErrorCode::HookFailed, error.to_string()))?;
         let initiators = host::initiators(&self.shared.settings.root, &self.shared.config);
-        Ok(Reply::ListVolumes(Volumes { luns: plan::list(&self.inventory(), &hooks, &luns), initiators }))
+        Ok(Reply::ListVolumes(Volumes {
+            luns: plan::list(&self.inventory(), &hooks, &luns),
+            initiators,
+        }))
     }
 
     fn prepare(self: &Arc<Self>, prepare: Prepare) {
@@ -299,7 +326,10 @@ impl Engine {
         self.blocking(prepare.luns, move |engine, luns| {
             let result = engine.survey(&luns, prepare.mode).plan(prepare.require);
             let result = result.map(|plan| {
-                let prepared = Prepared { apps: plan.apps(), exclusions: plan.exclusions.clone() };
+                let prepared = Prepared {
+                    apps: plan.apps(),
+                    exclusions: plan.exclusions.clone(),
+                };
                 if let Some(live) = lock(&engine.sessions).get_mut(&prepare.session) {
                     live.plan = Some(plan);
                 }
@@ -321,7 +351,13 @@ impl Engine {
         let Some(plan) = plan else {
             return self.not_frozen(session, "the session has no plan");
         };
-        let freeze = Freeze { engine: Arc::clone(self), session, plan, hold, hold_time };
+        let freeze = Freeze {
+            engine: Arc::clone(self),
+            session,
+            plan,
+            hold,
+            hold_time,
+        };
         let thread = std::thread::Builder::new().name("freeze".to_owned());
         if let Err(error) = thread.spawn(move || freeze.run(&released)) {
             self.not_frozen(session, &format!("no thread to freeze on: {error}"));
@@ -338,18 +374,27 @@ impl Engine {
     }
 
     fn thaw(&self, session: SessionId, released: bool) {
-        let freezing = lock(&self.sessions).get_mut(&session).and_then(|live| live.freezing.take());
+        let freezing = lock(&self.sessions)
+            .get_mut(&session)
+            .and_then(|live| live.freezing.take());
         let Some((hold, release)) = freezing else {
             let reason = Some("nothing was frozen".to_owned());
-            let report = ThawReport { in_force: false, apps: Vec::new(), reason };
+            let report = ThawReport {
+                in_force: false,
+                apps: Vec::new(),
+                reason,
+            };
             return self.feed(|agent| agent.thawed(Instant::now(), session, report));
         };
-        if !released {
-            hold.break_off(Broken::Asked("the hold was ended before its release".to_owned()));
-        }
         // The thread waits for this word until it has it; it cannot be gone.
         if release.send(released).is_err() {
             tracing::error!(%session, "the freezing thread is gone; the guard thaws");
+        }
+        if !released {
+            // It may still be freezing: what it has frozen thaws now. Not here, because a thaw writes the superblock
+            // and may wait for a LUN that does not answer.
+            let why = Broken::Asked("the hold was ended before its release".to_owned());
+            tokio::task::spawn_blocking(move || hold.break_off(why));
         }
     }
 }
@@ -373,7 +418,11 @@ impl Freeze {
             hold: self.hold_time,
         };
         let (engine, session) = (&self.engine, self.session);
-        let begin = || engine.feed(|agent| agent.hold_started(Instant::now(), session)).is_some();
+        let begin = || {
+            engine
+                .feed(|agent| agent.hold_started(Instant::now(), session))
+                .is_some()
+        };
         let report = match Freezer::freeze(&engine.shared.settings, &order, &self.hold, begin) {
             Ok(freezer) => {
                 let report = self.freeze_report(&freezer);
@@ -388,7 +437,11 @@ impl Freeze {
                 // Its word, `released` or not, changes nothing: everything is thawed already.
                 release.recv().ok();
                 let reason = Some(error.to_string());
-                ThawReport { in_force: false, reason, ..thaw_report(&released) }
+                ThawReport {
+                    in_force: false,
+                    reason,
+                    ..thaw_report(&released)
+                }
             }
         };
         engine.feed(|agent| agent.thawed(Instant::now(), session, report));
@@ -397,16 +450,28 @@ impl Freeze {
     fn freeze_report(&self, freezer: &Freezer) -> FreezeReport {
         let on = |lun: &LunId| {
             let name = plan::naa(*lun);
-            let volumes = self.plan.volumes.iter().filter(move |volume| volume.naas.contains(&name));
+            let volumes = self
+                .plan
+                .volumes
+                .iter()
+                .filter(move |volume| volume.naas.contains(&name));
             let lun = *lun;
-            volumes.map(move |volume| FrozenVolume { lun, path: volume.name(), frozen: true, error: None })
+            volumes.map(move |volume| FrozenVolume {
+                lun,
+                path: volume.name(),
+                frozen: true,
+                error: None,
+            })
         };
         let volumes = self.plan.luns.iter().flat_map(on).collect();
         let app = |ran: &crate::freeze::HookResult| match ran.freeze_error.clone() {
             None => plan::app(&ran.hook, AppState::Frozen, None),
             error => plan::app(&ran.hook, AppState::Failed, error),
         };
-        FreezeReport { volumes, apps: freezer.hooks().iter().filter_map(app).collect() }
+        FreezeReport {
+            volumes,
+            apps: freezer.hooks().iter().filter_map(app).collect(),
+        }
     }
 }
 
@@ -428,7 +493,9 @@ fn refusal(error: &FreezeError) -> Refusal {
     let code = match error {
         FreezeError::Hook(_) => ErrorCode::HookFailed,
         FreezeError::Foreign { .. } => ErrorCode::Busy,
-        FreezeError::Protected { .. } | FreezeError::Open { .. } | FreezeError::Refused { .. } => ErrorCode::NoQuiesce,
+        FreezeError::Protected { .. } | FreezeError::Open { .. } | FreezeError::Refused { .. } => {
+            ErrorCode::NoQuiesce
+        }
         FreezeError::BrokenOff(_) => ErrorCode::HoldExpired,
         FreezeError::Guard(_) | FreezeError::Io { .. } => ErrorCode::Internal,
     };

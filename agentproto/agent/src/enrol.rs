@@ -29,7 +29,10 @@ pub(crate) struct Invitation {
 impl Invitation {
     /// Reads `TOKEN@HOST[:PORT]`; an IPv6 address is written in brackets.
     pub(crate) fn parse(text: &str) -> anyhow::Result<Self> {
-        let (token, place) = text.trim().split_once('@').context("write TOKEN@HOST or TOKEN@HOST:PORT")?;
+        let (token, place) = text
+            .trim()
+            .split_once('@')
+            .context("write TOKEN@HOST or TOKEN@HOST:PORT")?;
         let token = Token::parse(token)?;
         let (host, port) = place_of(place)?;
         Ok(Self { token, host, port })
@@ -39,7 +42,10 @@ impl Invitation {
 fn place_of(place: &str) -> anyhow::Result<(String, u16)> {
     let (host, port) = match place.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
         Some((host, "")) => (host, None),
-        Some((host, rest)) => (host, Some(rest.strip_prefix(':').context("write [ADDRESS]:PORT")?)),
+        Some((host, rest)) => (
+            host,
+            Some(rest.strip_prefix(':').context("write [ADDRESS]:PORT")?),
+        ),
         None => match place.split_once(':') {
             Some((_, port)) if port.contains(':') => (place, None),
             Some((host, port)) => (host, Some(port)),
@@ -49,7 +55,9 @@ fn place_of(place: &str) -> anyhow::Result<(String, u16)> {
     if host.is_empty() {
         bail!("the target's host is missing after the @");
     }
-    let port = port.map_or(Ok(DEFAULT_PORT), str::parse).with_context(|| format!("{place}: no port number"))?;
+    let port = port
+        .map_or(Ok(DEFAULT_PORT), str::parse)
+        .with_context(|| format!("{place}: no port number"))?;
     Ok((host.to_owned(), port))
 }
 
@@ -81,7 +89,11 @@ pub(crate) async fn enrol(state: &StateDir, invitation: Invitation) -> anyhow::R
     let dialled = dial(&address, &identity, pins).await.context(
         "enrolment did not begin (if TLS failed: the token belongs to another target, or something sits in between)",
     )?;
-    let Dialled { stream, fingerprint, exporter } = dialled;
+    let Dialled {
+        stream,
+        fingerprint,
+        exporter,
+    } = dialled;
     let purpose = Purpose::Enrol(Enrol {
         agent_id: identity.agent_id,
         token_id: token.id(),
@@ -99,11 +111,18 @@ pub(crate) async fn enrol(state: &StateDir, invitation: Invitation) -> anyhow::R
             }
         }
     };
-    let mac = tokio::time::timeout(TALK_TIME_MAX, talk).await.context("the target did not answer in time")??;
+    let mac = tokio::time::timeout(TALK_TIME_MAX, talk)
+        .await
+        .context("the target did not answer in time")??;
     if !token.verify_target(identity.agent_id, &exporter, &mac) {
         bail!("{address} does not know the token: nothing was pinned");
     }
-    let target = Target { fingerprint, host, port, enrolled_at: jiff::Timestamp::now() };
+    let target = Target {
+        fingerprint,
+        host,
+        port,
+        enrolled_at: jiff::Timestamp::now(),
+    };
     state.add_target(&target)?;
     link.close().await;
     Ok(target)

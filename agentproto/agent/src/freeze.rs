@@ -85,7 +85,9 @@ pub(crate) enum FreezeError {
         error: String,
     },
     /// EBUSY.
-    #[error("{point} is frozen already, by another program (fsfreeze, a backup, another agent): thaw it there first")]
+    #[error(
+        "{point} is frozen already, by another program (fsfreeze, a backup, another agent): thaw it there first"
+    )]
     Foreign {
         /// The mount.
         point: String,
@@ -182,7 +184,10 @@ impl Hold {
 
     /// What broke it, as an error of the freeze.
     fn check(&self) -> Result<(), FreezeError> {
-        self.lock().broken.clone().map_or(Ok(()), |why| Err(FreezeError::BrokenOff(why)))
+        self.lock()
+            .broken
+            .clone()
+            .map_or(Ok(()), |why| Err(FreezeError::BrokenOff(why)))
     }
 
     fn begin(&self, limit: Duration) {
@@ -232,7 +237,11 @@ impl State {
                 // At the end of the hold the guard may be first, by microseconds.
                 Err(error) if sys::was_not_frozen(&error) => {
                     let over = self.began.is_some_and(|began| began.elapsed() >= self.limit);
-                    self.broken.get_or_insert(if over { Broken::Expired } else { Broken::Somebody(point) });
+                    self.broken.get_or_insert(if over {
+                        Broken::Expired
+                    } else {
+                        Broken::Somebody(point)
+                    });
                 }
                 Err(error) => {
                     tracing::error!(point, %error, "cannot be thawed: run `stillpoint-agent thaw`");
@@ -270,8 +279,13 @@ impl Freezer {
         begin: impl FnOnce() -> bool,
     ) -> Result<Self, Box<(FreezeError, Released)>> {
         let journal = journal::path(&settings.run_dir, &order.session);
-        let mut freezer =
-            Self { settings: settings.clone(), hold: Arc::clone(hold), guard: None, journal, ran: Vec::new() };
+        let mut freezer = Self {
+            settings: settings.clone(),
+            hold: Arc::clone(hold),
+            guard: None,
+            journal,
+            ran: Vec::new(),
+        };
         match freezer.steps(order, begin) {
             Ok(()) => Ok(freezer),
             Err(error) => {
@@ -283,9 +297,16 @@ impl Freezer {
     }
 
     fn steps(&mut self, order: &Order, begin: impl FnOnce() -> bool) -> Result<(), FreezeError> {
-        let volumes: Vec<&Volume> = order.volumes.iter().filter(|volume| volume.needs_freeze()).collect();
+        let volumes: Vec<&Volume> = order
+            .volumes
+            .iter()
+            .filter(|volume| volume.needs_freeze())
+            .collect();
         refuse_protected(&self.settings, &volumes)?;
-        let mut dirs = volumes.iter().map(|volume| open(volume)).collect::<Result<Vec<_>, _>>()?;
+        let mut dirs = volumes
+            .iter()
+            .map(|volume| open(volume))
+            .collect::<Result<Vec<_>, _>>()?;
         if !dirs.is_empty() {
             self.guard = Some(Guard::start(&dirs, order.hold, &self.journal)?);
         }
@@ -294,14 +315,18 @@ impl Freezer {
             self.hold.check()?;
             rustix::fs::syncfs(dir).map_err(|e| io_error(format!("{}: syncfs", volume.name()), &e.into()))?;
         }
-        let entries = volumes.iter().map(|volume| (volume.dev, volume.points.first().cloned().unwrap_or_default()));
+        let entries = volumes
+            .iter()
+            .map(|volume| (volume.dev, volume.points.first().cloned().unwrap_or_default()));
         journal::write(&self.journal, &self.settings.root, entries)
             .map_err(|error| io_error(self.journal.display().to_string(), &error))?;
         if let Some(guard) = &mut self.guard {
             guard.arm()?;
         }
         if !begin() {
-            self.hold.break_off(Broken::Asked("the session was ended before the hold began".to_owned()));
+            self.hold.break_off(Broken::Asked(
+                "the session was ended before the hold began".to_owned(),
+            ));
         }
         self.hold.begin(order.hold);
         for (volume, dir) in volumes.iter().zip(dirs.drain(..)) {
@@ -322,9 +347,15 @@ impl Freezer {
             let result = hook.run(Verb::Freeze, left, &|| hold.is_broken());
             let error = result.as_ref().err().map(ToString::to_string);
             // Kept before the error is returned: a hook that failed half-way has to be told to go on, too.
-            self.ran.push(HookResult { hook: hook.clone(), freeze_error: error, thaw_error: None });
+            self.ran.push(HookResult {
+                hook: hook.clone(),
+                freeze_error: error,
+                thaw_error: None,
+            });
             match result {
-                Err(error) if !(order.apps_may_fail && hook.application.is_some()) => return Err(error.into()),
+                Err(error) if !(order.apps_may_fail && hook.application.is_some()) => {
+                    return Err(error.into());
+                }
                 _ => {}
             }
         }
@@ -348,14 +379,21 @@ impl Freezer {
         journal::remove(&self.journal);
         let taken = taken && broken.is_none();
         self.thaw_hooks(taken);
-        Released { broken, hooks: self.ran }
+        Released {
+            broken,
+            hooks: self.ran,
+        }
     }
 
     fn thaw_hooks(&mut self, taken: bool) {
         let deadline = Instant::now() + THAW_TIME_MAX;
         for ran in self.ran.iter_mut().rev() {
             // A hook gets a second even when others used all the time: it must not miss its thaw.
-            let left = || deadline.saturating_duration_since(Instant::now()).max(Duration::from_secs(1));
+            let left = || {
+                deadline
+                    .saturating_duration_since(Instant::now())
+                    .max(Duration::from_secs(1))
+            };
             if !taken && let Err(error) = ran.hook.run(Verb::Abort, left(), &|| false) {
                 // A hook made for qemu-ga does not know `abort`.
                 tracing::debug!(%error, "a hook did not take `abort`");
@@ -370,24 +408,40 @@ impl Freezer {
 
 /// The paths that must stay writable while something is frozen, and what they are.
 pub(crate) fn protected(settings: &Settings) -> Vec<(PathBuf, String)> {
-    let mut paths: Vec<_> = settings.protect.iter().map(|path| (path.clone(), path.display().to_string())).collect();
-    let exe = std::env::current_exe().ok().map(|path| (path, "the agent's program".to_owned()));
+    let mut paths: Vec<_> = settings
+        .protect
+        .iter()
+        .map(|path| (path.clone(), path.display().to_string()))
+        .collect();
+    let exe = std::env::current_exe()
+        .ok()
+        .map(|path| (path, "the agent's program".to_owned()));
     paths.extend(exe);
     paths.push((settings.run_dir.clone(), "the agent's run directory".to_owned()));
     paths.push((PathBuf::from("/run"), "/run".to_owned()));
     paths.push((PathBuf::from("/var/log"), "the host's logs".to_owned()));
-    paths.extend([1, 2].map(|fd| (PathBuf::from(format!("/proc/self/fd/{fd}")), "the agent's log".to_owned())));
+    paths.extend([1, 2].map(|fd| {
+        (
+            PathBuf::from(format!("/proc/self/fd/{fd}")),
+            "the agent's log".to_owned(),
+        )
+    }));
     paths
 }
 
 /// Which protected path lies on this file system, if one does.
 pub(crate) fn protects(volume: &Volume, protected: &[(PathBuf, String)]) -> Option<String> {
-    protected.iter().find(|(path, _)| lies_on(path, volume)).map(|(_, what)| what.clone())
+    protected
+        .iter()
+        .find(|(path, _)| lies_on(path, volume))
+        .map(|(_, what)| what.clone())
 }
 
 fn lies_on(path: &Path, volume: &Volume) -> bool {
     use std::os::unix::fs::MetadataExt;
-    let Ok(meta) = std::fs::metadata(path) else { return false };
+    let Ok(meta) = std::fs::metadata(path) else {
+        return false;
+    };
     let dev = DeviceNumber::from_raw(meta.dev());
     // A btrfs subvolume has a number of its own: compare with the one at the mount point, too.
     let at_point = |point: &PathBuf| std::fs::metadata(point).is_ok_and(|at| at.dev() == meta.dev());
@@ -398,7 +452,10 @@ fn refuse_protected(settings: &Settings, volumes: &[&Volume]) -> Result<(), Free
     let protected = protected(settings);
     for volume in volumes {
         if let Some(what) = protects(volume, &protected) {
-            return Err(FreezeError::Protected { point: volume.name(), what });
+            return Err(FreezeError::Protected {
+                point: volume.name(),
+                what,
+            });
         }
     }
     Ok(())
@@ -413,7 +470,10 @@ fn open(volume: &Volume) -> Result<OwnedFd, FreezeError> {
             Err(error) => last = error.to_string(),
         }
     }
-    Err(FreezeError::Open { point: volume.name(), error: last })
+    Err(FreezeError::Open {
+        point: volume.name(),
+        error: last,
+    })
 }
 
 fn freeze_error(volume: &Volume, error: &std::io::Error) -> FreezeError {
@@ -421,9 +481,16 @@ fn freeze_error(volume: &Volume, error: &std::io::Error) -> FreezeError {
     if sys::is_frozen_already(error) {
         return FreezeError::Foreign { point };
     }
-    FreezeError::Refused { point, fs_type: volume.fs_type.clone(), error: error.to_string() }
+    FreezeError::Refused {
+        point,
+        fs_type: volume.fs_type.clone(),
+        error: error.to_string(),
+    }
 }
 
 fn io_error(what: String, error: &std::io::Error) -> FreezeError {
-    FreezeError::Io { what, error: error.to_string() }
+    FreezeError::Io {
+        what,
+        error: error.to_string(),
+    }
 }

@@ -70,17 +70,29 @@ impl Guard {
     /// Starts a guard over these directories (in the order of freezing), and waits until it is ready.
     ///
     /// `journal` is removed by the guard when it thaws in the agent's place.
-    pub(crate) fn start(dirs: &[OwnedFd], hold: Duration, journal: &std::path::Path) -> Result<Self, GuardError> {
+    pub(crate) fn start(
+        dirs: &[OwnedFd],
+        hold: Duration,
+        journal: &std::path::Path,
+    ) -> Result<Self, GuardError> {
         let (socket, theirs) = UnixStream::pair().map_err(GuardError::Start)?;
-        socket.set_read_timeout(Some(ANSWER_TIME_MAX)).map_err(GuardError::Start)?;
+        socket
+            .set_read_timeout(Some(ANSWER_TIME_MAX))
+            .map_err(GuardError::Start)?;
         // Our own binary, also when the file was replaced by an upgrade meanwhile.
         let mut command = Command::new("/proc/self/exe");
         command.arg(VERB).current_dir("/").env_clear();
-        command.stdin(OwnedFd::from(theirs)).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
         let child = command.spawn().map_err(GuardError::Start)?;
         drop(command);
         let mut guard = Self { child, socket };
-        guard.socket.write_all(order(dirs, hold, journal).as_bytes()).map_err(GuardError::Silent)?;
+        guard
+            .socket
+            .write_all(order(dirs, hold, journal).as_bytes())
+            .map_err(GuardError::Silent)?;
         guard.expect(READY)?;
         Ok(guard)
     }
@@ -110,9 +122,13 @@ impl Guard {
             ERROR => {
                 let mut text = String::new();
                 let read = (&mut self.socket).take(1024).read_to_string(&mut text);
-                Err(GuardError::Refused(read.map_or_else(|error| error.to_string(), |_| text)))
+                Err(GuardError::Refused(
+                    read.map_or_else(|error| error.to_string(), |_| text),
+                ))
             }
-            other => Err(GuardError::Refused(format!("it said {other:#04x}, not {wanted:#04x}"))),
+            other => Err(GuardError::Refused(format!(
+                "it said {other:#04x}, not {wanted:#04x}"
+            ))),
         }
     }
 
@@ -173,9 +189,15 @@ impl Watch {
         let text = read_order(socket)?;
         let mut lines = text.lines();
         let invalid = || io::Error::new(ErrorKind::InvalidData, "not an order of the agent");
-        let hold_ms = lines.next().and_then(|line| line.parse().ok()).ok_or_else(invalid)?;
+        let hold_ms = lines
+            .next()
+            .and_then(|line| line.parse().ok())
+            .ok_or_else(invalid)?;
         let journal = lines.next().map(PathBuf::from).ok_or_else(invalid)?;
-        let mut dirs = lines.filter(|line| !line.is_empty()).map(File::open).collect::<io::Result<Vec<_>>>()?;
+        let mut dirs = lines
+            .filter(|line| !line.is_empty())
+            .map(File::open)
+            .collect::<io::Result<Vec<_>>>()?;
         dirs.reverse();
         // A session of its own: a terminal's ^C or hang-up must not take the guard with the agent. It fails only when
         // the process leads a group already, and then it has what is wanted.
@@ -184,10 +206,19 @@ impl Watch {
         std::fs::write("/proc/self/oom_score_adj", "-1000").ok();
         // A page fault while the file systems sleep could wait for one of them.
         mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE)?;
-        Ok(Self { hold: Duration::from_millis(hold_ms), journal, dirs })
+        Ok(Self {
+            hold: Duration::from_millis(hold_ms),
+            journal,
+            dirs,
+        })
     }
 
-    fn until(&self, socket: &mut UnixStream, deadline: Instant, mut talking: io::Result<()>) -> io::Result<()> {
+    fn until(
+        &self,
+        socket: &mut UnixStream,
+        deadline: Instant,
+        mut talking: io::Result<()>,
+    ) -> io::Result<()> {
         let mut fired = false;
         while talking.is_ok() {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -243,5 +274,8 @@ fn read_order(socket: &mut UnixStream) -> io::Result<String> {
 }
 
 fn is_timeout(error: &io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted)
+    matches!(
+        error.kind(),
+        ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
+    )
 }

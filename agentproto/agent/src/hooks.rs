@@ -148,7 +148,11 @@ struct Sidecar {
 impl Hook {
     /// File name, for messages.
     pub(crate) fn name(&self) -> String {
-        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+        self.path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
     }
 
     /// Is it about one of these mount points?
@@ -159,15 +163,27 @@ impl Hook {
     /// Runs it to its end, for at most `allowed`; `cancelled` is asked all the while.
     ///
     /// It gets its own process group, no standard input, and PATH as its whole environment.
-    pub(crate) fn run(&self, verb: Verb, allowed: Duration, cancelled: &dyn Fn() -> bool) -> Result<(), HookError> {
+    pub(crate) fn run(
+        &self,
+        verb: Verb,
+        allowed: Duration,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<(), HookError> {
         let deadline = Instant::now() + allowed;
         let mut command = Command::new(&self.path);
         command.arg(verb.as_str()).current_dir("/").env_clear();
-        command.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+        command.env(
+            "PATH",
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        );
         command.stdin(Stdio::null()).process_group(0);
         let (output, writer) = std::io::pipe().map_err(|error| self.start_error(&error))?;
         let second = writer.try_clone().map_err(|error| self.start_error(&error))?;
-        let mut child = command.stdout(writer).stderr(second).spawn().map_err(|error| self.start_error(&error))?;
+        let mut child = command
+            .stdout(writer)
+            .stderr(second)
+            .spawn()
+            .map_err(|error| self.start_error(&error))?;
         // The command holds the pipe's write ends: without this our own end would keep it open.
         drop(command);
         let mut tail = Tail::new(output);
@@ -176,11 +192,18 @@ impl Hook {
             match child.try_wait() {
                 Ok(Some(status)) => break Ok(status),
                 Ok(None) if cancelled() => {
-                    break Err(HookError::Cancelled { name: self.name(), verb: verb.as_str() });
+                    break Err(HookError::Cancelled {
+                        name: self.name(),
+                        verb: verb.as_str(),
+                    });
                 }
                 Ok(None) if Instant::now() >= deadline => {
                     let allowed_ms = allowed.as_millis();
-                    break Err(HookError::Deadline { name: self.name(), verb: verb.as_str(), allowed_ms });
+                    break Err(HookError::Deadline {
+                        name: self.name(),
+                        verb: verb.as_str(),
+                        allowed_ms,
+                    });
                 }
                 Ok(None) => std::thread::sleep(POLL),
                 Err(error) => break Err(self.start_error(&error)),
@@ -192,11 +215,19 @@ impl Hook {
             return Ok(());
         }
         let (name, verb, status, output) = (self.name(), verb.as_str(), status.to_string(), tail.text());
-        Err(HookError::Failed { name, verb, status, output })
+        Err(HookError::Failed {
+            name,
+            verb,
+            status,
+            output,
+        })
     }
 
     fn start_error(&self, error: &std::io::Error) -> HookError {
-        HookError::Start { name: self.name(), error: error.to_string() }
+        HookError::Start {
+            name: self.name(),
+            error: error.to_string(),
+        }
     }
 }
 
@@ -205,7 +236,10 @@ impl Hook {
 /// Names that end in `~` or hold anything but letters, digits, `_` and `-` (and one suffix) are editors' leftovers, as qemu-ga
 /// has it: a `.rpmsave` or `.dpkg-old` must not run. Files that are not executable are left out.
 pub(crate) fn read_dir(dir: &Path) -> Result<Vec<Hook>, DirError> {
-    let read = |error: std::io::Error| DirError::Read { path: dir.to_owned(), error: error.to_string() };
+    let read = |error: std::io::Error| DirError::Read {
+        path: dir.to_owned(),
+        error: error.to_string(),
+    };
     let entries = match std::fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -227,11 +261,26 @@ pub(crate) fn read_dir(dir: &Path) -> Result<Vec<Hook>, DirError> {
 }
 
 fn is_hook(path: &Path) -> bool {
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let is_leftover = [".rpmsave", ".rpmorig", ".rpmnew", ".dpkg-old", ".dpkg-new", ".dpkg-dist", ".sample", ".bak", ".toml"]
-        .iter()
-        .any(|suffix| name.ends_with(suffix));
-    let runs = std::fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0);
+    let name = path
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    let is_leftover = [
+        ".rpmsave",
+        ".rpmorig",
+        ".rpmnew",
+        ".dpkg-old",
+        ".dpkg-new",
+        ".dpkg-dist",
+        ".sample",
+        ".bak",
+        ".toml",
+    ]
+    .iter()
+    .any(|suffix| name.ends_with(suffix));
+    let runs =
+        std::fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0);
     runs && !is_leftover && !name.ends_with('~') && !name.starts_with('.')
 }
 
@@ -243,21 +292,45 @@ fn with_sidecar(path: PathBuf) -> Result<Hook, DirError> {
     let text = match std::fs::read_to_string(&beside) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Ok(Hook { path, application: None, mounts: Vec::new() });
+            return Ok(Hook {
+                path,
+                application: None,
+                mounts: Vec::new(),
+            });
         }
-        Err(error) => return Err(DirError::Read { path: beside, error: error.to_string() }),
+        Err(error) => {
+            return Err(DirError::Read {
+                path: beside,
+                error: error.to_string(),
+            });
+        }
     };
-    let sidecar = |error: String| DirError::Sidecar { path: beside.clone(), error };
+    let sidecar = |error: String| DirError::Sidecar {
+        path: beside.clone(),
+        error,
+    };
     let meant: Sidecar = toml::from_str(&text).map_err(|error| sidecar(error.to_string()))?;
     if meant.application.trim().is_empty() || meant.application.len() > 128 {
-        return Err(sidecar("`application` is the name of the application, 1 to 128 bytes".to_owned()));
+        return Err(sidecar(
+            "`application` is the name of the application, 1 to 128 bytes".to_owned(),
+        ));
     }
-    Ok(Hook { path, application: Some(meant.application), mounts: meant.mounts })
+    Ok(Hook {
+        path,
+        application: Some(meant.application),
+        mounts: meant.mounts,
+    })
 }
 
 fn check_owner_writes(path: &Path) -> Result<(), DirError> {
     let writable = std::fs::metadata(path).is_ok_and(|meta| meta.permissions().mode() & 0o022 != 0);
-    if writable { Err(DirError::Writable { path: path.to_owned() }) } else { Ok(()) }
+    if writable {
+        Err(DirError::Writable {
+            path: path.to_owned(),
+        })
+    } else {
+        Ok(())
+    }
 }
 
 /// Ends the whole process group: a hook's children must not outlive the snapshot.
@@ -285,7 +358,10 @@ impl Tail {
         let set = rustix::fs::fcntl_getfl(&pipe)
             .and_then(|flags| rustix::fs::fcntl_setfl(&pipe, flags | rustix::fs::OFlags::NONBLOCK));
         // A pipe that would block is not read at all: losing its text is better than losing the deadline.
-        Self { pipe: set.is_ok().then_some(pipe), kept: VecDeque::new() }
+        Self {
+            pipe: set.is_ok().then_some(pipe),
+            kept: VecDeque::new(),
+        }
     }
 
     fn drain(&mut self) {
@@ -303,8 +379,14 @@ impl Tail {
     }
 
     fn text(mut self) -> String {
-        let text = String::from_utf8_lossy(self.kept.make_contiguous()).trim().to_owned();
-        if text.is_empty() { text } else { format!(": {text}") }
+        let text = String::from_utf8_lossy(self.kept.make_contiguous())
+            .trim()
+            .to_owned();
+        if text.is_empty() {
+            text
+        } else {
+            format!(": {text}")
+        }
     }
 }
 
@@ -324,7 +406,11 @@ mod tests {
             let path = self.0.path().join(name);
             fs::write(&path, format!("#!/bin/sh\n{script}\n")).expect("write");
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("chmod");
-            Hook { path, application: None, mounts: Vec::new() }
+            Hook {
+                path,
+                application: None,
+                mounts: Vec::new(),
+            }
         }
 
         fn write(&self, name: &str, text: &str) {
@@ -354,7 +440,10 @@ mod tests {
         dir.write("50-not-executable", "#!/bin/sh\n");
         dir.write("20-b.toml", "application = \"postgresql\"\nmounts = [\"/pg\"]\n");
         let hooks = read_dir(dir.0.path()).expect("hooks");
-        assert_eq!(hooks.iter().map(Hook::name).collect::<Vec<_>>(), ["10-a.sh", "20-b"]);
+        assert_eq!(
+            hooks.iter().map(Hook::name).collect::<Vec<_>>(),
+            ["10-a.sh", "20-b"]
+        );
         assert_eq!(hooks[1].application.as_deref(), Some("postgresql"));
         assert!(hooks[1].concerns(&["/x".into(), "/pg".into()]));
         assert!(!hooks[1].concerns(&["/x".into()]));
@@ -363,11 +452,17 @@ mod tests {
 
     #[test]
     fn a_missing_directory_is_empty_and_a_bad_sidecar_is_an_error() {
-        assert!(read_dir(Path::new("/nonexistent/hooks.d")).expect("no directory").is_empty());
+        assert!(
+            read_dir(Path::new("/nonexistent/hooks.d"))
+                .expect("no directory")
+                .is_empty()
+        );
         let dir = Dir::new();
         dir.hook("a", "");
         dir.write("a.toml", "aplication = \"x\"\n");
-        let error = read_dir(dir.0.path()).expect_err("a spelling mistake").to_string();
+        let error = read_dir(dir.0.path())
+            .expect_err("a spelling mistake")
+            .to_string();
         assert!(error.contains("aplication"), "{error}");
     }
 
@@ -382,9 +477,14 @@ mod tests {
     #[test]
     fn argument_exit_code_and_output_arrive() {
         let dir = Dir::new();
-        let hook = dir.hook("h", "[ \"$#$1\" = 1thaw ] && exit 0; echo \"no $1 here\" >&2; exit 3");
+        let hook = dir.hook(
+            "h",
+            "[ \"$#$1\" = 1thaw ] && exit 0; echo \"no $1 here\" >&2; exit 3",
+        );
         assert_eq!(run(&hook, Verb::Thaw, 5000), Ok(()));
-        let error = run(&hook, Verb::Freeze, 5000).expect_err("it exits 3").to_string();
+        let error = run(&hook, Verb::Freeze, 5000)
+            .expect_err("it exits 3")
+            .to_string();
         assert_eq!(error, "hook h freeze: exit status: 3: no freeze here");
     }
 
@@ -392,12 +492,22 @@ mod tests {
     fn a_hook_out_of_time_dies_with_its_children() {
         let dir = Dir::new();
         let pid_file = dir.0.path().join("pid");
-        let hook = dir.hook("h", &format!("trap '' TERM; sleep 60 & echo $! > {}; wait", pid_file.display()));
+        let hook = dir.hook(
+            "h",
+            &format!("trap '' TERM; sleep 60 & echo $! > {}; wait", pid_file.display()),
+        );
         let started = Instant::now();
         let error = run(&hook, Verb::Freeze, 300).expect_err("too slow");
-        assert!(matches!(error, HookError::Deadline { allowed_ms: 300, .. }), "{error}");
+        assert!(
+            matches!(error, HookError::Deadline { allowed_ms: 300, .. }),
+            "{error}"
+        );
         assert!(started.elapsed() < Duration::from_secs(5));
-        let pid: i32 = fs::read_to_string(&pid_file).expect("its child").trim().parse().expect("a pid");
+        let pid: i32 = fs::read_to_string(&pid_file)
+            .expect("its child")
+            .trim()
+            .parse()
+            .expect("a pid");
         let gone = || match fs::read_to_string(format!("/proc/{pid}/stat")) {
             Ok(stat) => stat.contains(") Z "),
             Err(_) => true,
@@ -416,7 +526,10 @@ mod tests {
         let started = Instant::now();
         let cancelled = || started.elapsed() > Duration::from_millis(100);
         let result = hook.run(Verb::Freeze, Duration::from_secs(30), &cancelled);
-        assert!(matches!(result, Err(HookError::Cancelled { .. } | HookError::Start { .. })), "{result:?}");
+        assert!(
+            matches!(result, Err(HookError::Cancelled { .. } | HookError::Start { .. })),
+            "{result:?}"
+        );
         assert!(started.elapsed() < Duration::from_secs(5));
     }
 

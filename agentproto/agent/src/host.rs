@@ -25,7 +25,9 @@ pub(crate) fn hello(agent_id: AgentId) -> Hello {
 
 /// The host's name.
 pub(crate) fn name(root: &Root) -> String {
-    root.text("/proc/sys/kernel/hostname").filter(|name| !name.is_empty()).unwrap_or_else(|| "unnamed".to_owned())
+    root.text("/proc/sys/kernel/hostname")
+        .filter(|name| !name.is_empty())
+        .unwrap_or_else(|| "unnamed".to_owned())
 }
 
 /// What Register says.

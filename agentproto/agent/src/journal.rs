@@ -58,8 +58,16 @@ pub(crate) fn write(
     root: &Root,
     volumes: impl Iterator<Item = (DeviceNumber, PathBuf)>,
 ) -> io::Result<()> {
-    let volumes = volumes.map(|(dev, point)| Entry { dev: dev.to_string(), point }).collect();
-    let text = serde_json::to_vec(&Journal { boot_id: boot_id(root), volumes })?;
+    let volumes = volumes
+        .map(|(dev, point)| Entry {
+            dev: dev.to_string(),
+            point,
+        })
+        .collect();
+    let text = serde_json::to_vec(&Journal {
+        boot_id: boot_id(root),
+        volumes,
+    })?;
     let beside = path.with_extension("new");
     fs::write(&beside, text)?;
     fs::rename(beside, path)
@@ -76,8 +84,14 @@ pub(crate) fn remove(path: &Path) {
 
 /// Thaws what the journals of this boot name, outermost first, and removes them.
 pub(crate) fn thaw_all(run_dir: &Path, root: &Root) -> Vec<Recovered> {
-    let Ok(entries) = fs::read_dir(run_dir) else { return Vec::new() };
-    let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(|path| is_journal(path)).collect();
+    let Ok(entries) = fs::read_dir(run_dir) else {
+        return Vec::new();
+    };
+    let mut paths: Vec<PathBuf> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| is_journal(path))
+        .collect();
     paths.sort();
     paths.iter().flat_map(|path| thaw_one(path, root)).collect()
 }
@@ -88,7 +102,9 @@ fn is_journal(path: &Path) -> bool {
 }
 
 fn thaw_one(path: &Path, root: &Root) -> Vec<Recovered> {
-    let journal: Option<Journal> = fs::read(path).ok().and_then(|text| serde_json::from_slice(&text).ok());
+    let journal: Option<Journal> = fs::read(path)
+        .ok()
+        .and_then(|text| serde_json::from_slice(&text).ok());
     let Some(journal) = journal else {
         tracing::warn!(path = %path.display(), "a journal that cannot be read: it is left for a person to look at");
         return Vec::new();
@@ -96,7 +112,12 @@ fn thaw_one(path: &Path, root: &Root) -> Vec<Recovered> {
     let mut recovered = Vec::new();
     if journal.boot_id == boot_id(root) {
         let mounts = Inventory::mounts(root);
-        recovered = journal.volumes.iter().rev().map(|entry| thaw_entry(entry, &mounts)).collect();
+        recovered = journal
+            .volumes
+            .iter()
+            .rev()
+            .map(|entry| thaw_entry(entry, &mounts))
+            .collect();
     }
     let failed = |one: &Recovered| matches!(one.outcome, Outcome::Failed(_));
     if !recovered.iter().any(failed) {
@@ -126,9 +147,17 @@ fn thaw_entry(entry: &Entry, mounts: &[Mount]) -> Recovered {
 
 /// The sessions that have a journal now.
 pub(crate) fn names(run_dir: &Path) -> Vec<String> {
-    let Ok(entries) = fs::read_dir(run_dir) else { return Vec::new() };
-    let paths = entries.flatten().map(|entry| entry.path()).filter(|path| is_journal(path));
-    let stem = |path: PathBuf| path.file_stem().map(|stem| stem.to_string_lossy().replacen("frozen-", "", 1));
+    let Ok(entries) = fs::read_dir(run_dir) else {
+        return Vec::new();
+    };
+    let paths = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| is_journal(path));
+    let stem = |path: PathBuf| {
+        path.file_stem()
+            .map(|stem| stem.to_string_lossy().replacen("frozen-", "", 1))
+    };
     paths.filter_map(stem).collect()
 }
 
@@ -161,7 +190,10 @@ mod tests {
         let (host, run) = (host("b1"), tempfile::tempdir().expect("a temporary directory"));
         let root = Root::at(host.path());
         let path = journal(run.path(), &root);
-        let gone = Recovered { point: "/gone".into(), outcome: Outcome::Gone };
+        let gone = Recovered {
+            point: "/gone".into(),
+            outcome: Outcome::Gone,
+        };
         assert_eq!(thaw_all(run.path(), &root), [gone]);
         assert!(!path.exists());
     }

@@ -96,7 +96,15 @@ impl<S: AsyncRead + AsyncWrite, M: Machine> Link<S, M> {
     pub(crate) fn new(stream: S, machine: M) -> Self {
         let (read, write) = tokio::io::split(stream);
         let incoming = vec![0; 16 * 1024].into_boxed_slice();
-        Self { read, write, machine, incoming, outgoing: Vec::new(), unflushed: false, write_by: None }
+        Self {
+            read,
+            write,
+            machine,
+            incoming,
+            outgoing: Vec::new(),
+            unflushed: false,
+            write_by: None,
+        }
     }
 
     /// Moves bytes both ways until something has come in. Cancel-safe: nothing is lost when the future is dropped.
@@ -146,7 +154,10 @@ impl<S: AsyncRead + AsyncWrite, M: Machine> Link<S, M> {
             }
             self.write.shutdown().await
         };
-        if !matches!(tokio::time::timeout(Duration::from_secs(1), goodbye).await, Ok(Ok(()))) {
+        if !matches!(
+            tokio::time::timeout(Duration::from_secs(1), goodbye).await,
+            Ok(Ok(()))
+        ) {
             tracing::trace!("the connection did not end with a goodbye");
         }
     }
@@ -158,7 +169,8 @@ impl<S: AsyncRead + AsyncWrite, M: Machine> Link<S, M> {
         if self.outgoing.is_empty() && !self.unflushed {
             self.write_by = None;
         } else {
-            self.write_by.get_or_insert_with(|| Instant::now() + WRITE_TIME_MAX);
+            self.write_by
+                .get_or_insert_with(|| Instant::now() + WRITE_TIME_MAX);
         }
     }
 
@@ -176,7 +188,11 @@ impl<S: AsyncRead + AsyncWrite, M: Machine> Link<S, M> {
 }
 
 /// One step of sending. Cancel-safe: either bytes were taken and are removed, or nothing happened.
-async fn push<W: AsyncWrite + Unpin>(write: &mut W, bytes: &mut Vec<u8>, unflushed: &mut bool) -> std::io::Result<()> {
+async fn push<W: AsyncWrite + Unpin>(
+    write: &mut W,
+    bytes: &mut Vec<u8>,
+    unflushed: &mut bool,
+) -> std::io::Result<()> {
     if bytes.is_empty() {
         write.flush().await?;
         *unflushed = false;

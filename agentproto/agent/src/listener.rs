@@ -100,10 +100,16 @@ impl Listener {
         stream.set_nodelay(true)?;
         let stream = tokio::time::timeout(HANDSHAKE_TIME_MAX, self.acceptor.accept(stream)).await??;
         let (_, session) = stream.get_ref();
-        let certificate = session.peer_certificates().and_then(|chain| chain.first()).context("no certificate")?;
+        let certificate = session
+            .peer_certificates()
+            .and_then(|chain| chain.first())
+            .context("no certificate")?;
         let fingerprint = tls::fingerprint(certificate).context("a certificate that cannot be read")?;
         // The pins were checked in the handshake; an `unenrol` may have come in between.
-        let (engine, cancel) = lock(&self.engines).get(&fingerprint).cloned().context("no longer enrolled")?;
+        let (engine, cancel) = lock(&self.engines)
+            .get(&fingerprint)
+            .cloned()
+            .context("no longer enrolled")?;
         Ok((stream, engine, cancel))
     }
 
@@ -138,20 +144,38 @@ impl Listener {
 fn take(channel: &mut Channel, id: u64, engine: &Arc<Engine>, event: ChannelEvent) {
     let now = Instant::now();
     match event {
-        ChannelEvent::HelloAsked { generation, .. } => match engine.feed(|agent| agent.fence(now, generation)) {
-            Ok(()) => {
-                channel.set_generation(generation);
-                channel.accept();
+        ChannelEvent::HelloAsked { generation, .. } => {
+            match engine.feed(|agent| agent.fence(now, generation)) {
+                Ok(()) => {
+                    channel.set_generation(generation);
+                    channel.accept();
+                }
+                Err(refusal) => {
+                    tracing::warn!(target = %engine.target(), "a target is refused: {refusal}");
+                    channel.refuse(refusal);
+                }
             }
-            Err(refusal) => {
-                tracing::warn!(target = %engine.target(), "a target is refused: {refusal}");
-                channel.refuse(refusal);
-            }
-        },
-        ChannelEvent::Request { id: request, generation, request: content } => {
-            engine.feed(|agent| agent.request(now, Asked { channel: id, id: request }, generation, content));
         }
-        ChannelEvent::Log(event) => tracing::info!(subject = event.subject, "the target says: {}", event.text),
+        ChannelEvent::Request {
+            id: request,
+            generation,
+            request: content,
+        } => {
+            engine.feed(|agent| {
+                agent.request(
+                    now,
+                    Asked {
+                        channel: id,
+                        id: request,
+                    },
+                    generation,
+                    content,
+                )
+            });
+        }
+        ChannelEvent::Log(event) => {
+            tracing::info!(subject = event.subject, "the target says: {}", event.text)
+        }
         // This end asks nothing on a snapshot channel.
         ChannelEvent::Opened { .. }
         | ChannelEvent::HelloRefused(_)
@@ -176,7 +200,10 @@ impl Unproved {
         }
         unproved.insert(source, here + 1);
         drop(unproved);
-        Some(Self { listener: Arc::clone(listener), source })
+        Some(Self {
+            listener: Arc::clone(listener),
+            source,
+        })
     }
 }
 

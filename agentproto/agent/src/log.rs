@@ -49,7 +49,12 @@ impl Write for Pending<'_> {
 
 impl Drop for Pending<'_> {
     fn drop(&mut self) {
-        if self.queue.lines.try_send(Line::Text(std::mem::take(&mut self.text))).is_err() {
+        if self
+            .queue
+            .lines
+            .try_send(Line::Text(std::mem::take(&mut self.text)))
+            .is_err()
+        {
             self.queue.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -59,7 +64,10 @@ impl<'a> MakeWriter<'a> for Queue {
     type Writer = Pending<'a>;
 
     fn make_writer(&'a self) -> Pending<'a> {
-        Pending { queue: self, text: Vec::new() }
+        Pending {
+            queue: self,
+            text: Vec::new(),
+        }
     }
 }
 
@@ -78,11 +86,18 @@ pub(crate) fn start(filter: &str) -> anyhow::Result<Flush> {
     let (lines, queue) = sync_channel(QUEUE_LINES);
     let dropped = Arc::new(AtomicU64::new(0));
     let counter = Arc::clone(&dropped);
-    std::thread::Builder::new().name("log".to_owned()).spawn(move || write_all(&queue, &counter))?;
+    std::thread::Builder::new()
+        .name("log".to_owned())
+        .spawn(move || write_all(&queue, &counter))?;
     let writer = Queue { lines, dropped };
     let filter = EnvFilter::try_from_default_env().or_else(|_| EnvFilter::try_new(filter))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(writer.clone());
-    builder.try_init().map_err(|error| anyhow::anyhow!("logging cannot be set up: {error}"))?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(false)
+        .with_writer(writer.clone());
+    builder
+        .try_init()
+        .map_err(|error| anyhow::anyhow!("logging cannot be set up: {error}"))?;
     Ok(Flush(writer))
 }
 
@@ -100,7 +115,11 @@ fn write_all(queue: &Receiver<Line>, dropped: &AtomicU64) {
         }
         let lost = dropped.swap(0, Ordering::Relaxed);
         if lost > 0 {
-            writeln!(out, "{lost} lines of this log were dropped: standard error was blocked").ok();
+            writeln!(
+                out,
+                "{lost} lines of this log were dropped: standard error was blocked"
+            )
+            .ok();
         }
     }
 }

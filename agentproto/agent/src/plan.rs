@@ -7,7 +7,8 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use stillpoint_agentproto::message::{
-    App, AppState, Exclusion, ExclusionKind, Finding, LunIdentity, LunVolumes, Mode, Mount, Require, Role, Severity,
+    App, AppState, Exclusion, ExclusionKind, Finding, LunIdentity, LunVolumes, Mode, Mount, Require, Role,
+    Severity,
 };
 use stillpoint_agentproto::{ErrorCode, LunId, Refusal};
 
@@ -56,7 +57,10 @@ pub(crate) struct Plan {
 impl Plan {
     /// The applications that will take part.
     pub(crate) fn apps(&self) -> Vec<App> {
-        self.hooks.iter().filter_map(|hook| app(hook, AppState::Ready, None)).collect()
+        self.hooks
+            .iter()
+            .filter_map(|hook| app(hook, AppState::Ready, None))
+            .collect()
     }
 }
 
@@ -64,7 +68,15 @@ impl Plan {
 pub(crate) fn app(hook: &Hook, state: AppState, error: Option<String>) -> Option<App> {
     let instance = hook.application.clone()?;
     let (component, version, lun) = (Some(hook.name()), None, None);
-    Some(App { kind: KIND.to_owned(), instance, component, version, state, error, lun })
+    Some(App {
+        kind: KIND.to_owned(),
+        instance,
+        component,
+        version,
+        state,
+        error,
+        lun,
+    })
 }
 
 /// The host's name for a LUN.
@@ -82,11 +94,20 @@ pub(crate) fn survey(
     mode: Mode,
     grants: Option<&[LunIdentity]>,
 ) -> Survey {
-    let mut survey = Survey { luns: luns.to_vec(), found: Vec::new(), volumes: Vec::new(), hooks: Vec::new() };
+    let mut survey = Survey {
+        luns: luns.to_vec(),
+        found: Vec::new(),
+        volumes: Vec::new(),
+        hooks: Vec::new(),
+    };
     let names: BTreeSet<String> = luns.iter().copied().map(naa).collect();
     survey.volumes = inventory.freeze_order(&names).into_iter().cloned().collect();
     if !may_freeze(settings) {
-        survey.error(ErrorCode::Unsupported, "agent", "it may not freeze file systems: run it as root (CAP_SYS_ADMIN)");
+        survey.error(
+            ErrorCode::Unsupported,
+            "agent",
+            "it may not freeze file systems: run it as root (CAP_SYS_ADMIN)",
+        );
     }
     for lun in luns {
         survey.lun(inventory, *lun, grants);
@@ -111,16 +132,33 @@ impl Survey {
         let stops = |found: &&Found| {
             found.finding.severity == Severity::Error && !(best_effort && found.volume.is_some())
         };
-        let stopping: Vec<&Finding> = self.found.iter().filter(stops).map(|found| &found.finding).collect();
+        let stopping: Vec<&Finding> = self
+            .found
+            .iter()
+            .filter(stops)
+            .map(|found| &found.finding)
+            .collect();
         if let Some(first) = stopping.first() {
-            let text = stopping.iter().map(|f| format!("{}: {}", f.subject, f.text)).collect::<Vec<_>>().join("; ");
+            let text = stopping
+                .iter()
+                .map(|f| format!("{}: {}", f.subject, f.text))
+                .collect::<Vec<_>>()
+                .join("; ");
             return Err(Refusal::new(first.code, text).about(first.subject.clone()));
         }
-        let errors = self.found.iter().filter(|found| found.finding.severity == Severity::Error);
-        let left_out: Vec<_> =
-            errors.filter_map(|found| Some((found.volume.clone()?, found.finding.text.clone()))).collect();
+        let errors = self
+            .found
+            .iter()
+            .filter(|found| found.finding.severity == Severity::Error);
+        let left_out: Vec<_> = errors
+            .filter_map(|found| Some((found.volume.clone()?, found.finding.text.clone())))
+            .collect();
         let names: BTreeSet<&String> = left_out.iter().map(|((_, name), _)| name).collect();
-        let volumes: Vec<Volume> = self.volumes.into_iter().filter(|v| !names.contains(&v.name())).collect();
+        let volumes: Vec<Volume> = self
+            .volumes
+            .into_iter()
+            .filter(|v| !names.contains(&v.name()))
+            .collect();
         let exclusion = |((lun, subject), reason): ((LunId, String), String)| Exclusion {
             kind: ExclusionKind::Volume,
             subject,
@@ -128,14 +166,24 @@ impl Survey {
             lun: Some(lun),
         };
         let exclusions = left_out.into_iter().map(exclusion).collect();
-        Ok(Plan { luns: self.luns, volumes, hooks: self.hooks, apps_may_fail: best_effort, exclusions })
+        Ok(Plan {
+            luns: self.luns,
+            volumes,
+            hooks: self.hooks,
+            apps_may_fail: best_effort,
+            exclusions,
+        })
     }
 
     fn lun(&mut self, inventory: &Inventory, lun: LunId, grants: Option<&[LunIdentity]>) {
         let name = naa(lun);
         let paths: Vec<&Disk> = inventory.paths(&name).collect();
         let Some(first) = paths.first() else {
-            return self.error(ErrorCode::NotMounted, &name, "this host has no disk of this identity: log in to its target");
+            return self.error(
+                ErrorCode::NotMounted,
+                &name,
+                "this host has no disk of this identity: log in to its target",
+            );
         };
         if paths.len() > 1 || inventory.on(&name).any(|volume| volume.multipath) {
             let disks: Vec<_> = paths.iter().map(|disk| disk.name.as_str()).collect();
@@ -146,7 +194,11 @@ impl Survey {
             self.error(ErrorCode::LimitMpio, &name, &text);
         }
         if inventory.on(&name).next().is_none() {
-            self.error(ErrorCode::NotMounted, &name, "no file system of it is mounted on this host");
+            self.error(
+                ErrorCode::NotMounted,
+                &name,
+                "no file system of it is mounted on this host",
+            );
         }
         match grants.map(|grants| grants.iter().find(|grant| grant.lun == lun)) {
             None => {}
@@ -166,18 +218,39 @@ impl Survey {
             if let (Some(theirs), Some(ours)) = (theirs, ours)
                 && theirs != ours
             {
-                let text = format!("its {what} is {ours:?} on this host ({}), the target says {theirs:?}", disk.name);
+                let text = format!(
+                    "its {what} is {ours:?} on this host ({}), the target says {theirs:?}",
+                    disk.name
+                );
                 self.error(ErrorCode::IdentityMismatch, &grant.lun.to_string(), &text);
             }
         };
         differ("serial", grant.serial.clone(), disk.serial.clone());
         differ("target name", grant.iqn.clone(), Some(path.target.clone()));
-        differ("LUN number", grant.number.map(|n| n.to_string()), Some(path.lun.to_string()));
-        if grant.size_bytes.is_some_and(|size_bytes| size_bytes != disk.size_bytes) {
+        differ(
+            "LUN number",
+            grant.number.map(|n| n.to_string()),
+            Some(path.lun.to_string()),
+        );
+        if grant
+            .size_bytes
+            .is_some_and(|size_bytes| size_bytes != disk.size_bytes)
+        {
             // No error: a LUN that has grown can be snapshotted before its host has looked again.
-            let text = format!("{} has another size than the target says: rescan it (`iscsiadm -m session -R`)", disk.name);
-            let finding = finding(ErrorCode::IdentityMismatch, Severity::Warning, &grant.lun.to_string(), &text);
-            self.found.push(Found { finding, volume: None });
+            let text = format!(
+                "{} has another size than the target says: rescan it (`iscsiadm -m session -R`)",
+                disk.name
+            );
+            let finding = finding(
+                ErrorCode::IdentityMismatch,
+                Severity::Warning,
+                &grant.lun.to_string(),
+                &text,
+            );
+            self.found.push(Found {
+                finding,
+                volume: None,
+            });
         }
     }
 
@@ -186,32 +259,50 @@ impl Survey {
             for lun in self.luns.clone() {
                 if volume.naas.contains(&naa(lun)) {
                     let finding = finding(code, Severity::Error, &volume.name(), &text);
-                    self.found.push(Found { finding, volume: Some((lun, volume.name())) });
+                    self.found.push(Found {
+                        finding,
+                        volume: Some((lun, volume.name())),
+                    });
                 }
             }
         };
         if let Some(process) = &volume.foreign {
-            let text = format!("it is mounted only in the mount namespace of {process}: mount it on the host, too");
+            let text =
+                format!("it is mounted only in the mount namespace of {process}: mount it on the host, too");
             return bad(ErrorCode::NoQuiesce, text);
         }
         if !volume.naas.is_subset(names) || !volume.other_disks.is_empty() {
-            let outside = volume.naas.difference(names).chain(&volume.other_disks).cloned().collect::<Vec<_>>();
-            let text = format!("it lies on {}, too, which this snapshot does not include", outside.join(", "));
+            let outside = volume
+                .naas
+                .difference(names)
+                .chain(&volume.other_disks)
+                .cloned()
+                .collect::<Vec<_>>();
+            let text = format!(
+                "it lies on {}, too, which this snapshot does not include",
+                outside.join(", ")
+            );
             bad(ErrorCode::Unsupported, text);
         }
         if !volume.needs_freeze() {
             return;
         }
         if !volume.is_freezable() {
-            let text = format!("{} cannot be frozen: unmount it or mount it read-only", volume.fs_type);
+            let text = format!(
+                "{} cannot be frozen: unmount it or mount it read-only",
+                volume.fs_type
+            );
             return bad(ErrorCode::NoQuiesce, text);
         }
         if let Some(map) = &volume.suspended {
-            let text = format!("its device-mapper map {map} is suspended by another program: `dmsetup resume {map}`");
+            let text = format!(
+                "its device-mapper map {map} is suspended by another program: `dmsetup resume {map}`"
+            );
             return bad(ErrorCode::NoQuiesce, text);
         }
         if let Some(what) = freeze::protects(volume, protected) {
-            let text = format!("{what} lies on it: freezing it would stop the agent itself; move one of them");
+            let text =
+                format!("{what} lies on it: freezing it would stop the agent itself; move one of them");
             return bad(ErrorCode::NoQuiesce, text);
         }
         let opened = volume.points.iter().map(|point| volumes::open(point, volume.dev));
@@ -221,12 +312,19 @@ impl Survey {
     }
 
     fn read_hooks(&mut self, dir: &std::path::Path, mode: Mode) {
-        let points: Vec<PathBuf> = self.volumes.iter().flat_map(|volume| volume.points.clone()).collect();
+        let points: Vec<PathBuf> = self
+            .volumes
+            .iter()
+            .flat_map(|volume| volume.points.clone())
+            .collect();
         match hooks::read_dir(dir) {
             // A `filesystem` snapshot needs no application: one that fails must not stop it.
             Ok(hooks) => {
                 let wanted = |hook: &Hook| mode == Mode::Application || hook.application.is_none();
-                self.hooks = hooks.into_iter().filter(|hook| hook.concerns(&points) && wanted(hook)).collect();
+                self.hooks = hooks
+                    .into_iter()
+                    .filter(|hook| hook.concerns(&points) && wanted(hook))
+                    .collect();
             }
             Err(error) => self.error(ErrorCode::HookFailed, "hooks", &error.to_string()),
         }
@@ -240,13 +338,18 @@ impl Survey {
     }
 
     fn error(&mut self, code: ErrorCode, subject: &str, text: &str) {
-        self.found.push(Found { finding: finding(code, Severity::Error, subject, text), volume: None });
+        self.found.push(Found {
+            finding: finding(code, Severity::Error, subject, text),
+            volume: None,
+        });
     }
 }
 
 /// What `ListVolumes` answers: the LUNs that this host has.
 pub(crate) fn list(inventory: &Inventory, hooks: &[Hook], luns: &[LunId]) -> Vec<LunVolumes> {
-    luns.iter().filter_map(|lun| list_one(inventory, hooks, *lun)).collect()
+    luns.iter()
+        .filter_map(|lun| list_one(inventory, hooks, *lun))
+        .collect()
 }
 
 fn list_one(inventory: &Inventory, hooks: &[Hook], lun: LunId) -> Option<LunVolumes> {
@@ -254,7 +357,11 @@ fn list_one(inventory: &Inventory, hooks: &[Hook], lun: LunId) -> Option<LunVolu
     let disk = inventory.paths(&name).next()?;
     let volumes: Vec<&Volume> = inventory.on(&name).collect();
     let points: Vec<PathBuf> = volumes.iter().flat_map(|volume| volume.points.clone()).collect();
-    let role = if volumes.is_empty() { Role::None } else { Role::Mounted };
+    let role = if volumes.is_empty() {
+        Role::None
+    } else {
+        Role::Mounted
+    };
     let path = disk.path.as_ref();
     let identity = LunIdentity {
         lun,
@@ -263,9 +370,18 @@ fn list_one(inventory: &Inventory, hooks: &[Hook], lun: LunId) -> Option<LunVolu
         number: path.and_then(|path| u16::try_from(path.lun).ok()),
         size_bytes: Some(disk.size_bytes),
     };
-    let concerned = hooks.iter().filter(|hook| !points.is_empty() && hook.concerns(&points));
-    let apps = concerned.filter_map(|hook| app(hook, AppState::Ready, None)).collect();
-    Some(LunVolumes { identity, role, mounts: volumes.into_iter().map(mount).collect(), apps })
+    let concerned = hooks
+        .iter()
+        .filter(|hook| !points.is_empty() && hook.concerns(&points));
+    let apps = concerned
+        .filter_map(|hook| app(hook, AppState::Ready, None))
+        .collect();
+    Some(LunVolumes {
+        identity,
+        role,
+        mounts: volumes.into_iter().map(mount).collect(),
+        apps,
+    })
 }
 
 fn mount(volume: &Volume) -> Mount {
@@ -280,7 +396,10 @@ fn mount(volume: &Volume) -> Mount {
 
 /// The LUNs among these that have something mounted here.
 pub(crate) fn mounted(inventory: &Inventory, luns: &[LunId]) -> Vec<LunId> {
-    luns.iter().copied().filter(|lun| inventory.on(&naa(*lun)).next().is_some()).collect()
+    luns.iter()
+        .copied()
+        .filter(|lun| inventory.on(&naa(*lun)).next().is_some())
+        .collect()
 }
 
 fn may_freeze(settings: &Settings) -> bool {
@@ -292,5 +411,13 @@ fn may_freeze(settings: &Settings) -> bool {
 }
 
 fn finding(code: ErrorCode, severity: Severity, subject: &str, text: &str) -> Finding {
-    Finding { code, severity, subject: subject.to_owned(), text: text.to_owned() }
+    Finding {
+        code,
+        severity,
+        subject: subject.to_owned(),
+        text: text.to_owned(),
+    }
 }
+
+#[cfg(test)]
+mod tests;

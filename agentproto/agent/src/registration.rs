@@ -51,7 +51,15 @@ impl Registration {
         engine: Arc<Engine>,
         board: Arc<Board>,
     ) -> Self {
-        Self { shared, identity, target, engine, board, lease_ends: None, said: Said::default() }
+        Self {
+            shared,
+            identity,
+            target,
+            engine,
+            board,
+            lease_ends: None,
+            said: Said::default(),
+        }
     }
 
     /// Runs for ever.
@@ -63,12 +71,18 @@ impl Registration {
                 Ok(()) => "the connection is made anew".to_owned(),
                 Err(error) => format!("{error:#}"),
             };
-            self.board.set(self.target.fingerprint, Connection::Down { error: error.clone() });
+            self.board
+                .set(self.target.fingerprint, Connection::Down { error: error.clone() });
             // A connection that lasted was a good one: begin with short pauses again.
             if began.elapsed() > PAUSE_MAX {
                 pause = PAUSE_MIN;
             }
-            tracing::warn!(target = self.target.address(), error, again_in_ms = pause.as_millis(), "not registered");
+            tracing::warn!(
+                target = self.target.address(),
+                error,
+                again_in_ms = pause.as_millis(),
+                "not registered"
+            );
             self.rest(pause).await;
             pause = (pause * 2).min(PAUSE_MAX);
         }
@@ -159,8 +173,12 @@ impl Registration {
             }
             AgentEvent::Log(event) => match event.severity {
                 Severity::Info => tracing::info!(subject = event.subject, "the target says: {}", event.text),
-                Severity::Warning => tracing::warn!(subject = event.subject, "the target says: {}", event.text),
-                Severity::Error => tracing::error!(subject = event.subject, "the target says: {}", event.text),
+                Severity::Warning => {
+                    tracing::warn!(subject = event.subject, "the target says: {}", event.text)
+                }
+                Severity::Error => {
+                    tracing::error!(subject = event.subject, "the target says: {}", event.text)
+                }
             },
             AgentEvent::Enrolled(_) => {}
         }
@@ -170,20 +188,26 @@ impl Registration {
     /// The one line that says that all is well.
     fn registered(&self, luns: &[LunIdentity]) {
         let names: Vec<String> = luns.iter().map(|lun| lun.lun.to_string()).collect();
-        let luns = if names.is_empty() { "none yet (`stillpoint agent allow`)".to_owned() } else { names.join(", ") };
+        let luns = if names.is_empty() {
+            "none yet (`stillpoint agent allow`)".to_owned()
+        } else {
+            names.join(", ")
+        };
         tracing::info!(
             "registered with {} as {}, LUNs {luns}, listening on {}",
             self.target.address(),
             self.identity.agent_id,
             self.shared.config.listen
         );
-        self.board.set(self.target.fingerprint, Connection::Registered { luns: names });
+        self.board
+            .set(self.target.fingerprint, Connection::Registered { luns: names });
     }
 
     fn granted(&mut self, luns: Vec<LunIdentity>) {
         self.lease_ends = Some(Instant::now() + LEASE);
         let names = luns.iter().map(|lun| lun.lun.to_string()).collect();
-        self.board.set(self.target.fingerprint, Connection::Registered { luns: names });
+        self.board
+            .set(self.target.fingerprint, Connection::Registered { luns: names });
         self.engine.set_grants(luns);
     }
 
@@ -192,7 +216,16 @@ impl Registration {
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let clock_unix_ms = u64::try_from(clock.as_millis()).unwrap_or(u64::MAX);
         let mounted = self.said.mounted.clone();
-        end.heartbeat(Instant::now(), Heartbeat { state, session, frozen_ms, clock_unix_ms, mounted });
+        end.heartbeat(
+            Instant::now(),
+            Heartbeat {
+                state,
+                session,
+                frozen_ms,
+                clock_unix_ms,
+                mounted,
+            },
+        );
     }
 
     /// What there is to say now. Before the target has said which LUNs are this agent's, every Stillpoint LUN counts.
@@ -202,10 +235,16 @@ impl Registration {
         let look = move || {
             let root = &shared.settings.root;
             let inventory = Inventory::read(root, &shared.config.test_luns);
-            let ours = inventory.stillpoint_luns().into_iter().filter_map(|naa| naa.parse().ok());
+            let ours = inventory
+                .stillpoint_luns()
+                .into_iter()
+                .filter_map(|naa| naa.parse().ok());
             let ours: Vec<LunId> = granted.unwrap_or_else(|| ours.collect());
             let mounted = crate::plan::mounted(&inventory, &ours);
-            Said { mounted, initiators: host::initiators(root, &shared.config) }
+            Said {
+                mounted,
+                initiators: host::initiators(root, &shared.config),
+            }
         };
         Ok(tokio::task::spawn_blocking(look).await?)
     }

@@ -27,7 +27,11 @@ pub(crate) fn status(json: bool, config: &Config) -> anyhow::Result<ExitCode> {
     let state = StateDir::open(&config.state_dir)?;
     let (agent_id, targets) = (state.identity()?.agent_id, state.targets()?);
     let running = run::is_running(&config.run_dir);
-    let connections = if running { status::read(&config.run_dir) } else { status::Connections::new() };
+    let connections = if running {
+        status::read(&config.run_dir)
+    } else {
+        status::Connections::new()
+    };
     let frozen = journal::names(&config.run_dir);
     let registered = |target| matches!(connections.get(target), Some(Connection::Registered { .. }));
     let well = running && !targets.is_empty() && targets.iter().all(|target| registered(&target.fingerprint));
@@ -38,13 +42,19 @@ pub(crate) fn status(json: bool, config: &Config) -> anyhow::Result<ExitCode> {
                     "enrolled_at": target.enrolled_at, "connection": connection })
         };
         let targets: Vec<Value> = targets.iter().map(target).collect();
-        print_json(&json!({ "agent_id": agent_id, "version": env!("CARGO_PKG_VERSION"), "running": running,
-                            "listen": config.listen, "targets": targets, "sessions_frozen": frozen }))?;
+        print_json(
+            &json!({ "agent_id": agent_id, "version": env!("CARGO_PKG_VERSION"), "running": running,
+                            "listen": config.listen, "targets": targets, "sessions_frozen": frozen }),
+        )?;
     } else {
         let does = if running { "runs" } else { "does not run" };
         print(&format!("agent {agent_id} {does}, port {}", config.listen.port()))?;
         for target in &targets {
-            print(&format!("target {}: {}", target.address(), connection(connections.get(&target.fingerprint))))?;
+            print(&format!(
+                "target {}: {}",
+                target.address(),
+                connection(connections.get(&target.fingerprint))
+            ))?;
         }
         if targets.is_empty() {
             print("not enrolled: `stillpoint-agent enrol TOKEN@HOST`")?;
@@ -53,12 +63,18 @@ pub(crate) fn status(json: bool, config: &Config) -> anyhow::Result<ExitCode> {
             print(&format!("frozen now by session {session}"))?;
         }
     }
-    Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if well {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn connection(connection: Option<&Connection>) -> String {
     match connection {
-        Some(Connection::Registered { luns }) if luns.is_empty() => "registered, no LUNs allowed yet".to_owned(),
+        Some(Connection::Registered { luns }) if luns.is_empty() => {
+            "registered, no LUNs allowed yet".to_owned()
+        }
         Some(Connection::Registered { luns }) => format!("registered, {}", luns.join(", ")),
         Some(Connection::Down { error }) => format!("not registered: {error}"),
         Some(Connection::Connecting) => "connecting".to_owned(),
@@ -74,16 +90,31 @@ pub(crate) fn luns(json: bool, luns: &[LunVolumes]) -> io::Result<()> {
     if luns.is_empty() {
         return print("this host has no Stillpoint LUN");
     }
-    for LunVolumes { identity, mounts, apps, .. } in luns {
+    for LunVolumes {
+        identity,
+        mounts,
+        apps,
+        ..
+    } in luns
+    {
         let iqn = identity.iqn.as_deref().unwrap_or("(not iSCSI)");
-        let number = identity.number.map_or_else(String::new, |number| format!(" LUN {number}"));
+        let number = identity
+            .number
+            .map_or_else(String::new, |number| format!(" LUN {number}"));
         print(&format!("{}  {iqn}{number}", identity.lun))?;
         for mount in mounts {
             let read_only = if mount.read_only { ", read-only" } else { "" };
-            print(&format!("  {}  {} on {}{read_only}", mount.path, mount.file_system, mount.device))?;
+            print(&format!(
+                "  {}  {} on {}{read_only}",
+                mount.path, mount.file_system, mount.device
+            ))?;
         }
         for app in apps {
-            print(&format!("  application {} (hook {})", app.instance, app.component.as_deref().unwrap_or("?")))?;
+            print(&format!(
+                "  application {} (hook {})",
+                app.instance,
+                app.component.as_deref().unwrap_or("?")
+            ))?;
         }
         if mounts.is_empty() {
             print("  nothing of it is mounted")?;
@@ -97,7 +128,13 @@ pub(crate) fn findings(json: bool, findings: &[Finding]) -> io::Result<()> {
     if json {
         return print_json(&json!({ "findings": findings }));
     }
-    for Finding { code, severity, subject, text } in findings {
+    for Finding {
+        code,
+        severity,
+        subject,
+        text,
+    } in findings
+    {
         let severity = match severity {
             Severity::Info => "info",
             Severity::Warning => "warning",
@@ -105,7 +142,11 @@ pub(crate) fn findings(json: bool, findings: &[Finding]) -> io::Result<()> {
         };
         print(&format!("{severity}: {subject}: {text} [{code}]"))?;
     }
-    if findings.is_empty() { print("ready") } else { Ok(()) }
+    if findings.is_empty() {
+        print("ready")
+    } else {
+        Ok(())
+    }
 }
 
 /// `thaw`
@@ -123,5 +164,9 @@ pub(crate) fn thawed(json: bool, recovered: &[Recovered]) -> io::Result<()> {
     for one in recovered {
         print(&format!("{}: {}", one.point.display(), word(&one.outcome)))?;
     }
-    if recovered.is_empty() { print("nothing is frozen by an agent of this host") } else { Ok(()) }
+    if recovered.is_empty() {
+        print("nothing is frozen by an agent of this host")
+    } else {
+        Ok(())
+    }
 }

@@ -38,13 +38,27 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let state = StateDir::open(&config.state_dir)?;
     let identity = Arc::new(state.identity()?);
     let pins = Arc::new(Enrolled::default());
-    let acceptor = TlsAcceptor::from(Arc::new(tls::server(&identity, Arc::clone(&pins) as Arc<dyn tls::Pins>)?));
+    let acceptor = TlsAcceptor::from(Arc::new(tls::server(
+        &identity,
+        Arc::clone(&pins) as Arc<dyn tls::Pins>,
+    )?));
     let listener = TcpListener::bind(config.listen).await;
     let listener = listener.with_context(|| format!("{} cannot be listened on", config.listen))?;
     tracing::info!(agent_id = %identity.agent_id, listen = %config.listen, "stillpoint-agent {}", env!("CARGO_PKG_VERSION"));
     let board = Arc::new(Board::new(&config.run_dir));
-    let shared = Arc::new(Shared { settings: settings(&config, root), config, state });
-    let mut agent = Running { shared, identity, pins, board, engines: Arc::default(), none_said: false };
+    let shared = Arc::new(Shared {
+        settings: settings(&config, root),
+        config,
+        state,
+    });
+    let mut agent = Running {
+        shared,
+        identity,
+        pins,
+        board,
+        engines: Arc::default(),
+        none_said: false,
+    };
     let accepting = Listener::new(Arc::clone(&agent.identity), acceptor, Arc::clone(&agent.engines));
     tokio::spawn(accepting.run(listener));
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -66,7 +80,12 @@ pub(crate) fn settings(config: &Config, root: Root) -> Settings {
     let mut protect = config.protect.clone();
     protect.push(config.state_dir.clone());
     let (run_dir, hook_time_max) = (config.run_dir.clone(), config.hook_time_max);
-    Settings { root, run_dir, hook_time_max, protect }
+    Settings {
+        root,
+        run_dir,
+        hook_time_max,
+        protect,
+    }
 }
 
 /// One agent per run directory: two would thaw each other's freezes at their starts.
@@ -81,12 +100,17 @@ fn lock_run_dir(run_dir: &Path) -> anyhow::Result<File> {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    bail!("another stillpoint-agent runs already (it holds {}/agent.lock)", run_dir.display());
+    bail!(
+        "another stillpoint-agent runs already (it holds {}/agent.lock)",
+        run_dir.display()
+    );
 }
 
 /// Does an agent run over this directory?
 pub(crate) fn is_running(run_dir: &Path) -> bool {
-    let Ok(file) = File::open(run_dir.join("agent.lock")) else { return false };
+    let Ok(file) = File::open(run_dir.join("agent.lock")) else {
+        return false;
+    };
     rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_err()
 }
 
@@ -96,8 +120,12 @@ pub(crate) fn report(recovered: &[Recovered]) {
         let point = point.display();
         match outcome {
             Outcome::Thawed => tracing::error!(%point, "was still frozen by an agent that ended: thawed"),
-            Outcome::NotFrozen => tracing::info!(%point, "an agent ended during a freeze; it is thawed already"),
-            Outcome::Gone => tracing::info!(%point, "an agent ended during a freeze; it is not mounted any more"),
+            Outcome::NotFrozen => {
+                tracing::info!(%point, "an agent ended during a freeze; it is thawed already")
+            }
+            Outcome::Gone => {
+                tracing::info!(%point, "an agent ended during a freeze; it is not mounted any more")
+            }
             Outcome::Failed(error) => tracing::error!(%point, error, "cannot be thawed: run `fsfreeze -u`"),
         }
     }
@@ -127,13 +155,20 @@ impl Running {
         }
         self.none_said = targets.is_empty();
         let known: Vec<Fingerprint> = self.engines().keys().copied().collect();
-        for gone in known.iter().filter(|known| !targets.iter().any(|target| target.fingerprint == **known)) {
+        for gone in known
+            .iter()
+            .filter(|known| !targets.iter().any(|target| target.fingerprint == **known))
+        {
             self.drop_target(*gone);
         }
-        for target in targets.iter().filter(|target| !known.contains(&target.fingerprint)) {
+        for target in targets
+            .iter()
+            .filter(|target| !known.contains(&target.fingerprint))
+        {
             self.take_up(target.clone())?;
         }
-        self.pins.set(targets.iter().map(|target| target.fingerprint).collect());
+        self.pins
+            .set(targets.iter().map(|target| target.fingerprint).collect());
         Ok(())
     }
 
@@ -142,10 +177,15 @@ impl Running {
         let generation = self.shared.state.generation(fingerprint)?;
         let engine = Engine::new(Arc::clone(&self.shared), fingerprint, generation);
         let cancel = CancellationToken::new();
-        self.engines().insert(fingerprint, (Arc::clone(&engine), cancel.clone()));
+        self.engines()
+            .insert(fingerprint, (Arc::clone(&engine), cancel.clone()));
         self.board.set(fingerprint, Connection::Connecting);
         tokio::spawn(Arc::clone(&engine).drive());
-        let (shared, identity, board) = (Arc::clone(&self.shared), Arc::clone(&self.identity), Arc::clone(&self.board));
+        let (shared, identity, board) = (
+            Arc::clone(&self.shared),
+            Arc::clone(&self.identity),
+            Arc::clone(&self.board),
+        );
         let registration = Registration::new(shared, identity, target, engine, board);
         tokio::spawn(async move {
             tokio::select! {
@@ -157,7 +197,9 @@ impl Running {
     }
 
     fn drop_target(&self, fingerprint: Fingerprint) {
-        let Some((engine, cancel)) = self.engines().remove(&fingerprint) else { return };
+        let Some((engine, cancel)) = self.engines().remove(&fingerprint) else {
+            return;
+        };
         tracing::info!(target = %fingerprint, "unenrolled: its connections are dropped");
         cancel.cancel();
         self.board.remove(fingerprint);
@@ -177,7 +219,10 @@ impl Running {
         stops.join_all().await;
     }
 
-    fn engines(&self) -> std::sync::MutexGuard<'_, std::collections::HashMap<Fingerprint, (Arc<Engine>, CancellationToken)>> {
+    fn engines(
+        &self,
+    ) -> std::sync::MutexGuard<'_, std::collections::HashMap<Fingerprint, (Arc<Engine>, CancellationToken)>>
+    {
         self.engines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

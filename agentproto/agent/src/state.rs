@@ -67,7 +67,11 @@ impl Target {
 
 /// `HOST:PORT`; an IPv6 address gets its brackets.
 pub(crate) fn address(host: &str, port: u16) -> String {
-    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+    if host.contains(':') {
+        format!("[{host}]:{port}")
+    } else {
+        format!("{host}:{port}")
+    }
 }
 
 /// This agent's name and key.
@@ -103,20 +107,33 @@ impl StateDir {
         let certificate = self.pem("cert.pem")?;
         let key = self.pem("key.pem")?;
         let key = rustls::pki_types::PrivatePkcs8KeyDer::from(key);
-        Ok(Identity { agent_id, certificate: certificate.into(), key: key.into() })
+        Ok(Identity {
+            agent_id,
+            certificate: certificate.into(),
+            key: key.into(),
+        })
     }
 
     /// The enrolled targets.
     pub(crate) fn targets(&self) -> Result<Vec<Target>, StateError> {
         let dir = self.0.join("targets");
-        let io = |error| StateError::Io { path: dir.clone(), error };
+        let io = |error| StateError::Io {
+            path: dir.clone(),
+            error,
+        };
         let mut targets = Vec::new();
         for entry in fs::read_dir(&dir).map_err(io)? {
             let path = entry.map_err(io)?.path();
             if path.extension().is_some_and(|extension| extension == "json") && targets.len() < TARGETS_MAX {
-                let text = fs::read(&path).map_err(|error| StateError::Io { path: path.clone(), error })?;
+                let text = fs::read(&path).map_err(|error| StateError::Io {
+                    path: path.clone(),
+                    error,
+                })?;
                 let target = serde_json::from_slice(&text);
-                targets.push(target.map_err(|error| StateError::Corrupt { path, what: error.to_string() })?);
+                targets.push(target.map_err(|error| StateError::Corrupt {
+                    path,
+                    what: error.to_string(),
+                })?);
             }
         }
         targets.sort_by_key(|target: &Target| target.fingerprint);
@@ -134,7 +151,9 @@ impl StateDir {
     pub(crate) fn remove_target(&self, fingerprint: Fingerprint) -> Result<(), StateError> {
         for path in [self.target_path(fingerprint), self.generation_path(fingerprint)] {
             match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(StateError::Io { path, error }),
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(StateError::Io { path, error });
+                }
                 _ => {}
             }
         }
@@ -145,7 +164,10 @@ impl StateDir {
     pub(crate) fn generation(&self, fingerprint: Fingerprint) -> Result<u32, StateError> {
         let path = self.generation_path(fingerprint);
         match fs::read_to_string(&path) {
-            Ok(text) => text.trim().parse().map_err(|_| StateError::Corrupt { path, what: "no number".to_owned() }),
+            Ok(text) => text.trim().parse().map_err(|_| StateError::Corrupt {
+                path,
+                what: "no number".to_owned(),
+            }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
             Err(error) => Err(StateError::Io { path, error }),
         }
@@ -168,7 +190,10 @@ impl StateDir {
     fn agent_id(&self) -> Result<AgentId, StateError> {
         let path = self.0.join("agent-id");
         match fs::read_to_string(&path) {
-            Ok(text) => text.trim().parse().map_err(|_| StateError::Corrupt { path, what: "no UUID".to_owned() }),
+            Ok(text) => text.trim().parse().map_err(|_| StateError::Corrupt {
+                path,
+                what: "no UUID".to_owned(),
+            }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let mut random = [0; 16];
                 getrandom::fill(&mut random).map_err(|error| StateError::Key(error.to_string()))?;
@@ -186,7 +211,9 @@ impl StateDir {
         let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).map_err(broken)?;
         let mut params = rcgen::CertificateParams::new(Vec::new()).map_err(broken)?;
         params.distinguished_name = rcgen::DistinguishedName::new();
-        params.distinguished_name.push(rcgen::DnType::CommonName, format!("stillpoint-agent {agent_id}"));
+        params
+            .distinguished_name
+            .push(rcgen::DnType::CommonName, format!("stillpoint-agent {agent_id}"));
         let certificate = params.self_signed(&key).map_err(broken)?;
         for (name, text) in [("key.pem", key.serialize_pem()), ("cert.pem", certificate.pem())] {
             let path = self.0.join(name);
@@ -197,9 +224,15 @@ impl StateDir {
 
     fn pem(&self, name: &str) -> Result<Vec<u8>, StateError> {
         let path = self.0.join(name);
-        let text = fs::read(&path).map_err(|error| StateError::Io { path: path.clone(), error })?;
+        let text = fs::read(&path).map_err(|error| StateError::Io {
+            path: path.clone(),
+            error,
+        })?;
         let parsed = x509_parser::pem::parse_x509_pem(&text);
-        let (_, pem) = parsed.map_err(|error| StateError::Corrupt { path, what: error.to_string() })?;
+        let (_, pem) = parsed.map_err(|error| StateError::Corrupt {
+            path,
+            what: error.to_string(),
+        })?;
         Ok(pem.contents)
     }
 }
@@ -211,7 +244,11 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&beside)?;
     file.write_all(bytes)?;
     file.sync_all()?;
     fs::rename(&beside, path)?;
@@ -239,7 +276,10 @@ mod tests {
         let (first, second) = (state.identity().expect("made"), state.identity().expect("read"));
         assert_eq!(first.agent_id, second.agent_id);
         assert_eq!(first.certificate, second.certificate);
-        let mode = fs::metadata(dir.path().join("key.pem")).expect("the key").permissions().mode();
+        let mode = fs::metadata(dir.path().join("key.pem"))
+            .expect("the key")
+            .permissions()
+            .mode();
         assert_eq!(mode & 0o777, 0o600);
     }
 
@@ -253,7 +293,9 @@ mod tests {
         assert_eq!(state.targets().expect("read"), [target(1), target(2)]);
         assert_eq!(state.generation(target(1).fingerprint).expect("read"), 7);
         state.remove_target(target(1).fingerprint).expect("removed");
-        state.remove_target(target(1).fingerprint).expect("removing twice is no error");
+        state
+            .remove_target(target(1).fingerprint)
+            .expect("removing twice is no error");
         assert_eq!(state.targets().expect("read"), [target(2)]);
         assert_eq!(state.generation(target(1).fingerprint).expect("read"), 0);
     }
@@ -263,7 +305,13 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let state = StateDir::open(dir.path()).expect("a state directory");
         fs::write(dir.path().join("targets/x.json"), "{}").expect("write");
-        assert!(state.targets().expect_err("a broken target").to_string().contains("targets/x.json"));
+        assert!(
+            state
+                .targets()
+                .expect_err("a broken target")
+                .to_string()
+                .contains("targets/x.json")
+        );
         fs::write(dir.path().join("agent-id"), "me").expect("write");
         assert!(matches!(state.identity(), Err(StateError::Corrupt { .. })));
     }

@@ -38,7 +38,10 @@ pub(crate) struct Board {
 impl Board {
     /// A board without entries.
     pub(crate) fn new(run_dir: &Path) -> Self {
-        Self { path: path(run_dir), connections: Mutex::default() }
+        Self {
+            path: path(run_dir),
+            connections: Mutex::default(),
+        }
     }
 
     /// Notes how a registration stands.
@@ -69,7 +72,10 @@ impl Board {
 
 /// What a running agent wrote last.
 pub(crate) fn read(run_dir: &Path) -> Connections {
-    fs::read(path(run_dir)).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default()
+    fs::read(path(run_dir))
+        .ok()
+        .and_then(|text| serde_json::from_slice(&text).ok())
+        .unwrap_or_default()
 }
 
 fn path(run_dir: &Path) -> PathBuf {
@@ -85,11 +91,29 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let board = Board::new(dir.path());
         let (one, two) = (Fingerprint([1; 32]), Fingerprint([2; 32]));
-        board.set(one, Connection::Registered { luns: vec!["naa.6".to_owned()] });
-        board.set(two, Connection::Down { error: "no route".to_owned() });
+        board.set(
+            one,
+            Connection::Registered {
+                luns: vec!["naa.6".to_owned()],
+            },
+        );
+        board.set(
+            two,
+            Connection::Down {
+                error: "no route".to_owned(),
+            },
+        );
         board.remove(one);
         let read = read(dir.path());
-        assert_eq!(read.into_iter().collect::<Vec<_>>(), [(two, Connection::Down { error: "no route".to_owned() })]);
+        assert_eq!(
+            read.into_iter().collect::<Vec<_>>(),
+            [(
+                two,
+                Connection::Down {
+                    error: "no route".to_owned()
+                }
+            )]
+        );
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! The one module with `unsafe`: the two file-system ioctls that have no safe wrapper.
-#![expect(unsafe_code, reason = "FIFREEZE and FITHAW exist only as ioctls; this is the one module that may call them")]
+#![expect(
+    unsafe_code,
+    reason = "FIFREEZE and FITHAW exist only as ioctls; this is the one module that may call them"
+)]
 
 use std::io;
 use std::os::fd::AsFd;

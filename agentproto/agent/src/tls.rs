@@ -8,8 +8,8 @@ use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_sig
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, PeerIncompatible, ServerConfig,
-    SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, PeerIncompatible,
+    ServerConfig, SignatureScheme,
 };
 use stillpoint_agentproto::Fingerprint;
 
@@ -34,7 +34,10 @@ impl Enrolled {
 
 impl Pins for Enrolled {
     fn accepts(&self, fingerprint: Fingerprint) -> bool {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).contains(&fingerprint)
+        self.0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains(&fingerprint)
     }
 }
 
@@ -58,9 +61,11 @@ pub(crate) fn fingerprint(certificate: &CertificateDer<'_>) -> Option<Fingerprin
 pub(crate) fn client(identity: &Identity, pins: Arc<dyn Pins>) -> Result<ClientConfig, Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let verifier = Arc::new(Verifier::new(&provider, pins));
-    let builder = ClientConfig::builder_with_provider(provider).with_protocol_versions(&[&rustls::version::TLS13])?;
+    let builder =
+        ClientConfig::builder_with_provider(provider).with_protocol_versions(&[&rustls::version::TLS13])?;
     let builder = builder.dangerous().with_custom_certificate_verifier(verifier);
-    let mut config = builder.with_client_auth_cert(vec![identity.certificate.clone()], identity.key.clone_key())?;
+    let mut config =
+        builder.with_client_auth_cert(vec![identity.certificate.clone()], identity.key.clone_key())?;
     config.resumption = rustls::client::Resumption::disabled();
     config.enable_sni = false;
     Ok(config)
@@ -70,9 +75,11 @@ pub(crate) fn client(identity: &Identity, pins: Arc<dyn Pins>) -> Result<ClientC
 pub(crate) fn server(identity: &Identity, pins: Arc<dyn Pins>) -> Result<ServerConfig, Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let verifier = Arc::new(Verifier::new(&provider, pins));
-    let builder = ServerConfig::builder_with_provider(provider).with_protocol_versions(&[&rustls::version::TLS13])?;
+    let builder =
+        ServerConfig::builder_with_provider(provider).with_protocol_versions(&[&rustls::version::TLS13])?;
     let builder = builder.with_client_cert_verifier(verifier);
-    let mut config = builder.with_single_cert(vec![identity.certificate.clone()], identity.key.clone_key())?;
+    let mut config =
+        builder.with_single_cert(vec![identity.certificate.clone()], identity.key.clone_key())?;
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(config)
@@ -86,16 +93,22 @@ struct Verifier {
 
 impl Verifier {
     fn new(provider: &CryptoProvider, pins: Arc<dyn Pins>) -> Self {
-        Self { pins, algorithms: provider.signature_verification_algorithms }
+        Self {
+            pins,
+            algorithms: provider.signature_verification_algorithms,
+        }
     }
 
     fn check(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
-        let fingerprint = fingerprint(certificate).ok_or(Error::InvalidCertificate(CertificateError::BadEncoding))?;
+        let fingerprint =
+            fingerprint(certificate).ok_or(Error::InvalidCertificate(CertificateError::BadEncoding))?;
         if self.pins.accepts(fingerprint) {
             return Ok(());
         }
         tracing::debug!(%fingerprint, "a peer with a key that is not pinned here");
-        Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure))
+        Err(Error::InvalidCertificate(
+            CertificateError::ApplicationVerificationFailure,
+        ))
     }
 
     fn signature(
@@ -188,11 +201,16 @@ mod tests {
 
     fn identity() -> Identity {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        StateDir::open(dir.path()).expect("a state directory").identity().expect("an identity")
+        StateDir::open(dir.path())
+            .expect("a state directory")
+            .identity()
+            .expect("an identity")
     }
 
     fn pin(identity: &Identity) -> Arc<dyn Pins> {
-        Arc::new(Exactly(fingerprint(&identity.certificate).expect("our own certificate")))
+        Arc::new(Exactly(
+            fingerprint(&identity.certificate).expect("our own certificate"),
+        ))
     }
 
     /// Runs a whole handshake in memory.
@@ -232,8 +250,11 @@ mod tests {
     #[test]
     fn a_stolen_certificate_without_its_key_is_refused() {
         let (agent, target, thief) = (identity(), identity(), identity());
-        let stolen =
-            Identity { agent_id: agent.agent_id, certificate: target.certificate.clone(), key: thief.key.clone_key() };
+        let stolen = Identity {
+            agent_id: agent.agent_id,
+            certificate: target.certificate.clone(),
+            key: thief.key.clone_key(),
+        };
         // rustls itself refuses to pair them; were it not so, the handshake's signature would be wrong.
         let pins: Arc<dyn Pins> = pin(&agent);
         assert!(server(&stolen, pins).is_err());

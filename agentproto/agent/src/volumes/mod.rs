@@ -61,7 +61,10 @@ pub(crate) struct Volume {
 impl Volume {
     /// Where it is mounted, for people.
     pub(crate) fn name(&self) -> String {
-        self.points.first().map(|p| p.display().to_string()).unwrap_or_default()
+        self.points
+            .first()
+            .map(|p| p.display().to_string())
+            .unwrap_or_default()
     }
 
     /// Can FIFREEZE hold it?
@@ -94,7 +97,10 @@ impl Inventory {
         let mut volumes = volumes_of(root, &here, &by_name);
         let known: BTreeSet<_> = here.iter().map(|mount| mount.dev).collect();
         for (owner, mounts) in other_namespaces(root) {
-            let unseen: Vec<_> = mounts.into_iter().filter(|mount| !known.contains(&mount.dev)).collect();
+            let unseen: Vec<_> = mounts
+                .into_iter()
+                .filter(|mount| !known.contains(&mount.dev))
+                .collect();
             for mut volume in volumes_of(root, &unseen, &by_name) {
                 if !volumes.iter().any(|v| v.dev == volume.dev) {
                     volume.foreign = Some(owner.clone());
@@ -117,19 +123,29 @@ impl Inventory {
 
     /// The LUNs of Stillpoint targets, each once.
     pub(crate) fn stillpoint_luns(&self) -> BTreeSet<&str> {
-        self.disks.iter().filter(|disk| disk.vendor == VENDOR).map(|disk| disk.naa.as_str()).collect()
+        self.disks
+            .iter()
+            .filter(|disk| disk.vendor == VENDOR)
+            .map(|disk| disk.naa.as_str())
+            .collect()
     }
 
     /// The file systems on a LUN.
     pub(crate) fn on<'a>(&'a self, naa: &'a str) -> impl Iterator<Item = &'a Volume> {
-        self.volumes.iter().filter(move |volume| volume.naas.contains(naa))
+        self.volumes
+            .iter()
+            .filter(move |volume| volume.naas.contains(naa))
     }
 
     /// The file systems on any of these LUNs in the order of freezing: innermost first, outermost last.
     ///
     /// A file system inside a file of another one comes before it, or its dirty pages would meet a frozen file system.
     pub(crate) fn freeze_order(&self, naas: &BTreeSet<String>) -> Vec<&Volume> {
-        let mut volumes: Vec<_> = self.volumes.iter().filter(|v| !v.naas.is_disjoint(naas)).collect();
+        let mut volumes: Vec<_> = self
+            .volumes
+            .iter()
+            .filter(|v| !v.naas.is_disjoint(naas))
+            .collect();
         volumes.sort_by_key(|volume| std::cmp::Reverse(volume.order));
         volumes
     }
@@ -144,7 +160,10 @@ pub(crate) fn open(point: &Path, dev: DeviceNumber) -> io::Result<OwnedFd> {
     let dir = rustix::fs::open(point, flags, rustix::fs::Mode::empty())?;
     let found = DeviceNumber::from_raw(rustix::fs::fstat(&dir)?.st_dev);
     if dev.major != 0 && found != dev {
-        let text = format!("{} leads to device {found}, not {dev}: another mount covers it", point.display());
+        let text = format!(
+            "{} leads to device {found}, not {dev}: another mount covers it",
+            point.display()
+        );
         return Err(io::Error::other(text));
     }
     Ok(dir)
@@ -153,7 +172,14 @@ pub(crate) fn open(point: &Path, dev: DeviceNumber) -> io::Result<OwnedFd> {
 fn test_disk(root: &Root, lun: &TestLun) -> Option<Disk> {
     let name = root.block_name(&lun.path)?;
     let size_bytes = root.size_bytes(&name);
-    Some(Disk { name, naa: lun.naa.clone(), serial: None, vendor: VENDOR.to_owned(), size_bytes, path: None })
+    Some(Disk {
+        name,
+        naa: lun.naa.clone(),
+        serial: None,
+        vendor: VENDOR.to_owned(),
+        size_bytes,
+        path: None,
+    })
 }
 
 /// Groups the mounts of one namespace by superblock and keeps those that lie on a LUN.
@@ -177,7 +203,11 @@ fn volume(
 ) -> Option<Volume> {
     of.sort_by_key(|mount| (mount.root.as_os_str() != "/", depth(mount, all), mount.id));
     let first = *of.first()?;
-    let devices = if dev.major == 0 && first.fs_type == "btrfs" { root.btrfs_devices(&first.source) } else { vec![dev] };
+    let devices = if dev.major == 0 && first.fs_type == "btrfs" {
+        root.btrfs_devices(&first.source)
+    } else {
+        vec![dev]
+    };
     let grounds: Vec<_> = devices.into_iter().map(|dev| root.ground(dev, stop)).collect();
     let disks: BTreeSet<&String> = grounds.iter().flat_map(|ground| &ground.disks).collect();
     let naas: BTreeSet<String> = disks.iter().filter_map(|name| luns.get(*name).cloned()).collect();
@@ -191,11 +221,19 @@ fn volume(
         source: first.source.clone(),
         read_only: first.read_only,
         naas,
-        other_disks: disks.into_iter().filter(|name| !luns.contains_key(*name)).cloned().collect(),
+        other_disks: disks
+            .into_iter()
+            .filter(|name| !luns.contains_key(*name))
+            .cloned()
+            .collect(),
         multipath: grounds.iter().any(|ground| ground.multipath),
         suspended: grounds.iter().find_map(|ground| ground.suspended.clone()),
         foreign: None,
-        order: (grounds.iter().map(|g| g.loops).max().unwrap_or_default(), depth(first, all), first.id),
+        order: (
+            grounds.iter().map(|g| g.loops).max().unwrap_or_default(),
+            depth(first, all),
+            first.id,
+        ),
     })
 }
 
@@ -204,7 +242,10 @@ fn depth(mount: &Mount, all: &[Mount]) -> usize {
     let by_id: BTreeMap<u32, u32> = all.iter().map(|m| (m.id, m.parent)).collect();
     let parents = std::iter::successors(Some(mount.parent), |id| by_id.get(id).copied());
     // The topmost mount may be its own parent: a chain is never longer than the list.
-    parents.take_while(|id| by_id.contains_key(id)).take(all.len()).count()
+    parents
+        .take_while(|id| by_id.contains_key(id))
+        .take(all.len())
+        .count()
 }
 
 /// The mounts of every other mount namespace, with the name of one process in each.
@@ -214,7 +255,9 @@ fn depth(mount: &Mount, all: &[Mount]) -> usize {
 fn other_namespaces(root: &Root) -> Vec<(String, Vec<Mount>)> {
     let namespace = |pid: &str| std::fs::read_link(root.path(&format!("/proc/{pid}/ns/mnt"))).ok();
     let mut seen: BTreeSet<PathBuf> = namespace("self").into_iter().collect();
-    let Ok(processes) = std::fs::read_dir(root.path("/proc")) else { return Vec::new() };
+    let Ok(processes) = std::fs::read_dir(root.path("/proc")) else {
+        return Vec::new();
+    };
     let mut others = Vec::new();
     for process in processes.flatten() {
         let pid = process.file_name().to_string_lossy().into_owned();
@@ -229,4 +272,4 @@ fn other_namespaces(root: &Root) -> Vec<(String, Vec<Mount>)> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -15,12 +15,18 @@ impl DeviceNumber {
     /// Reads `MAJOR:MINOR`.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let (major, minor) = text.trim().split_once(':')?;
-        Some(Self { major: major.parse().ok()?, minor: minor.parse().ok()? })
+        Some(Self {
+            major: major.parse().ok()?,
+            minor: minor.parse().ok()?,
+        })
     }
 
     /// From a `st_dev` or `st_rdev`.
     pub(crate) fn from_raw(dev: u64) -> Self {
-        Self { major: rustix::fs::major(dev), minor: rustix::fs::minor(dev) }
+        Self {
+            major: rustix::fs::major(dev),
+            minor: rustix::fs::minor(dev),
+        }
     }
 }
 
@@ -69,8 +75,21 @@ fn parse_line(line: &str) -> Option<Mount> {
     let mut fields = superblock.split(' ');
     let fs_type = fields.next()?.to_owned();
     let source = unescape(fields.next()?).to_string_lossy().into_owned();
-    let read_only = fields.next().unwrap_or_default().split(',').any(|option| option == "ro");
-    Some(Mount { id, parent, dev, root, point, fs_type, source, read_only })
+    let read_only = fields
+        .next()
+        .unwrap_or_default()
+        .split(',')
+        .any(|option| option == "ro");
+    Some(Mount {
+        id,
+        parent,
+        dev,
+        root,
+        point,
+        fs_type,
+        source,
+        read_only,
+    })
 }
 
 /// Space, tab, newline and backslash are written `\040` and so on.

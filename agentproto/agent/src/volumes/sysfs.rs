@@ -78,7 +78,10 @@ impl Root {
 
     /// Every whole disk with a NAA designator.
     pub(crate) fn disks(&self) -> Vec<Disk> {
-        let mut disks: Vec<Disk> = names(&self.path("/sys/block")).iter().filter_map(|name| self.disk(name)).collect();
+        let mut disks: Vec<Disk> = names(&self.path("/sys/block"))
+            .iter()
+            .filter_map(|name| self.disk(name))
+            .collect();
         disks.sort_by(|a, b| a.name.cmp(&b.name));
         disks
     }
@@ -86,10 +89,18 @@ impl Root {
     /// The initiator names of live iSCSI sessions and of `/etc/iscsi/initiatorname.iscsi`.
     pub(crate) fn initiators(&self) -> BTreeSet<String> {
         let sessions = names(&self.path("/sys/class/iscsi_session"));
-        let live = sessions.iter().filter_map(|s| self.text(&format!("/sys/class/iscsi_session/{s}/initiatorname")));
+        let live = sessions
+            .iter()
+            .filter_map(|s| self.text(&format!("/sys/class/iscsi_session/{s}/initiatorname")));
         let configured = self.text("/etc/iscsi/initiatorname.iscsi").unwrap_or_default();
-        let configured = configured.lines().filter_map(|l| l.trim().strip_prefix("InitiatorName=")).map(str::to_owned);
-        live.chain(configured).map(|name| name.trim().to_owned()).filter(|n| !n.is_empty() && n != "(null)").collect()
+        let configured = configured
+            .lines()
+            .filter_map(|l| l.trim().strip_prefix("InitiatorName="))
+            .map(str::to_owned);
+        live.chain(configured)
+            .map(|name| name.trim().to_owned())
+            .filter(|n| !n.is_empty() && n != "(null)")
+            .collect()
     }
 
     /// Follows a device down to its disks; `stop` names devices (by kernel name) that count as disks themselves.
@@ -103,8 +114,16 @@ impl Root {
 
     fn descend(&self, node: &Path, stop: &BTreeSet<String>, depth: usize, ground: &mut Ground) {
         let Some(depth) = depth.checked_sub(1) else { return };
-        let node = if node.join("partition").exists() { node.parent().unwrap_or(node) } else { node };
-        let name = node.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let node = if node.join("partition").exists() {
+            node.parent().unwrap_or(node)
+        } else {
+            node
+        };
+        let name = node
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         if stop.contains(&name) {
             ground.disks.insert(name);
             return;
@@ -141,12 +160,16 @@ impl Root {
     /// The devices of the btrfs that has `source` as one of its devices: its `st_dev` is anonymous.
     pub(crate) fn btrfs_devices(&self, source: &str) -> Vec<DeviceNumber> {
         let source = fs::canonicalize(self.path(source)).unwrap_or_else(|_| PathBuf::from(source));
-        let Some(name) = source.file_name().map(|n| n.to_string_lossy().into_owned()) else { return Vec::new() };
+        let Some(name) = source.file_name().map(|n| n.to_string_lossy().into_owned()) else {
+            return Vec::new();
+        };
         for uuid in names(&self.path("/sys/fs/btrfs")) {
             let devices = self.path(&format!("/sys/fs/btrfs/{uuid}/devices"));
             let members = names(&devices);
             if members.contains(&name) {
-                let numbers = members.iter().filter_map(|m| read_text(&devices.join(m).join("dev")));
+                let numbers = members
+                    .iter()
+                    .filter_map(|m| read_text(&devices.join(m).join("dev")));
                 return numbers.filter_map(|n| DeviceNumber::parse(&n)).collect();
             }
         }
@@ -160,7 +183,13 @@ impl Root {
         let meta = fs::metadata(&path).ok()?;
         if meta.file_type().is_block_device() {
             let node = self.path(&format!("/sys/dev/block/{}", DeviceNumber::from_raw(meta.rdev())));
-            return Some(fs::canonicalize(node).ok()?.file_name()?.to_string_lossy().into_owned());
+            return Some(
+                fs::canonicalize(node)
+                    .ok()?
+                    .file_name()?
+                    .to_string_lossy()
+                    .into_owned(),
+            );
         }
         let backed_by = |name: &String| {
             let file = self.text(&format!("/sys/block/{name}/loop/backing_file"));
@@ -171,7 +200,9 @@ impl Root {
 
     /// Capacity of a whole device, bytes.
     pub(crate) fn size_bytes(&self, name: &str) -> u64 {
-        let sectors = self.text(&format!("/sys/block/{name}/size")).and_then(|t| t.parse::<u64>().ok());
+        let sectors = self
+            .text(&format!("/sys/block/{name}/size"))
+            .and_then(|t| t.parse::<u64>().ok());
         // The file counts sectors of 512 bytes, whatever the disk's block size is.
         sectors.unwrap_or_default().saturating_mul(512)
     }
@@ -179,27 +210,46 @@ impl Root {
     fn disk(&self, name: &str) -> Option<Disk> {
         let device = self.path(&format!("/sys/block/{name}/device"));
         let page83 = fs::read(device.join("vpd_pg83")).ok();
-        let naa = page83.as_deref().and_then(naa_of_page83).or_else(|| naa_of_wwid(&device))?;
+        let naa = page83
+            .as_deref()
+            .and_then(naa_of_page83)
+            .or_else(|| naa_of_wwid(&device))?;
         let page80 = fs::read(device.join("vpd_pg80")).ok();
         let serial = page80.and_then(|page| Some(String::from_utf8_lossy(page.get(4..)?).trim().to_owned()));
         let vendor = read_text(&device.join("vendor")).unwrap_or_default();
         let size_bytes = self.size_bytes(name);
-        Some(Disk { name: name.to_owned(), naa, serial, vendor, size_bytes, path: self.iscsi_path(&device) })
+        Some(Disk {
+            name: name.to_owned(),
+            naa,
+            serial,
+            vendor,
+            size_bytes,
+            path: self.iscsi_path(&device),
+        })
     }
 
     /// The device directory is `…/sessionN/targetH:C:T/H:C:T:L` when iSCSI carries it.
     fn iscsi_path(&self, device: &Path) -> Option<IscsiPath> {
         let device = fs::canonicalize(device).ok()?;
         let lun = device.file_name()?.to_str()?.rsplit(':').next()?.parse().ok()?;
-        let session = device.iter().filter_map(|part| part.to_str()).find(|part| is_session(part))?.to_owned();
+        let session = device
+            .iter()
+            .filter_map(|part| part.to_str())
+            .find(|part| is_session(part))?
+            .to_owned();
         let target = self.text(&format!("/sys/class/iscsi_session/{session}/targetname"))?;
         let initiator = self.text(&format!("/sys/class/iscsi_session/{session}/initiatorname"));
-        Some(IscsiPath { target, initiator, lun })
+        Some(IscsiPath {
+            target,
+            initiator,
+            lun,
+        })
     }
 }
 
 fn is_session(part: &str) -> bool {
-    part.strip_prefix("session").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+    part.strip_prefix("session")
+        .is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
 }
 
 fn naa_of_wwid(device: &Path) -> Option<String> {
@@ -215,7 +265,9 @@ pub(crate) fn naa_of_page83(page: &[u8]) -> Option<String> {
     rest = rest.get(..length.min(rest.len()))?;
     let mut best: Option<&[u8]> = None;
     while let [code_set, kind, _, len, tail @ ..] = rest {
-        let Some(value) = tail.get(..usize::from(*len)) else { break };
+        let Some(value) = tail.get(..usize::from(*len)) else {
+            break;
+        };
         let is_naa = code_set & 0x0f == 1 && kind & 0x3f == 3;
         if is_naa && best.is_none_or(|best| best.len() < value.len()) {
             best = Some(value);
@@ -226,9 +278,12 @@ pub(crate) fn naa_of_page83(page: &[u8]) -> Option<String> {
 }
 
 fn names(dir: &Path) -> Vec<String> {
-    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
-    let mut names: Vec<String> =
-        entries.filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned())).collect();
+    let Ok(entries) = fs::read_dir(dir) else {
+        return Vec::new();
+    };
+    let mut names: Vec<String> = entries
+        .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
+        .collect();
     names.sort();
     names
 }
@@ -251,7 +306,10 @@ mod tests {
 
     #[test]
     fn naa_designator_of_the_unit_is_found() {
-        assert_eq!(naa_of_page83(PAGE).as_deref(), Some("naa.600102030405060708090a0b0c0d0e0f"));
+        assert_eq!(
+            naa_of_page83(PAGE).as_deref(),
+            Some("naa.600102030405060708090a0b0c0d0e0f")
+        );
     }
 
     #[test]

@@ -14,11 +14,22 @@ pub(crate) struct Host {
 
 impl Host {
     pub(crate) fn new() -> Self {
-        let host = Self { dir: tempfile::tempdir().expect("a temporary directory") };
-        for dir in ["sys/block", "sys/dev/block", "sys/class/iscsi_session", "proc/self/ns", "etc/iscsi"] {
+        let host = Self {
+            dir: tempfile::tempdir().expect("a temporary directory"),
+        };
+        for dir in [
+            "sys/block",
+            "sys/dev/block",
+            "sys/class/iscsi_session",
+            "proc/self/ns",
+            "etc/iscsi",
+        ] {
             fs::create_dir_all(host.dir.path().join(dir)).expect("mkdir");
         }
-        host.write("etc/iscsi/initiatorname.iscsi", "## comment\nInitiatorName=iqn.2026-01.host:conf\n");
+        host.write(
+            "etc/iscsi/initiatorname.iscsi",
+            "## comment\nInitiatorName=iqn.2026-01.host:conf\n",
+        );
         host
     }
 
@@ -50,15 +61,25 @@ impl Host {
         page.push(id);
         self.write(&format!("{device}/vpd_pg83"), page);
         self.write(&format!("{device}/vpd_pg80"), b"\x00\x80\x00\x04S123");
+        self.write(&format!("{device}/vendor"), "STILLPNT\n");
         let disk = format!("{device}/block/{name}");
         self.write(&format!("{disk}/size"), "2097152\n");
         self.write(&format!("{disk}/{name}1/partition"), "1\n");
         self.link(self.abs(&device), &format!("{disk}/device"));
         self.link(self.abs(&disk), &format!("sys/block/{name}"));
         self.link(self.abs(&disk), &format!("sys/dev/block/8:{minor}"));
-        self.link(self.abs(&format!("{disk}/{name}1")), &format!("sys/dev/block/8:{}", minor + 1));
-        self.write(&format!("sys/class/iscsi_session/session{n}/targetname"), "iqn.2026-11.t:sql\n");
-        self.write(&format!("sys/class/iscsi_session/session{n}/initiatorname"), "iqn.2026-01.host:live\n");
+        self.link(
+            self.abs(&format!("{disk}/{name}1")),
+            &format!("sys/dev/block/8:{}", minor + 1),
+        );
+        self.write(
+            &format!("sys/class/iscsi_session/session{n}/targetname"),
+            "iqn.2026-11.t:sql\n",
+        );
+        self.write(
+            &format!("sys/class/iscsi_session/session{n}/initiatorname"),
+            "iqn.2026-01.host:live\n",
+        );
     }
 
     /// A disk without identity, as a virtio disk is.
@@ -76,7 +97,8 @@ impl Host {
         self.write(&format!("{node}/dm/name"), format!("map{minor}"));
         self.write(&format!("{node}/dm/suspended"), "0\n");
         for number in over {
-            let below = fs::canonicalize(self.abs(&format!("sys/dev/block/{number}"))).expect("a device below");
+            let below =
+                fs::canonicalize(self.abs(&format!("sys/dev/block/{number}"))).expect("a device below");
             let name = below.file_name().expect("a name").to_string_lossy().into_owned();
             self.link(&below, &format!("{node}/slaves/{name}"));
         }
@@ -110,13 +132,17 @@ fn partition_leads_to_its_lun_with_identity_and_path() {
     let inventory = host.read();
     assert_eq!(inventory.volumes.len(), 1, "the root file system is on no LUN");
     assert_eq!(inventory.volumes[0].naas, BTreeSet::from([naa(7)]));
+    assert_eq!(Vec::from_iter(inventory.stillpoint_luns()), [naa(7).as_str()]);
     let id = naa(7);
     let disk = inventory.paths(&id).next().expect("the disk");
     assert_eq!(disk.size_bytes, 1 << 30);
     assert_eq!(disk.serial.as_deref(), Some("S123"));
     let path = disk.path.as_ref().expect("an iSCSI path");
     assert_eq!((path.target.as_str(), path.lun), ("iqn.2026-11.t:sql", 0));
-    assert_eq!(Vec::from_iter(host.root().initiators()), ["iqn.2026-01.host:conf", "iqn.2026-01.host:live"]);
+    assert_eq!(
+        Vec::from_iter(host.root().initiators()),
+        ["iqn.2026-01.host:conf", "iqn.2026-01.host:live"]
+    );
 }
 
 #[test]
@@ -126,7 +152,10 @@ fn one_superblock_with_bind_mounts_is_one_volume_at_its_root() {
     host.mounts("2 1 8:0 /sub /srv/bind rw - ext4 /dev/sda rw\n3 1 8:0 / /data rw - ext4 /dev/sda rw\n");
     let inventory = host.read();
     assert_eq!(inventory.volumes.len(), 1);
-    assert_eq!(inventory.volumes[0].points, [Path::new("/data"), Path::new("/srv/bind")]);
+    assert_eq!(
+        inventory.volumes[0].points,
+        [Path::new("/data"), Path::new("/srv/bind")]
+    );
 }
 
 #[test]
@@ -140,8 +169,14 @@ fn nested_mounts_freeze_innermost_first() {
          3 2 8:16 / /a/b rw - xfs /dev/sdb rw\n4 3 8:32 / /a/b/c rw - ext4 /dev/sdc rw\n",
     );
     let inventory = host.read();
-    assert_eq!(names(&inventory.freeze_order(&BTreeSet::from([naa(7), naa(8), naa(9)]))), ["/a/b/c", "/a/b", "/a"]);
-    assert_eq!(names(&inventory.freeze_order(&BTreeSet::from([naa(8)]))), ["/a/b"]);
+    assert_eq!(
+        names(&inventory.freeze_order(&BTreeSet::from([naa(7), naa(8), naa(9)]))),
+        ["/a/b/c", "/a/b", "/a"]
+    );
+    assert_eq!(
+        names(&inventory.freeze_order(&BTreeSet::from([naa(8)]))),
+        ["/a/b"]
+    );
 }
 
 #[test]
@@ -202,7 +237,10 @@ fn mount_inside_another_namespace_is_seen_and_marked() {
     symlink("mnt:[1]", host.dir.path().join("proc/self/ns/mnt")).expect("symlink");
     for (pid, ns) in [("10", "mnt:[1]"), ("20", "mnt:[2]")] {
         host.write(&format!("proc/{pid}/comm"), "postgres\n");
-        host.write(&format!("proc/{pid}/mountinfo"), "9 1 8:1 / /pg rw - ext4 /dev/sda1 rw\n");
+        host.write(
+            &format!("proc/{pid}/mountinfo"),
+            "9 1 8:1 / /pg rw - ext4 /dev/sda1 rw\n",
+        );
         fs::create_dir_all(host.dir.path().join(format!("proc/{pid}/ns"))).expect("mkdir");
         symlink(ns, host.dir.path().join(format!("proc/{pid}/ns/mnt"))).expect("symlink");
     }

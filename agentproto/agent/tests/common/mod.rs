@@ -15,9 +15,9 @@ use stillpoint_agentproto::channel::{Channel, ChannelEvent};
 use stillpoint_agentproto::enrol::{EXPORTER_LABEL, Token};
 use stillpoint_agentproto::frame::MAX_BODY;
 use stillpoint_agentproto::message::{
-    Abort, Capabilities, CutOutcome, EnrolOk, Freeze, Frozen, Heartbeat, HeartbeatOk, Hello, LogEvent, LunIdentity,
-    Mode, Preflight, PreflightReport, Prepare, Prepared, Register, RegisterOk, Release, Reply, Request, Require,
-    Thawed,
+    Abort, Capabilities, CutOutcome, EnrolOk, Freeze, Frozen, Heartbeat, HeartbeatOk, Hello, LogEvent,
+    LunIdentity, Mode, Preflight, PreflightReport, Prepare, Prepared, Register, RegisterOk, Release, Reply,
+    Request, Require, Thawed,
 };
 use stillpoint_agentproto::{Fingerprint, LunId, Refusal, SessionId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -27,12 +27,19 @@ use tokio::net::{TcpListener, TcpStream};
 pub const LUN: LunId = LunId([0x60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x2a]);
 
 fn tool(program: &str, args: &[&str]) -> Output {
-    Command::new(program).args(args).output().unwrap_or_else(|error| panic!("{program}: {error}"))
+    Command::new(program)
+        .args(args)
+        .output()
+        .unwrap_or_else(|error| panic!("{program}: {error}"))
 }
 
 fn must(program: &str, args: &[&str]) {
     let output = tool(program, args);
-    assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{program} {args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 /// Can file systems be frozen here? A test that cannot run says so loudly.
@@ -40,11 +47,16 @@ pub fn can_freeze() -> bool {
     let root = rustix::process::geteuid().is_root();
     let loops = Path::new("/dev/loop-control").exists();
     let tools = ["mkfs.ext4", "mount", "umount", "fsfreeze"];
-    let missing: Vec<_> = tools.iter().filter(|t| Command::new(t).arg("--version").output().is_err()).collect();
+    let missing: Vec<_> = tools
+        .iter()
+        .filter(|t| Command::new(t).arg("--version").output().is_err())
+        .collect();
     if root && loops && missing.is_empty() {
         return true;
     }
-    eprintln!("SKIPPED: freezing for real needs root ({root}), loop devices ({loops}) and tools (missing: {missing:?})");
+    eprintln!(
+        "SKIPPED: freezing for real needs root ({root}), loop devices ({loops}) and tools (missing: {missing:?})"
+    );
     false
 }
 
@@ -56,17 +68,28 @@ pub struct Volume {
 
 impl Volume {
     pub fn new(dir: &Path, name: &str) -> Self {
-        let volume = Self { image: dir.join(format!("{name}.img")), point: dir.join(name) };
-        fs::File::create(&volume.image).expect("an image").set_len(48 << 20).expect("its size");
+        let volume = Self {
+            image: dir.join(format!("{name}.img")),
+            point: dir.join(name),
+        };
+        fs::File::create(&volume.image)
+            .expect("an image")
+            .set_len(48 << 20)
+            .expect("its size");
         fs::create_dir(&volume.point).expect("a mount point");
         let image = volume.image.to_str().expect("UTF-8");
         must("mkfs.ext4", &["-q", image]);
-        must("mount", &["-o", "loop", image, volume.point.to_str().expect("UTF-8")]);
+        must(
+            "mount",
+            &["-o", "loop", image, volume.point.to_str().expect("UTF-8")],
+        );
         volume
     }
 
     pub fn fsfreeze(&self, option: &str) -> bool {
-        tool("fsfreeze", &[option, self.point.to_str().expect("UTF-8")]).status.success()
+        tool("fsfreeze", &[option, self.point.to_str().expect("UTF-8")])
+            .status
+            .success()
     }
 }
 
@@ -85,12 +108,17 @@ pub struct Writer {
 
 impl Writer {
     pub fn start(point: &Path) -> Self {
-        let writer = Self { count: Arc::default(), stop: Arc::default() };
+        let writer = Self {
+            count: Arc::default(),
+            stop: Arc::default(),
+        };
         let (count, stop) = (Arc::clone(&writer.count), Arc::clone(&writer.stop));
         let mut file = fs::File::create(point.join("records")).expect("a file");
         std::thread::spawn(move || {
             while !stop.load(Ordering::Relaxed) {
-                file.write_all(b"record\n").and_then(|()| file.sync_data()).expect("a write");
+                file.write_all(b"record\n")
+                    .and_then(|()| file.sync_data())
+                    .expect("a write");
                 count.fetch_add(1, Ordering::Relaxed);
             }
         });
@@ -138,7 +166,11 @@ impl Agent {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let port = free_port();
         fs::create_dir(dir.path().join("hooks.d")).expect("mkdir");
-        let agent = Self { dir, port, child: None };
+        let agent = Self {
+            dir,
+            port,
+            child: None,
+        };
         agent.configure(luns, more);
         agent
     }
@@ -157,7 +189,10 @@ impl Agent {
             at("hooks.d"),
         ));
         for (path, lun) in luns {
-            text.push_str(&format!("[[test_lun]]\npath = \"{}\"\nnaa = \"{lun}\"\n", path.display()));
+            text.push_str(&format!(
+                "[[test_lun]]\npath = \"{}\"\nnaa = \"{lun}\"\n",
+                path.display()
+            ));
         }
         fs::write(self.dir.path().join("agent.toml"), text).expect("a configuration");
     }
@@ -174,7 +209,10 @@ impl Agent {
 
     fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_stillpoint-agent"));
-        command.arg("--config").arg(self.dir.path().join("agent.toml")).env_remove("RUST_LOG");
+        command
+            .arg("--config")
+            .arg(self.dir.path().join("agent.toml"))
+            .env_remove("RUST_LOG");
         command
     }
 
@@ -184,8 +222,18 @@ impl Agent {
     }
 
     pub fn run(&mut self) {
-        let log = fs::OpenOptions::new().create(true).append(true).open(self.dir.path().join("log")).expect("a log");
-        let child = self.command().arg("run").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn();
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.dir.path().join("log"))
+            .expect("a log");
+        let child = self
+            .command()
+            .arg("run")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn();
         self.child = Some(child.expect("the agent's program"));
     }
 
@@ -214,7 +262,8 @@ impl Agent {
         pids.filter(|pid| {
             let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
             let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(1)) == Some(&parent) && line.contains("thaw-guard")
+            stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(1)) == Some(&parent)
+                && line.contains("thaw-guard")
         })
         .collect()
     }
@@ -232,8 +281,12 @@ impl Agent {
     }
 
     pub fn journals(&self) -> usize {
-        let entries = fs::read_dir(self.dir.path().join("run")).expect("the run directory").flatten();
-        entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("frozen-")).count()
+        let entries = fs::read_dir(self.dir.path().join("run"))
+            .expect("the run directory")
+            .flatten();
+        entries
+            .filter(|entry| entry.file_name().to_string_lossy().starts_with("frozen-"))
+            .count()
     }
 }
 
@@ -250,7 +303,11 @@ impl Drop for Agent {
 }
 
 fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its number").port()
+    std::net::TcpListener::bind("127.0.0.1:0")
+        .expect("a port")
+        .local_addr()
+        .expect("its number")
+        .port()
 }
 
 /// The target's key, registration port and generation.
@@ -288,13 +345,18 @@ impl<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin> Wire<S> {
             if count == 0 {
                 return None;
             }
-            self.channel.receive(Instant::now(), &buffer[..count]).expect("frames");
+            self.channel
+                .receive(Instant::now(), &buffer[..count])
+                .expect("frames");
         }
     }
 
     /// Asks and waits for the answer, at most 20 s.
     pub async fn ask(&mut self, request: Request) -> Result<Reply, Refusal> {
-        let id = self.channel.request(Instant::now(), request, Capabilities::default()).expect("sent");
+        let id = self
+            .channel
+            .request(Instant::now(), request, Capabilities::default())
+            .expect("sent");
         let answer = async {
             loop {
                 match self.event().await.expect("the agent closed the channel") {
@@ -303,19 +365,41 @@ impl<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin> Wire<S> {
                 }
             }
         };
-        tokio::time::timeout(Duration::from_secs(20), answer).await.expect("an answer in time")
+        tokio::time::timeout(Duration::from_secs(20), answer)
+            .await
+            .expect("an answer in time")
     }
 
     pub async fn preflight(&mut self, luns: &[LunId], mode: Mode) -> PreflightReport {
-        match self.ask(Request::Preflight(Preflight { luns: luns.to_vec(), mode })).await {
+        match self
+            .ask(Request::Preflight(Preflight {
+                luns: luns.to_vec(),
+                mode,
+            }))
+            .await
+        {
             Ok(Reply::Preflight(report)) => report,
             other => panic!("{other:?}"),
         }
     }
 
-    pub async fn prepare(&mut self, session: SessionId, luns: &[LunId], mode: Mode) -> Result<Prepared, Refusal> {
+    pub async fn prepare(
+        &mut self,
+        session: SessionId,
+        luns: &[LunId],
+        mode: Mode,
+    ) -> Result<Prepared, Refusal> {
         let (luns, hold_ms, require) = (luns.to_vec(), 5000, Require::All);
-        match self.ask(Request::Prepare(Prepare { session, luns, mode, hold_ms, require })).await {
+        match self
+            .ask(Request::Prepare(Prepare {
+                session,
+                luns,
+                mode,
+                hold_ms,
+                require,
+            }))
+            .await
+        {
             Ok(Reply::Prepare(prepared)) => Ok(prepared),
             Err(refusal) => Err(refusal),
             other => panic!("{other:?}"),
@@ -331,7 +415,15 @@ impl<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin> Wire<S> {
     }
 
     pub async fn release(&mut self, session: SessionId, outcome: CutOutcome) -> Thawed {
-        match self.ask(Request::Release(Release { session, outcome, snapshot: None, cut_unix_ms: None })).await {
+        match self
+            .ask(Request::Release(Release {
+                session,
+                outcome,
+                snapshot: None,
+                cut_unix_ms: None,
+            }))
+            .await
+        {
             Ok(Reply::Release(thawed)) => thawed,
             other => panic!("{other:?}"),
         }
@@ -357,10 +449,21 @@ impl Registered {
     pub async fn heartbeat(&mut self, wanted: impl Fn(&Heartbeat) -> bool) -> Heartbeat {
         let waiting = async {
             loop {
-                match self.wire.event().await.expect("the agent closed the registration") {
-                    ChannelEvent::Request { id, request: Request::Heartbeat(heartbeat), .. } => {
+                match self
+                    .wire
+                    .event()
+                    .await
+                    .expect("the agent closed the registration")
+                {
+                    ChannelEvent::Request {
+                        id,
+                        request: Request::Heartbeat(heartbeat),
+                        ..
+                    } => {
                         let luns = identities(&self.luns);
-                        self.wire.channel.reply(id, Ok(Reply::Heartbeat(HeartbeatOk { luns })));
+                        self.wire
+                            .channel
+                            .reply(id, Ok(Reply::Heartbeat(HeartbeatOk { luns })));
                         self.wire.flush().await;
                         if wanted(&heartbeat) {
                             return heartbeat;
@@ -371,18 +474,32 @@ impl Registered {
                 }
             }
         };
-        tokio::time::timeout(Duration::from_secs(10), waiting).await.expect("a heartbeat in time")
+        tokio::time::timeout(Duration::from_secs(10), waiting)
+            .await
+            .expect("a heartbeat in time")
     }
 }
 
 fn identities(luns: &[LunId]) -> Vec<LunIdentity> {
-    let identity = |lun: &LunId| LunIdentity { lun: *lun, serial: None, iqn: None, number: None, size_bytes: None };
+    let identity = |lun: &LunId| LunIdentity {
+        lun: *lun,
+        serial: None,
+        iqn: None,
+        number: None,
+        size_bytes: None,
+    };
     luns.iter().map(identity).collect()
 }
 
 fn hello() -> Hello {
     let capabilities = Capabilities::default();
-    Hello { min_version: 1, max_version: 1, agent_id: None, product: "test target".to_owned(), capabilities }
+    Hello {
+        min_version: 1,
+        max_version: 1,
+        agent_id: None,
+        product: "test target".to_owned(),
+        capabilities,
+    }
 }
 
 impl Target {
@@ -394,12 +511,22 @@ impl Target {
         let fingerprint = Fingerprint::of_spki(parsed.public_key().raw);
         let key = PrivatePkcs8KeyDer::from(key.serialize_der()).into();
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        Self { certificate, key, fingerprint, listener, generation: 3 }
+        Self {
+            certificate,
+            key,
+            fingerprint,
+            listener,
+            generation: 3,
+        }
     }
 
     /// `TOKEN@HOST:PORT` of a token.
     pub fn invitation(&self, token: &Token) -> String {
-        format!("{}@{}", *token.reveal(), self.listener.local_addr().expect("an address"))
+        format!(
+            "{}@{}",
+            *token.reveal(),
+            self.listener.local_addr().expect("an address")
+        )
     }
 
     async fn accept(&self) -> (Wire<tokio_rustls::server::TlsStream<TcpStream>>, [u8; 32]) {
@@ -411,11 +538,20 @@ impl Target {
             .with_single_cert(vec![self.certificate.clone()], self.key.clone_key())
             .expect("our key");
         let (stream, _) = self.listener.accept().await.expect("a connection");
-        let stream = tokio_rustls::TlsAcceptor::from(Arc::new(config)).accept(stream).await.expect("TLS");
-        let exporter = stream.get_ref().1.export_keying_material([0; 32], EXPORTER_LABEL, None).expect("exporter");
+        let stream = tokio_rustls::TlsAcceptor::from(Arc::new(config))
+            .accept(stream)
+            .await
+            .expect("TLS");
+        let exporter = stream
+            .get_ref()
+            .1
+            .export_keying_material([0; 32], EXPORTER_LABEL, None)
+            .expect("exporter");
         let channel = Channel::accepting(Instant::now(), hello(), self.generation, MAX_BODY);
         let mut wire = Wire { stream, channel };
-        let Some(ChannelEvent::HelloAsked { .. }) = wire.event().await else { panic!("no Hello") };
+        let Some(ChannelEvent::HelloAsked { .. }) = wire.event().await else {
+            panic!("no Hello")
+        };
         wire.channel.accept();
         wire.flush().await;
         (wire, exporter)
@@ -424,12 +560,24 @@ impl Target {
     /// Serves one enrolment; `honest` targets prove that they know the token.
     pub async fn enrol(&self, token: &Token, honest: bool) {
         let (mut wire, exporter) = self.accept().await;
-        let Some(ChannelEvent::Request { id, request: Request::Enrol(enrol), .. }) = wire.event().await else {
+        let Some(ChannelEvent::Request {
+            id,
+            request: Request::Enrol(enrol),
+            ..
+        }) = wire.event().await
+        else {
             panic!("no Enrol")
         };
         assert_eq!(enrol.token_id, token.id());
-        assert!(token.verify_agent(enrol.agent_id, &exporter, &enrol.mac), "bound to the token and this TLS session");
-        let mac = if honest { token.target_mac(enrol.agent_id, &exporter) } else { [0; 32] };
+        assert!(
+            token.verify_agent(enrol.agent_id, &exporter, &enrol.mac),
+            "bound to the token and this TLS session"
+        );
+        let mac = if honest {
+            token.target_mac(enrol.agent_id, &exporter)
+        } else {
+            [0; 32]
+        };
         wire.channel.reply(id, Ok(Reply::Enrol(EnrolOk { mac })));
         wire.flush().await;
         // The agent closes.
@@ -439,13 +587,27 @@ impl Target {
     /// Serves a registration.
     pub async fn register(&self, luns: &[LunId]) -> Registered {
         let (mut wire, _) = self.accept().await;
-        let Some(ChannelEvent::Request { id, request: Request::Register(register), .. }) = wire.event().await else {
+        let Some(ChannelEvent::Request {
+            id,
+            request: Request::Register(register),
+            ..
+        }) = wire.event().await
+        else {
             panic!("no Register")
         };
-        let ok = RegisterOk { lease_ms: 90_000, heartbeat_ms: 500, luns: identities(luns) };
+        let ok = RegisterOk {
+            lease_ms: 90_000,
+            heartbeat_ms: 500,
+            luns: identities(luns),
+        };
         wire.channel.reply(id, Ok(Reply::Register(ok)));
         wire.flush().await;
-        Registered { register, wire, luns: luns.to_vec(), logs: Vec::new() }
+        Registered {
+            register,
+            wire,
+            luns: luns.to_vec(),
+            logs: Vec::new(),
+        }
     }
 
     /// Dials the agent's snapshot port.
@@ -458,10 +620,15 @@ impl Target {
             .with_custom_certificate_verifier(Arc::new(Anyone(provider)))
             .with_client_auth_cert(vec![self.certificate.clone()], self.key.clone_key())
             .expect("our key");
-        let stream = TcpStream::connect(("127.0.0.1", port)).await.map_err(|error| error.to_string())?;
+        let stream = TcpStream::connect(("127.0.0.1", port))
+            .await
+            .map_err(|error| error.to_string())?;
         let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
         let name = ServerName::try_from("stillpoint").expect("a name");
-        let stream = connector.connect(name, stream).await.map_err(|error| error.to_string())?;
+        let stream = connector
+            .connect(name, stream)
+            .await
+            .map_err(|error| error.to_string())?;
         let channel = Channel::dial(Instant::now(), hello(), self.generation, MAX_BODY);
         let mut wire = Wire { stream, channel };
         match wire.event().await {
@@ -480,14 +647,24 @@ pub async fn meet(agent: &mut Agent, luns: &[LunId]) -> (Target, Registered) {
     let program = (agent.command(), invitation);
     let enrolling = tokio::task::spawn_blocking(move || {
         let (mut command, invitation) = program;
-        command.arg("enrol").arg(invitation).output().expect("the agent's program")
+        command
+            .arg("enrol")
+            .arg(invitation)
+            .output()
+            .expect("the agent's program")
     });
     target.enrol(&token, true).await;
     let output = enrolling.await.expect("joined");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     agent.run();
     let mut registered = target.register(luns).await;
-    registered.heartbeat(|heartbeat| luns.iter().all(|lun| heartbeat.mounted.contains(lun))).await;
+    registered
+        .heartbeat(|heartbeat| luns.iter().all(|lun| heartbeat.mounted.contains(lun)))
+        .await;
     (target, registered)
 }
 
