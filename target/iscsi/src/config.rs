@@ -106,7 +106,7 @@ pub struct LimitConfig {
     pub read_buffer_bytes: usize,
     /// The most bytes of one command that are collected or sent. A command that wants more gets a residual.
     pub transfer_bytes: u32,
-    /// Bytes waiting to be sent at which receiving pauses.
+    /// Bytes of answers without read data (echoes, rejects, text) waiting to be sent at which receiving pauses.
     pub output_bytes: usize,
 }
 
@@ -134,6 +134,8 @@ pub struct TimeConfig {
     pub ping_answer: Duration,
     /// Silence that ends the connection of an initiator that never sent a NOP-Out (iPXE answers no ping).
     pub silent: Duration,
+    /// Silence that ends a discovery session: there we may not ping (RFC 7143 §7.4.3).
+    pub discovery: Duration,
     /// How long the peer may read nothing while there is something to send.
     pub stall: Duration,
     /// How long solicited data may take to come.
@@ -149,6 +151,7 @@ impl Default for TimeConfig {
             ping_idle: Duration::from_secs(15),
             ping_answer: Duration::from_secs(15),
             silent: Duration::from_secs(1800),
+            discovery: Duration::from_secs(120),
             stall: Duration::from_secs(60),
             data_out: Duration::from_secs(60),
             cleanup: Duration::from_secs(15),

@@ -217,7 +217,7 @@ pub enum LoginFault {
     /// T and C are both set (§11.12.2).
     #[error("transit and continue flags are both set")]
     TransitAndContinue,
-    /// ITT, ISID, TSIH, CID or CmdSN changed between requests of one login.
+    /// ITT, ISID, TSIH or CID changed between requests of one login.
     #[error("{0} changed during login")]
     Changed(&'static str),
     /// The initiator sent keys while our text is still to be fetched with empty requests (§6.2).

@@ -5,6 +5,7 @@
 //! [`Connection::poll_transmit`] yields. See `README.md` for the whole loop.
 #![forbid(unsafe_code)]
 
+mod buffer;
 mod config;
 mod connection;
 mod error;
@@ -12,6 +13,12 @@ mod event;
 mod frame;
 mod login;
 pub mod pdu;
+mod receive;
+mod session;
+mod task;
+mod text;
+mod transfer;
+mod transmit;
 mod types;
 
 pub use config::{ConnectionConfig, DigestPolicy, KeyConfig, LimitConfig, TimeConfig};

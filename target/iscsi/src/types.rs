@@ -206,13 +206,16 @@ impl LogoutReason {
 
 /// One SCSI command of one connection, never reused, not even when its ITT is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct TaskId(pub(crate) u64);
+pub struct TaskId {
+    pub(crate) number: u64,
+    pub(crate) itt: u32,
+}
 
 impl TaskId {
     /// The number, for logs.
     #[must_use]
     pub fn get(self) -> u64 {
-        self.0
+        self.number
     }
 }
 

@@ -110,6 +110,15 @@ pub struct Numbers {
 }
 
 impl Numbers {
+    /// Puts the numbers into a header that was written without them.
+    pub(crate) fn write(self, bhs: &mut Bhs) {
+        let words = [self.stat_sn.0, self.exp_cmd_sn.0, self.max_cmd_sn.0];
+        let field = bhs.get_mut(24..36).expect("a header has 48 bytes");
+        for (place, word) in field.chunks_exact_mut(4).zip(words) {
+            place.copy_from_slice(&word.to_be_bytes());
+        }
+    }
+
     fn fields(i: &[u8]) -> IResult<&[u8], Self> {
         let (i, (stat_sn, exp_cmd_sn, max_cmd_sn)) = (stat_sn, cmd_sn, cmd_sn).parse(i)?;
         Ok((i, Self { stat_sn, exp_cmd_sn, max_cmd_sn }))
