@@ -72,7 +72,7 @@ pub fn story(name: &str, body: impl FnOnce(&Scratch) -> Result<()>) {
     let scratch = Scratch::new().expect("a scratch directory");
     if let Err(error) = body(&scratch) {
         eprintln!("{}", scratch.tails());
-        panic!("story {name}: {error:?}");
+        panic!("story {name}: {error:#}");
     }
     println!("story {name}: {:.1} s", started.elapsed().as_secs_f64());
 }

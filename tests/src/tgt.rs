@@ -98,6 +98,12 @@ impl Tgt {
         format!("127.0.0.1:{}", self.port)
     }
 
+    /// TCP port of its portal.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// The disk's URL.
     #[must_use]
     pub fn url(&self) -> String {

@@ -48,6 +48,7 @@ const LARGE_BLOCK_SKIPS: &[(&str, &str)] = &[("ReadOnly.", "runs on the read-onl
 /// write, and fail on any read-only LUN.
 const READING: &[&str] = &[
     "Inquiry.",
+    "Mandatory.",
     "ModeSense6.",
     "Prefetch",
     "PrinReadKeys.",
@@ -60,6 +61,9 @@ const READING: &[&str] = &[
     "ReadOnly.",
     "ReportSupportedOpcodes.",
     "TestUnitReady.",
+    "Verify10.",
+    "Verify12.",
+    "Verify16.",
 ];
 
 fn config(lun: &str) -> String {
