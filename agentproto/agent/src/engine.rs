@@ -425,11 +425,21 @@ impl Freeze {
         };
         let report = match Freezer::freeze(&engine.shared.settings, &order, &self.hold, begin) {
             Ok(freezer) => {
-                let report = self.freeze_report(&freezer);
-                engine.feed(|agent| agent.frozen(Instant::now(), session, Ok(report)));
+                let report = self
+                    .newcomer()
+                    .map_or_else(|| Ok(self.freeze_report(&freezer)), Err);
+                engine.feed(|agent| agent.frozen(Instant::now(), session, report));
                 // A machine that is gone has no word any more: thaw.
                 let released = release.recv().unwrap_or(false);
-                thaw_report(&freezer.release(released))
+                let report = thaw_report(&freezer.release(released));
+                match self.newcomer() {
+                    None => report,
+                    Some(late) => ThawReport {
+                        in_force: false,
+                        reason: Some(late.text),
+                        ..report
+                    },
+                }
             }
             Err(failed) => {
                 let (error, released) = *failed;
@@ -445,6 +455,13 @@ impl Freeze {
             }
         };
         engine.feed(|agent| agent.thawed(Instant::now(), session, report));
+    }
+
+    /// Looks once everything is frozen, and again after the thaw: what was mounted in between was not held.
+    fn newcomer(&self) -> Option<Refusal> {
+        let point = self.plan.newcomer(&self.engine.inventory())?;
+        let text = format!("{point} was mounted after Prepare and is not frozen: take the snapshot again");
+        Some(Refusal::new(ErrorCode::NoQuiesce, text).about(point))
     }
 
     fn freeze_report(&self, freezer: &Freezer) -> FreezeReport {

@@ -29,7 +29,7 @@ use crate::sys;
 /// The hidden verb that makes a process a guard.
 pub(crate) const VERB: &str = "thaw-guard";
 /// A guard that does not answer within this is no guard: nothing is frozen then.
-const ANSWER_TIME_MAX: Duration = Duration::from_secs(5);
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(10);
 /// An order longer than this is no order of ours.
 const ORDER_BYTES_MAX: u64 = 64 * 1024;
 /// How often the guard thaws again once its timer has fired and the agent has not said anything.

@@ -14,7 +14,7 @@ use stillpoint_agentproto::{ErrorCode, LunId, Refusal};
 
 use crate::freeze::{self, Settings};
 use crate::hooks::{self, Hook};
-use crate::volumes::{self, Disk, Inventory, Volume};
+use crate::volumes::{self, DeviceNumber, Disk, Inventory, Volume};
 
 /// The kind under which hooks report their applications.
 const KIND: &str = "hook";
@@ -52,9 +52,20 @@ pub(crate) struct Plan {
     pub(crate) apps_may_fail: bool,
     /// What is left out.
     pub(crate) exclusions: Vec<Exclusion>,
+    /// Every file system on the LUNs that the survey saw.
+    seen: BTreeSet<DeviceNumber>,
 }
 
 impl Plan {
+    /// A file system on the LUNs that was mounted after the survey: it is not held, and no label may hide that.
+    pub(crate) fn newcomer(&self, inventory: &Inventory) -> Option<String> {
+        let names: BTreeSet<String> = self.luns.iter().copied().map(naa).collect();
+        let now = inventory.freeze_order(&names);
+        now.into_iter()
+            .find(|volume| !self.seen.contains(&volume.dev))
+            .map(Volume::name)
+    }
+
     /// The applications that will take part.
     pub(crate) fn apps(&self) -> Vec<App> {
         self.hooks
@@ -153,6 +164,7 @@ impl Survey {
         let left_out: Vec<_> = errors
             .filter_map(|found| Some((found.volume.clone()?, found.finding.text.clone())))
             .collect();
+        let seen = self.volumes.iter().map(|volume| volume.dev).collect();
         let names: BTreeSet<&String> = left_out.iter().map(|((_, name), _)| name).collect();
         let volumes: Vec<Volume> = self
             .volumes
@@ -172,6 +184,7 @@ impl Survey {
             hooks: self.hooks,
             apps_may_fail: best_effort,
             exclusions,
+            seen,
         })
     }
 

@@ -582,6 +582,36 @@ async fn nested_and_bind_mounts_are_frozen_once_each() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_mounted_after_prepare_is_not_passed_over() {
+    let Some(Stage {
+        _dir,
+        volume,
+        writer,
+        mut agent,
+    }) = stage("")
+    else {
+        return;
+    };
+    let (target, _registered) = meet(&mut agent, &[LUN]).await;
+    let mut wire = target.dial(agent.port).await.expect("a snapshot channel");
+    let one = session();
+    wire.prepare(one, &[LUN], Mode::Filesystem)
+        .await
+        .expect("prepared");
+    let inner = Volume::new(&volume.point, "inner");
+    let refusal = wire.freeze(one, HOLD_MS).await.expect_err("a new mount");
+    assert!(
+        refusal.text.contains("mounted after Prepare") && refusal.text.contains("inner"),
+        "{refusal}"
+    );
+    writer
+        .wait_moving(Duration::from_secs(1))
+        .expect("nothing stays frozen");
+    wire.abort(one).await;
+    drop(inner);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_the_agent_needs_is_never_frozen() {
     let Some(Stage {
         _dir,
