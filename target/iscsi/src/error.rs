@@ -76,9 +76,6 @@ pub enum Error {
     /// The owner did not finish the tasks that a logout ended in time.
     #[error("tasks of a logged-out session did not finish in time")]
     CleanupTimeout,
-    /// Bytes came after the connection was closed.
-    #[error("connection is closed")]
-    Closed,
 }
 
 /// Why a login is refused: Status-Class and Status-Detail of RFC 7143 §11.13.5.

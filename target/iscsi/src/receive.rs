@@ -225,7 +225,7 @@ mod tests {
     fn wire(len: usize) -> Vec<u8> {
         let mut bhs = [0; BHS_LEN];
         bhs[0] = 5;
-        let data: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();
+        let data: Vec<u8> = (0..=250).cycle().take(len).collect();
         let frame = crate::Frame::new(bhs, data.into(), Digests { header: true, data: true });
         frame.chunks().concat()
     }
@@ -241,7 +241,7 @@ mod tests {
                 assert!(received.digest_ok, "{len} in steps of {step}");
                 let Sink::Into(buffer) = &received.sink else { panic!("discarded") };
                 assert_eq!(buffer.data().len(), len);
-                assert!(buffer.data().iter().enumerate().all(|(i, byte)| *byte == (i % 251) as u8));
+                assert!(buffer.data().iter().copied().eq((0..=250).cycle().take(len)));
             }
         }
     }

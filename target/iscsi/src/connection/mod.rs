@@ -36,6 +36,9 @@ use crate::transfer::SegmentLimits;
 use crate::transmit::{Control, Mark, Transmitter};
 use crate::types::{Cid, CmdSn, Isid, Lun, SessionType, StatSn, TaskId, TmfId, TmfResponse, Tsih};
 
+/// Seconds that an initiator has to begin a negotiation that we asked for.
+const NEGOTIATE_WITHIN_S: u16 = 15;
+
 /// Where a connection stands, with what is valid there.
 enum State {
     /// Logging in.
@@ -108,14 +111,15 @@ impl Connection {
         self.rx.space()
     }
 
-    /// `n` bytes were read into [`Self::space`].
+    /// `n` bytes were read into [`Self::space`]. Once the connection is over, they are ignored.
     ///
     /// # Errors
     /// The connection is over: send what [`Self::poll_transmit`] still yields, then close the socket.
     pub fn advance(&mut self, now: Instant, n: usize) -> Result<(), Error> {
         self.now = now;
         if matches!(self.state, State::Closing { .. }) {
-            return Err(Error::Closed);
+            self.rx = Receiver::new();
+            return Ok(());
         }
         if n > 0 {
             self.timers.heard(now);
@@ -241,17 +245,15 @@ impl Connection {
         self.settle();
     }
 
-    /// Asks the initiator to negotiate (asynchronous event 4).
-    pub fn request_negotiation(&mut self, now: Instant, within: Duration) {
+    /// Asks the initiator to negotiate (asynchronous event 4). Nothing happens if it does not.
+    pub fn request_negotiation(&mut self, now: Instant) {
         self.now = now;
-        let seconds = u16::try_from(within.as_secs()).unwrap_or(u16::MAX);
-        self.send_async(AsyncEvent::NEGOTIATE, [0, 0, seconds]);
+        self.send_async(AsyncEvent::NEGOTIATE, [0, 0, NEGOTIATE_WITHIN_S]);
         self.settle();
     }
 
     /// Reports a SCSI event with its sense data (asynchronous event 0).
-    pub fn send_async_scsi(&mut self, now: Instant, lun: Lun, sense: &[u8]) {
-        self.now = now;
+    pub fn send_async_scsi(&mut self, lun: Lun, sense: &[u8]) {
         if self.has_normal_session() {
             let mut data = BytesMut::with_capacity(2 + sense.len());
             data.put_u16(u16::try_from(sense.len()).unwrap_or(u16::MAX));
@@ -264,8 +266,7 @@ impl Connection {
     /// Another I_T nexus cleared the tasks of this LUN (`None`: of every LUN). They end without a status (TAS=0).
     ///
     /// Returns those that the owner still runs; their completion is swallowed.
-    pub fn abort_lun_tasks(&mut self, now: Instant, lun: Option<Lun>) -> Vec<TaskId> {
-        self.now = now;
+    pub fn abort_lun_tasks(&mut self, lun: Option<Lun>) -> Vec<TaskId> {
         let running = self.full().map(|mut full| full.abort_for_other(lun)).unwrap_or_default();
         self.settle();
         running
@@ -281,8 +282,7 @@ impl Connection {
     }
 
     /// Tells the initiator that the session is dropped (asynchronous event 3), and closes.
-    pub fn drop_session(&mut self, now: Instant) {
-        self.now = now;
+    pub fn drop_session(&mut self) {
         if let State::Full(session) = &self.state {
             let wait = session.time2wait_s();
             self.send_async(AsyncEvent::DROP_SESSION, [0, wait, 0]);
