@@ -13,6 +13,7 @@ use crate::disk::FileDisk;
 use crate::meta::{Barrier, Batch, MetaStore, Pair};
 use crate::meta_client::Meta;
 use crate::meta_sled::{SledMeta, sync_dir, sync_tree};
+use crate::open::{DATA_FILE, META_DIR};
 use crate::page::{Page, PageNo};
 use crate::record::{self, Delta, Key, PageKey, SystemRecord, key, table};
 use crate::types::{BranchId, Epoch, SnapshotId};
@@ -23,10 +24,7 @@ const SLICE: usize = 256;
 /// A damaged store may loop for ever while it opens (measured).
 const OPEN_TIMEOUT: Duration = Duration::from_secs(120);
 
-const DATA_FILE: &str = "data";
-const META_DIR: &str = "meta";
 const META_DIR_NEW: &str = "meta.new";
-const BALLAST_FILE: &str = "ballast";
 
 /// Calls `visit` with every pair of one table, in the order of the keys.
 pub(crate) fn each(
@@ -87,6 +85,14 @@ impl Overlay {
             }
             Ok(())
         })?;
+        // A version that was removed since has no `E` key any more; its deltas are history.
+        let mut gone = Vec::new();
+        for key in overlay.deltas.keys() {
+            if meta.get(&key::changed(*key))?.is_none() {
+                gone.push(*key);
+            }
+        }
+        gone.iter().for_each(|key| drop(overlay.deltas.remove(key)));
         Ok(overlay)
     }
 
@@ -284,7 +290,7 @@ fn copy_tree(from: &Path, to: &Path) -> Result<()> {
         let (path, target) = (entry.path(), to.join(entry.file_name()));
         if path.is_dir() {
             copy_tree(&path, &target)?;
-        } else if entry.file_name() != BALLAST_FILE {
+        } else {
             fs::copy(&path, &target).map_err(io("copy", &path))?;
         }
     }

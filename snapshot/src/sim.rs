@@ -227,6 +227,15 @@ impl Medium {
         }
     }
 
+    /// A sync that began at `mark` has failed, and what it was to write is forgotten: the process goes on seeing it, no
+    /// later sync writes it (as page caches behave after an error of writeback).
+    pub fn forget(&mut self, mark: u64) {
+        for versions in self.pending.values_mut() {
+            versions.retain(|(when, _)| *when > mark);
+        }
+        self.pending.retain(|_, versions| !versions.is_empty());
+    }
+
     /// A range written with `RWF_DSYNC` is on the disk.
     pub fn make_range_durable(&mut self, offset: u64, len: u64) {
         for index in offset / PAGE..offset.saturating_add(len).div_ceil(PAGE) {

@@ -205,13 +205,19 @@ impl World {
     /// The machine that a power cut now could leave. This one goes on.
     #[must_use]
     pub fn after_cut(&self, loss: Loss, rng: &mut Rng) -> Self {
-        let state = self.lock();
-        Self::left((&state.disk, &state.meta), loss, rng)
+        self.after_cuts(loss, loss, rng)
     }
 
-    fn left(of: (&Medium, &Meta), loss: Loss, rng: &mut Rng) -> Self {
-        let state = State { disk: of.0.after_cut(loss, rng), meta: of.1.after_cut(loss, rng), ..State::default() };
-        Self(Arc::new(Mutex::new(state)))
+    /// As [`World::after_cut`], with a loss of its own for the data file and for the metadata.
+    #[must_use]
+    pub fn after_cuts(&self, disk: Loss, meta: Loss, rng: &mut Rng) -> Self {
+        let state = self.lock();
+        Self::left((&state.disk, &state.meta), (disk, meta), rng)
+    }
+
+    fn left(of: (&Medium, &Meta), loss: (Loss, Loss), rng: &mut Rng) -> Self {
+        let (disk, meta) = (of.0.after_cut(loss.0, rng), of.1.after_cut(loss.1, rng));
+        Self(Arc::new(Mutex::new(State { disk, meta, ..State::default() })))
     }
 
     /// Takes a picture right before the `after`-th call from now on (0 = the next one).
@@ -226,7 +232,7 @@ impl World {
     pub fn captured(&self, loss: Loss, rng: &mut Rng) -> Option<Self> {
         let state = self.lock();
         let (disk, meta) = &**state.captured.as_ref()?;
-        Some(Self::left((disk, meta), loss, rng))
+        Some(Self::left((disk, meta), (loss, loss), rng))
     }
 
     /// Calls so far, of all kinds.
@@ -337,8 +343,13 @@ impl Disk for SimDisk {
     fn sync_data(&self) -> io::Result<()> {
         // Covers what was written before it began, whatever is written while it runs.
         let mark = self.0.lock().disk.mark();
-        let mut state = self.0.enter(Call::Sync)?;
-        state.disk.make_durable(mark);
+        match self.0.enter(Call::Sync) {
+            Ok(mut state) => state.disk.make_durable(mark),
+            Err(error) => {
+                self.0.lock().disk.forget(mark);
+                return Err(error);
+            }
+        }
         Ok(())
     }
 

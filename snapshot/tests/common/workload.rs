@@ -99,7 +99,7 @@ fn create(pool: &Pool, name: &str) -> Volume {
 }
 
 pub(crate) fn read_all(volume: &Volume) -> Result<Vec<u8>, String> {
-    let mut bytes = vec![0xee; volume.info().size_bytes as usize];
+    let mut bytes = vec![0xee; volume.size_bytes() as usize];
     volume.read(0, &mut bytes).map_err(|error| error.to_string())?;
     Ok(bytes)
 }
@@ -110,7 +110,7 @@ fn write(pool: &Pool, facts: &Facts, thread: u64, orders: &Orders) {
     let volumes = ["a", "b"].map(|name| pool.volume(name).expect("made before"));
     for _ in 0..orders.steps {
         let volume = &volumes[rng.index(2)];
-        let name = volume.info().name;
+        let name = volume.name().expect("there");
         let (sector, count) = own_range(&mut rng, thread);
         match rng.below(100) {
             0..12 => step(facts, thread, &What::Flush { volume: name }, |_| volume.flush()),
