@@ -154,12 +154,14 @@ pub enum BlockOp {
     Reservations(ReservationChange),
 }
 
-/// What PERSISTENT RESERVE OUT asks of the owner.
+/// What PERSISTENT RESERVE OUT asks of the owner. The unit enforces the change from its plan on: a save that fails is
+/// answered with INTERNAL TARGET FAILURE and takes nothing back.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReservationChange {
     /// State to keep over restarts (APTPL); `None` when nothing persistent changed.
     pub save: Option<Bytes>,
-    /// Order of `save`s of this unit: an older one must never overwrite a newer one.
+    /// Order of `save`s of this unit: an older one must never overwrite a newer one. It is part of the saved state, so
+    /// that it goes on after [`crate::Unit::restore_reservations`].
     pub sequence: u64,
     /// PREEMPT AND ABORT: the I_T nexuses whose tasks on this unit end without status before the answer.
     pub abort_tasks_of: Vec<NexusId>,

@@ -98,7 +98,7 @@ pub(crate) struct Reservations {
     generation: u32,
     /// Persist through power loss, as the last registration asked for it.
     aptpl: bool,
-    /// Counts the states given out for saving.
+    /// Counts the states given out for saving, over restarts too.
     sequence: u64,
     /// Holder of an SPC-2 RESERVE.
     reserved_by: Option<NexusId>,
@@ -236,13 +236,14 @@ pub(crate) fn out(unit: &mut Unit, nexus: NexusId, cdb: &Cdb, data_out: &[u8]) -
         .filter(|(_, nexus)| aborts(&nexus.name))
         .map(|(id, _)| *id)
         .collect();
-    let save = (was_persistent || unit.reservations.aptpl).then(|| unit.reservations.persistent());
-    if save.is_none() && abort_tasks_of.is_empty() {
+    let saves = was_persistent || unit.reservations.aptpl;
+    if !saves && abort_tasks_of.is_empty() {
         return Ok(Ready::Reply(Reply::took(Parameters::LEN)));
     }
-    if save.is_some() {
+    if saves {
         unit.reservations.sequence += 1;
     }
+    let save = saves.then(|| unit.reservations.persistent());
     let sequence = unit.reservations.sequence;
     let op = BlockOp::Reservations(ReservationChange {
         save,

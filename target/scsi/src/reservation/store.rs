@@ -1,10 +1,14 @@
 //! Persistent reservations as bytes, for APTPL.
 //!
 //! ```text
-//! "SPPR" version:u8 = 1  kind:u8 (0 = no reservation)  holder:u16 (0xffff = all registrants)  count:u16
-//! count x { key:u64  isid:[u8; 6]  portal group:u16  initiator: u16 length, bytes  target: u16 length, bytes }
-//! CRC32C of everything before: u32                                                    all numbers big-endian
+//! "SPPR" version:u8 = 1  sequence:u64  kind:u8 (0 = no reservation)  holder:u16 (0xffff = all registrants)
+//! count:u16  count x { key:u64  isid:[u8; 6]  portal group:u16  initiator  target }
+//! CRC32C of everything before: u32
 //! ```
+//!
+//! Texts are a 16-bit length and bytes; all numbers are big-endian. The sequence is the one of
+//! [`crate::ReservationChange`]: a unit that is taken away and comes back counts on from there, or the owner would
+//! take its first changes for old ones.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -42,7 +46,9 @@ pub(super) fn encode(reservations: &Reservations) -> Bytes {
     };
     let mut data = BytesMut::with_capacity(16 + 96 * registrations.len());
     data.put_slice(&MAGIC);
-    data.put_slice(&[VERSION, reservation.map_or(0, |r| r.kind.code())]);
+    data.put_u8(VERSION);
+    data.put_u64(reservations.sequence);
+    data.put_u8(reservation.map_or(0, |r| r.kind.code()));
     let holder = reservation.and_then(|r| r.holder.as_ref());
     let position = holder.and_then(|holder| registrations.iter().position(|r| r.name == *holder));
     data.put_u16(
@@ -121,13 +127,15 @@ pub(super) fn decode(state: &[u8]) -> Result<Reservations, RestoreError> {
     if fields.take::<4>()? != MAGIC {
         return Err(RestoreError::Damaged);
     }
-    let [version, kind] = fields.take()?;
+    let [version] = fields.take()?;
     if version != VERSION {
         return Err(RestoreError::Version { found: version });
     }
     if crc32c::crc32c(body) != u32::from_be_bytes(*crc) {
         return Err(RestoreError::Damaged);
     }
+    let sequence = u64::from_be_bytes(fields.take()?);
+    let [kind] = fields.take()?;
     let holder = fields.u16()?;
     let count = usize::from(fields.u16()?);
     if count > MAX_REGISTRATIONS {
@@ -145,6 +153,7 @@ pub(super) fn decode(state: &[u8]) -> Result<Reservations, RestoreError> {
         registrations,
         reservation,
         aptpl,
+        sequence,
         ..Reservations::default()
     })
 }
@@ -199,6 +208,7 @@ mod tests {
             reservation,
             generation: 9,
             aptpl: true,
+            sequence: 17,
             ..Reservations::default()
         }
     }
@@ -210,7 +220,7 @@ mod tests {
             let after = decode(&encode(&before)).unwrap();
             assert_eq!(after.registrations, before.registrations);
             assert_eq!(after.reservation, before.reservation);
-            assert_eq!((after.generation, after.aptpl), (0, true));
+            assert_eq!((after.generation, after.aptpl, after.sequence), (0, true, 17));
         }
     }
 

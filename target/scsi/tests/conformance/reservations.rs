@@ -525,7 +525,13 @@ fn aptpl_saves_before_the_answer_and_comes_back() {
     );
     assert_eq!(after.send(2, &cdb(0x2a, 0, 0, 1), &[0; 512], 0).status, CONFLICT);
     assert_eq!(out(&mut after, 0, RELEASE, 5, 100, 0), GOOD);
-    assert_eq!(after.disk.saved_reservations.len(), 1, "APTPL is still active");
+    let again: Vec<u64> = after
+        .disk
+        .saved_reservations
+        .iter()
+        .map(|saved| saved.0)
+        .collect();
+    assert_eq!(again, [3], "APTPL is still active, and the sequence goes on");
     // The last registration decides: without APTPL, an empty state replaces the saved one.
     assert_eq!(out(&mut after, 0, REGISTER, 0, 100, 100), GOOD);
     let mut empty = Bench::small();
