@@ -204,11 +204,12 @@ fn diff_lun(old: &Lun, new: &Lun, config: &Config, changes: &mut Vec<Change>) {
         push(changes, &subject, Effect::Ends, served(), text);
     }
     if old.write_cache != new.write_cache {
+        // WCE under a running session is the initiators' to change (MODE SELECT); this is only where a LUN starts from.
         let text = format!(
-            "`write_cache` is now {}; a value that an initiator saved still wins",
+            "`write_cache` is {} from the next start on, unless an initiator saved another value",
             new.write_cache
         );
-        push(changes, &subject, Effect::Told, served(), text);
+        push(changes, &subject, Effect::None, Vec::new(), text);
     }
     if old.checksums != new.checksums {
         push(changes, &subject, Effect::None, Vec::new(), "`checksums` changes");

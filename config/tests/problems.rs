@@ -421,8 +421,8 @@ fn a_plan_names_what_changes_and_whose_sessions_it_touches() {
     one_change(
         "\"1GiB\"",
         "\"1GiB\"\nwrite_cache = false",
-        Effect::Told,
-        "`write_cache` is now false",
+        Effect::None,
+        "`write_cache` is false from the next start on",
     );
     one_change("/tmp/x", "/tmp/y", Effect::Refused, "restart the daemon");
     one_change(

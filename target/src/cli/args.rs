@@ -258,6 +258,9 @@ pub(crate) enum AgentVerb {
     /// Tokens with which agents enrol
     #[command(subcommand)]
     Token(TokenVerb),
+    /// The count by which agents recognise a daemon that went back in time
+    #[command(subcommand)]
+    Generation(GenerationVerb),
     /// List the agents
     List,
     /// Show one agent
@@ -295,6 +298,12 @@ pub(crate) enum TokenVerb {
         #[arg(long, value_name = "DURATION", default_value = "15m", value_parser = parse_duration)]
         ttl: Duration,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum GenerationVerb {
+    /// Raise it, after the data directory was restored from a backup
+    Bump,
 }
 
 #[derive(Debug, Subcommand)]
@@ -402,6 +411,7 @@ mod tests {
             "agent test x",
             "agent allow x a",
             "agent revoke x",
+            "agent generation bump",
             "store check",
             "store stats",
             "store dump",

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::args::{
-    AgentVerb, CloneVerb, ConfigVerb, Events, Global, LunVerb, SessionVerb, SnapshotVerb, StoreVerb, TokenVerb, Verb, VolumeVerb,
+    AgentVerb, CloneVerb, ConfigVerb, Events, GenerationVerb, Global, LunVerb, SessionVerb, SnapshotVerb, StoreVerb, TokenVerb, Verb, VolumeVerb,
 };
 use super::show::{Column, Kind, details, local_time, table};
 use super::{client, confirm, err, offline, out, out_json, print};
@@ -263,6 +263,7 @@ fn agent(global: &Global, verb: AgentVerb) -> Result<(), Refusal> {
             let value = ask(global, &Request::AgentTokenCreate { luns, ttl_seconds: ttl.as_secs() })?;
             print(global, &value, details)
         }
+        AgentVerb::Generation(GenerationVerb::Bump) => show(global, &Request::AgentGenerationBump {}),
         AgentVerb::List => list(global, &Request::AgentList {}, "agents", AGENTS),
         AgentVerb::Show { id } => show(global, &Request::AgentShow { id }),
         AgentVerb::Test { id } => show(global, &Request::AgentTest { id }),

@@ -112,6 +112,14 @@ pub(crate) struct VolumeTag {
 }
 
 impl VolumeTag {
+    /// The tag of a new volume.
+    ///
+    /// # Errors
+    /// When the system gives no randomness.
+    pub(crate) fn new(company: CompanyId, kind: VolumeKind, origin: Option<String>) -> Result<Self, StateError> {
+        Ok(Self { identity: Identity::new(company)?, kind, origin })
+    }
+
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let attributes = Attributes {
             naa: data_encoding::HEXLOWER.encode(&self.identity.naa),
@@ -162,10 +170,11 @@ pub(crate) struct LunSaved {
 #[derive(Debug)]
 struct Inner {
     pool: Pool,
-    company: CompanyId,
     /// The newest saved reservations of each LUN, by the unit's own count. Held while saving: an older save waits, and then
     /// finds that it is superseded.
     saves: Mutex<BTreeMap<String, u64>>,
+    /// One change of what is served at a time.
+    changing: tokio::sync::Mutex<()>,
 }
 
 /// The saved state. Cheap to clone.
@@ -186,21 +195,14 @@ fn reservations_key(lun: &str) -> String {
 
 impl State {
     /// The state that is kept in this pool.
-    ///
-    /// # Errors
-    /// When a mount cannot be read back.
-    pub(crate) fn open(pool: &Pool, company: CompanyId) -> Result<Self, StateError> {
-        let state = Self(Arc::new(Inner { pool: pool.clone(), company, saves: Mutex::default() }));
-        state.mounts()?;
-        Ok(state)
+    pub(crate) fn open(pool: &Pool) -> Self {
+        Self(Arc::new(Inner { pool: pool.clone(), saves: Mutex::default(), changing: tokio::sync::Mutex::default() }))
     }
 
-    /// What a new volume is tagged with.
-    ///
-    /// # Errors
-    /// When the system gives no randomness.
-    pub(crate) fn new_tag(&self, kind: VolumeKind, origin: Option<String>) -> Result<VolumeTag, StateError> {
-        Ok(VolumeTag { identity: Identity::new(self.0.company)?, kind, origin })
+    /// Held by whoever changes what is served (apply, mount, revert, rename …): two of them at once could each see half of the
+    /// other's work.
+    pub(crate) async fn changing(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.0.changing.lock().await
     }
 
     fn saves(&self) -> MutexGuard<'_, BTreeMap<String, u64>> {
@@ -351,8 +353,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("dir");
         let options = stillpoint_snapshot::PoolOptions { ballast_bytes: 0, ..Default::default() };
         let pool = Pool::create(&dir.path().join("pool"), &options).expect("pool");
-        let state = State::open(&pool, CompanyId::default()).expect("state");
-        (dir, state)
+        (dir, State::open(&pool))
     }
 
     #[test]

@@ -143,6 +143,7 @@ pub(crate) enum Request {
     AgentRevoke {
         id: String,
     },
+    AgentGenerationBump {},
     StoreStats {},
     Events {
         follow: bool,

@@ -2,8 +2,9 @@
 //!
 //! Work goes on when its client leaves: a snapshot half taken is worse than one that nobody waited for.
 
+mod agents;
 pub(crate) mod api;
-mod luns;
+pub(crate) mod luns;
 mod verbs;
 mod volumes;
 
@@ -21,7 +22,8 @@ use tokio::sync::{Semaphore, mpsc};
 use self::api::{Line, MAX_REQUEST_BYTES, Refusal, Request};
 use super::Daemon;
 
-pub(crate) use verbs::blocking;
+pub(crate) use agents::check_lun as check_agent_lun;
+pub(crate) use verbs::{blocking, end_sessions};
 
 /// Clients at the same time; more wait to be accepted.
 const MAX_CLIENTS: usize = 64;
@@ -53,6 +55,11 @@ impl Caller {
     /// Sends an event; false when the client has left.
     async fn event(&self, event: api::Event) -> bool {
         self.lines.send(Line::Event(event)).await.is_ok()
+    }
+
+    /// Returns when the client has left.
+    async fn left(&self) {
+        self.lines.closed().await;
     }
 
     /// Somebody who waits for nothing: a signal, a test.
@@ -164,12 +171,13 @@ fn user(stream: &UnixStream) -> String {
 
 async fn serve(daemon: &Arc<Daemon>, mut stream: UnixStream) -> std::io::Result<()> {
     let who = user(&stream);
-    let (reader, mut writer) = stream.split();
-    let request = match tokio::time::timeout(REQUEST_TIMEOUT, read_request(reader)).await {
+    let (mut reader, mut writer) = stream.split();
+    let request = match tokio::time::timeout(REQUEST_TIMEOUT, read_request(&mut reader)).await {
         Ok(Ok(request)) => request,
         Ok(Err(refusal)) => return write_line(&mut writer, &Line::Error(refusal)).await,
         Err(_) => return Ok(()),
     };
+    let follows = matches!(request, Request::Events { follow: true, .. });
     let (lines, mut answers) = mpsc::channel(LINES);
     let caller = Caller { who, lines: lines.clone() };
     let work = Arc::clone(daemon);
@@ -183,10 +191,17 @@ async fn serve(daemon: &Arc<Daemon>, mut stream: UnixStream) -> std::io::Result<
             tracing::debug!("the client has left before the answer");
         }
     });
-    while let Some(line) = answers.recv().await {
-        write_line(&mut writer, &line).await?;
+    let mut rest = [0u8; 64];
+    loop {
+        tokio::select! {
+            line = answers.recv() => match line {
+                Some(line) => write_line(&mut writer, &line).await?,
+                None => return Ok(()),
+            },
+            // Who follows events leaves by closing; everybody else gets an answer, also when they have closed their side.
+            read = reader.read(&mut rest), if follows => if read? == 0 { return Ok(()) },
+        }
     }
-    Ok(())
 }
 
 async fn read_request(reader: impl tokio::io::AsyncRead + Unpin) -> Result<Request, Refusal> {

@@ -1,0 +1,108 @@
+//! `lun list` and `lun show`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use stillpoint_config::Initiators;
+use stillpoint_snapshot::{VolumeId, VolumeInfo};
+
+use super::api::{LunDetail, LunPath, LunRow, Refusal, time_text};
+use crate::serve::state::VolumeTag;
+use crate::serve::{Daemon, Lun};
+
+pub(super) fn list(daemon: &Arc<Daemon>) -> Result<Vec<LunRow>, Refusal> {
+    let volumes: BTreeMap<String, VolumeInfo> = daemon.pool.volumes().into_iter().map(|v| (v.name.clone(), v)).collect();
+    let snapshots = snapshot_counts(daemon);
+    let served = daemon.registry.luns();
+    // A LUN whose volume was deleted a moment ago is not listed any more.
+    let pairs = served.iter().filter_map(|lun| volumes.get(lun.name()).map(|volume| (lun, volume)));
+    pairs.map(|(lun, volume)| row(daemon, lun, volume, snapshots.get(&volume.id).copied().unwrap_or(0))).collect()
+}
+
+/// Snapshots of each volume.
+pub(super) fn snapshot_counts(daemon: &Daemon) -> BTreeMap<VolumeId, usize> {
+    let mut counts = BTreeMap::new();
+    for snapshot in daemon.pool.snapshots(None) {
+        *counts.entry(snapshot.volume).or_default() += 1;
+    }
+    counts
+}
+
+fn row(daemon: &Daemon, lun: &Lun, volume: &VolumeInfo, snapshots: usize) -> Result<LunRow, Refusal> {
+    let identity = lun.identity();
+    Ok(LunRow {
+        name: lun.name().to_owned(),
+        kind: VolumeTag::of(volume)?.kind,
+        size_bytes: volume.size_bytes,
+        used_bytes: volume.mapped_bytes,
+        block_size: volume.block_size,
+        read_only: lun.settings().read_only,
+        targets: paths(daemon, lun),
+        sessions: daemon.registry.sessions_of_lun(lun.name()).len(),
+        snapshots,
+        naa: identity.naa_text(),
+        serial: identity.serial.clone(),
+    })
+}
+
+/// Through which targets a LUN is reached, by whom.
+pub(crate) fn paths(daemon: &Daemon, lun: &Lun) -> Vec<LunPath> {
+    let targets = daemon.registry.targets_of(lun.name());
+    let path = |target: &Arc<crate::serve::registry::Target>| {
+        let rules = target.rules();
+        let initiators = match &rules.access.initiators {
+            Initiators::Anyone => vec!["*".to_owned()],
+            Initiators::These(names) => names.iter().map(ToString::to_string).collect(),
+        };
+        Some(LunPath {
+            iqn: target.iqn().to_owned(),
+            lun: rules.number_of(lun)?,
+            agents: rules.agents,
+            chap: rules.chap.is_some(),
+            initiators,
+            allow_from: rules.access.allow_from.iter().map(ToString::to_string).collect(),
+            portals: portals(daemon, &rules.portal_groups),
+        })
+    };
+    targets.iter().filter_map(path).collect()
+}
+
+/// Addresses of portal groups, as SendTargets says them where that differs.
+pub(crate) fn portals(daemon: &Daemon, groups: &[u16]) -> Vec<String> {
+    let portals = daemon.registry.portals().into_iter().filter(|portal| groups.contains(&portal.group));
+    portals.map(|portal| portal.advertise.unwrap_or_else(|| portal.address.to_string())).collect()
+}
+
+pub(super) fn show(daemon: &Arc<Daemon>, name: &str) -> Result<LunDetail, Refusal> {
+    let (Some(lun), Some(volume)) = (daemon.registry.lun(name), daemon.pool.volume(name)) else {
+        return Err(unknown(daemon, name));
+    };
+    let volume = volume.info()?;
+    let snapshots = daemon.pool.snapshots(Some(volume.id)).len();
+    let figures = lun.figures();
+    Ok(LunDetail {
+        row: row(daemon, &lun, &volume, snapshots)?,
+        grain_bytes: volume.grain_bytes,
+        write_cache: figures.write_cache,
+        write_cache_configured: lun.settings().write_cache,
+        write_cache_saved: daemon.state.saved_write_cache(name),
+        origin: VolumeTag::of(&volume)?.origin,
+        created_at: time_text(volume.created_ms),
+        commands: figures.commands,
+        read_bytes: figures.read_bytes,
+        written_bytes: figures.written_bytes,
+        session_list: daemon.registry.sessions_of_lun(name),
+    })
+}
+
+/// The refusal of a name that no served LUN has.
+pub(crate) fn unknown(daemon: &Daemon, name: &str) -> Refusal {
+    if daemon.pool.volume(name).is_some() {
+        return Refusal::failed(
+            "not_served",
+            format!("volume {name:?} exists, but no LUN serves it"),
+            format!("add a `[[lun]]` with name = {name:?} and `stillpoint config apply`"),
+        );
+    }
+    Refusal::failed("not_found", format!("there is no LUN {name:?}"), "`stillpoint lun list` shows them")
+}

@@ -1,0 +1,138 @@
+//! `volume list|rename|delete` and `clone create`.
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use stillpoint_config::LunName;
+use stillpoint_snapshot::CloneSpec;
+
+use super::api::{CloneReply, Refusal, SnapshotRef, VolumeKind, VolumeRow, done, time_text};
+use super::blocking;
+use super::luns::snapshot_counts;
+use crate::serve::events::code;
+use crate::serve::state::VolumeTag;
+use crate::serve::{Daemon, apply, snapshots};
+
+pub(super) fn list(daemon: &Arc<Daemon>) -> Result<Vec<VolumeRow>, Refusal> {
+    let config = daemon.config();
+    let snapshots = snapshot_counts(daemon);
+    let row = |volume: stillpoint_snapshot::VolumeInfo| {
+        let tag = VolumeTag::of(&volume)?;
+        let state = match (tag.kind, config.lun(&volume.name)) {
+            (VolumeKind::Mount, _) => "mounted",
+            (_, Some(_)) => "assigned",
+            (_, None) => "unassigned",
+        };
+        Ok(VolumeRow {
+            kind: tag.kind,
+            state: state.to_owned(),
+            size_bytes: volume.size_bytes,
+            used_bytes: volume.mapped_bytes,
+            block_size: volume.block_size,
+            read_only: volume.read_only,
+            snapshots: snapshots.get(&volume.id).copied().unwrap_or(0),
+            origin: tag.origin,
+            created_at: time_text(volume.created_ms),
+            naa: tag.identity.naa_text(),
+            serial: tag.identity.serial,
+            name: volume.name,
+        })
+    };
+    daemon.pool.volumes().into_iter().map(row).collect()
+}
+
+/// A volume that the operator may rename or delete: it is there, no mount, and no `[[lun]]` names it.
+fn unassigned(daemon: &Daemon, name: &str) -> Result<stillpoint_snapshot::Volume, Refusal> {
+    let Some(volume) = daemon.pool.volume(name) else {
+        return Err(Refusal::failed("not_found", format!("there is no volume {name:?}"), "`stillpoint volume list` shows them"));
+    };
+    if VolumeTag::of(&volume.info()?)?.kind == VolumeKind::Mount {
+        return Err(Refusal::refused(
+            "mounted",
+            format!("{name:?} is a mounted snapshot"),
+            format!("`stillpoint snapshot unmount {name}` ends it"),
+        ));
+    }
+    if daemon.config().lun(name).is_some() || daemon.registry.lun(name).is_some() {
+        return Err(Refusal::refused(
+            "assigned",
+            format!("volume {name:?} is a LUN of the configuration"),
+            "take it out of the file and `stillpoint config apply` first",
+        ));
+    }
+    Ok(volume)
+}
+
+pub(super) async fn rename(daemon: &Arc<Daemon>, old: &str, new: &str, who: &str) -> Result<Value, Refusal> {
+    let _changing = daemon.state.changing().await;
+    let (old, new, who) = (old.to_owned(), new.to_owned(), who.to_owned());
+    blocking(daemon, move |daemon| {
+        new.parse::<LunName>().map_err(|t| Refusal::usage("bad_name", t.trouble, t.way_out))?;
+        unassigned(daemon, &old)?;
+        if daemon.pool.volume(&new).is_some() {
+            return Err(Refusal::failed("exists", format!("there is a volume {new:?} already"), "choose another name"));
+        }
+        // First what was saved: a crash in between leaves the volume under its old name, with nothing saved but defaults,
+        // and never somebody else's reservations under the new one.
+        daemon.state.renamed(&old, &new)?;
+        daemon.pool.rename_volume(&old, &new)?;
+        daemon.events.emit(code::VOLUME_RENAMED, format!("volume {new}"), format!("was called {old}"), &who);
+        // The name may be that of a `[[lun]]` that waits for its volume.
+        let config = daemon.config();
+        let served = config.lun(&new).is_some();
+        if served {
+            apply::reconcile(daemon, &config, &who)?;
+        }
+        Ok(done([("old", json!(old)), ("new", json!(new)), ("served", json!(served))]))
+    })
+    .await
+}
+
+pub(super) async fn delete(daemon: &Arc<Daemon>, name: &str, who: &str) -> Result<Value, Refusal> {
+    let _changing = daemon.state.changing().await;
+    let (name, who) = (name.to_owned(), who.to_owned());
+    blocking(daemon, move |daemon| {
+        let volume = unassigned(daemon, &name)?;
+        let snapshots = daemon.pool.snapshots(Some(volume.id()));
+        for snapshot in &snapshots {
+            snapshots::check_deletable(daemon, snapshot)?;
+        }
+        daemon.pool.delete_volume(&name, true)?;
+        daemon.state.forget(&name)?;
+        let text = format!("deleted with {} snapshots", snapshots.len());
+        daemon.events.emit(code::VOLUME_DELETED, format!("volume {name}"), text, &who);
+        Ok(done([("name", json!(name)), ("deleted", json!(true)), ("snapshots_deleted", json!(snapshots.len()))]))
+    })
+    .await
+}
+
+pub(super) async fn clone(daemon: &Arc<Daemon>, snapshot: SnapshotRef, new: String, who: &str) -> Result<CloneReply, Refusal> {
+    let _changing = daemon.state.changing().await;
+    let who = who.to_owned();
+    blocking(daemon, move |daemon| {
+        new.parse::<LunName>().map_err(|t| Refusal::usage("bad_name", t.trouble, t.way_out))?;
+        let info = snapshots::find(daemon, &snapshot)?;
+        let config = daemon.config();
+        // A `[[lun]]` that waits for its volume would suddenly be served with this content.
+        if config.lun(&new).is_some() {
+            return Err(Refusal::refused(
+                "assigned",
+                format!("the configuration has a LUN {new:?} already"),
+                "choose another name, or take that LUN out of the file first",
+            ));
+        }
+        let tag = VolumeTag::new(config.daemon.naa_company_id, VolumeKind::Clone, Some(snapshot.to_string()))?;
+        let spec = CloneSpec { name: new.clone(), read_only: false, attributes: tag.to_bytes() };
+        let volume = daemon.pool.clone_snapshot(info.id, &spec)?;
+        daemon.events.emit(code::CLONE_CREATED, format!("volume {new}"), format!("made of {snapshot}"), &who);
+        Ok(CloneReply {
+            name: new,
+            snapshot: snapshot.to_string(),
+            size_bytes: volume.size_bytes(),
+            block_size: volume.block_size(),
+            naa: tag.identity.naa_text(),
+            serial: tag.identity.serial,
+        })
+    })
+    .await
+}
