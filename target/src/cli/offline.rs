@@ -10,6 +10,7 @@ use stillpoint_config::{Config, DEFAULT_CONFIG_FILE, EMBEDDED_DATA_DIR};
 use super::args::Global;
 use super::{config_refusal, out};
 use crate::serve::control::api::Refusal;
+use crate::serve::control::{self, user_name};
 
 /// `config check [FILE]`.
 pub(crate) fn config_check(global: &Global, file: Option<PathBuf>) -> Result<(), Refusal> {
@@ -48,8 +49,8 @@ pub(crate) fn config_check(global: &Global, file: Option<PathBuf>) -> Result<(),
     Ok(())
 }
 
-/// The store's directory, and the lock that proves that no daemon uses it.
-fn stopped_store(global: &Global, data_dir: Option<PathBuf>) -> Result<(PathBuf, File), Refusal> {
+/// The data directory, and the lock that proves that no daemon uses it.
+fn stopped_data(global: &Global, data_dir: Option<PathBuf>) -> Result<(PathBuf, File), Refusal> {
     let data_dir = match (data_dir, &global.config) {
         (Some(dir), _) => dir,
         (None, Some(file)) => Config::data_dir_of(file).map_err(|p| config_refusal(&p))?,
@@ -67,7 +68,7 @@ fn stopped_store(global: &Global, data_dir: Option<PathBuf>) -> Result<(PathBuf,
         )
     })?;
     match file.try_lock() {
-        Ok(()) => Ok((data_dir.join("pool"), file)),
+        Ok(()) => Ok((data_dir, file)),
         Err(TryLockError::WouldBlock) => Err(Refusal::refused(
             "daemon_runs",
             format!("a daemon uses the store in {}", data_dir.display()),
@@ -77,6 +78,40 @@ fn stopped_store(global: &Global, data_dir: Option<PathBuf>) -> Result<(PathBuf,
             Err(Refusal::failed("data_dir", format!("{} cannot be locked ({error})", lock.display()), "check the file system"))
         }
     }
+}
+
+/// The store of a stopped daemon.
+fn stopped_store(global: &Global, data_dir: Option<PathBuf>) -> Result<(PathBuf, File), Refusal> {
+    stopped_data(global, data_dir).map(|(data_dir, lock)| (data_dir.join("pool"), lock))
+}
+
+/// Who runs this command.
+fn me() -> String {
+    user_name(rustix::process::getuid().as_raw())
+}
+
+/// The configuration file of a daemon that does not run.
+fn config_file(global: &Global) -> Option<PathBuf> {
+    let usual = Path::new(DEFAULT_CONFIG_FILE);
+    global.config.clone().or_else(|| usual.exists().then(|| usual.to_owned()))
+}
+
+/// `volume rename` while no daemon runs: a start that refuses because of a renamed LUN names it as the way out.
+pub(crate) fn volume_rename(global: &Global, old: &str, new: &str, unreachable: Refusal) -> Result<Value, Refusal> {
+    if config_file(global).is_none() {
+        return Err(unreachable);
+    }
+    let (data_dir, _lock) = stopped_data(global, None).map_err(|_| unreachable)?;
+    control::rename_stopped(&data_dir, old, new, &me())
+}
+
+/// `config apply --yes` while no daemon runs: makes the volumes that a plain start refuses to make.
+pub(crate) fn config_apply(global: &Global, unreachable: Refusal) -> Result<Value, Refusal> {
+    let Some(file) = config_file(global).filter(|_| global.yes) else { return Err(unreachable) };
+    let (data_dir, _lock) = stopped_data(global, None).map_err(|_| unreachable)?;
+    let config = Config::load(&file).map_err(|problems| config_refusal(&problems))?;
+    let created = control::create_stopped(&data_dir, &config, &me())?;
+    Ok(json!({"file": file, "creates_volumes": created, "applied": false, "daemon": "stopped: the rest is applied when it starts"}))
 }
 
 fn store_error(error: stillpoint_snapshot::Error) -> Refusal {

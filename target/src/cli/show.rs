@@ -12,6 +12,8 @@ pub(crate) enum Kind {
     Text,
     Bytes,
     Time,
+    /// Seconds since.
+    Ago,
     Number,
     Flag,
     List,
@@ -57,6 +59,10 @@ fn cell(value: &Value, kind: Kind) -> String {
         (_, Value::Null) => none,
         (Kind::Bytes, value) => value.as_u64().map_or_else(|| plain(value), |bytes| Size(bytes).to_string()),
         (Kind::Time, Value::String(text)) => local_time(text),
+        (Kind::Ago, value) => {
+            let span = value.as_u64().map(|seconds| format_duration(std::time::Duration::from_secs(seconds)));
+            span.map_or(none, |span| format!("{span} ago"))
+        }
         (Kind::Flag, Value::Bool(flag)) => if *flag { "yes" } else { "no" }.to_owned(),
         (Kind::List, Value::Array(list)) if list.is_empty() => none,
         (Kind::List, Value::Array(list)) => list.iter().map(plain).collect::<Vec<_>>().join(", "),

@@ -94,7 +94,8 @@ const AGENTS: &[Column] = &[
     Column("STATE", "state", Kind::Text),
     Column("VERSION", "version", Kind::Text),
     Column("LUNS", "luns", Kind::List),
-    Column("LAST SEEN", "last_seen_at", Kind::Time),
+    Column("HEARTBEAT", "last_heartbeat_seconds", Kind::Ago),
+    Column("TROUBLE", "trouble", Kind::Text),
 ];
 
 /// Asks without events; progress goes to standard error, where it does not disturb `--json`.
@@ -148,6 +149,9 @@ fn config(global: &Global, verb: ConfigVerb) -> Result<(), Refusal> {
                     confirm(global, "Apply it?")?;
                     ask(global, &Request::ConfigApply { confirmed: true })?
                 }
+                Err(refusal) if refusal.exit == api::EXIT_UNREACHABLE => {
+                    return print(global, &offline::config_apply(global, refusal)?, details);
+                }
                 answer => answer?,
             };
             print(global, &value, plan)
@@ -192,7 +196,13 @@ fn refused_changes(value: &Value) -> Result<(), Refusal> {
 fn volume(global: &Global, verb: VolumeVerb) -> Result<(), Refusal> {
     match verb {
         VolumeVerb::List => list(global, &Request::VolumeList {}, "volumes", VOLUMES),
-        VolumeVerb::Rename { old, new } => show(global, &Request::VolumeRename { old, new }),
+        VolumeVerb::Rename { old, new } => {
+            let value = match ask(global, &Request::VolumeRename { old: old.clone(), new: new.clone() }) {
+                Err(refusal) if refusal.exit == api::EXIT_UNREACHABLE => offline::volume_rename(global, &old, &new, refusal)?,
+                answer => answer?,
+            };
+            print(global, &value, details)
+        }
         VolumeVerb::Delete { name } => {
             confirm(global, &format!("Delete volume {name} with all its data and snapshots?"))?;
             show(global, &Request::VolumeDelete { name })

@@ -24,6 +24,7 @@ use super::Daemon;
 
 pub(crate) use agents::check_lun as check_agent_lun;
 pub(crate) use verbs::{blocking, end_sessions};
+pub(crate) use volumes::{create_stopped, rename_stopped};
 
 /// Clients at the same time; more wait to be accepted.
 const MAX_CLIENTS: usize = 64;
@@ -157,16 +158,15 @@ fn group_id(name: &str) -> Option<u32> {
     system_ids(&PathBuf::from("/etc/group")).get(name).copied()
 }
 
-/// The user behind a connection, by name where /etc/passwd knows it.
+/// The user behind a connection.
 fn user(stream: &UnixStream) -> String {
-    match stream.peer_cred() {
-        Ok(cred) => {
-            let uid = cred.uid();
-            let users = system_ids(&PathBuf::from("/etc/passwd"));
-            users.into_iter().find(|(_, id)| *id == uid).map_or_else(|| format!("uid {uid}"), |(name, _)| name)
-        }
-        Err(_) => "unknown".to_owned(),
-    }
+    stream.peer_cred().map_or_else(|_| "unknown".to_owned(), |cred| user_name(cred.uid()))
+}
+
+/// A user, by name where /etc/passwd knows it.
+pub(crate) fn user_name(uid: u32) -> String {
+    let users = system_ids(&PathBuf::from("/etc/passwd"));
+    users.into_iter().find(|(_, id)| *id == uid).map_or_else(|| format!("uid {uid}"), |(name, _)| name)
 }
 
 async fn serve(daemon: &Arc<Daemon>, mut stream: UnixStream) -> std::io::Result<()> {

@@ -1,16 +1,17 @@
 //! `volume list|rename|delete` and `clone create`.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use stillpoint_config::LunName;
-use stillpoint_snapshot::CloneSpec;
+use stillpoint_config::{Config, LunName};
+use stillpoint_snapshot::{CloneSpec, Pool, PoolOptions};
 
 use super::api::{CloneReply, Refusal, SnapshotRef, VolumeKind, VolumeRow, done, time_text};
 use super::blocking;
 use super::luns::snapshot_counts;
-use crate::serve::events::code;
-use crate::serve::state::VolumeTag;
+use crate::serve::events::{Events, code};
+use crate::serve::state::{State, VolumeTag};
 use crate::serve::{Daemon, apply, snapshots};
 
 pub(super) fn list(daemon: &Arc<Daemon>) -> Result<Vec<VolumeRow>, Refusal> {
@@ -67,25 +68,58 @@ pub(super) async fn rename(daemon: &Arc<Daemon>, old: &str, new: &str, who: &str
     let _changing = daemon.state.changing().await;
     let (old, new, who) = (old.to_owned(), new.to_owned(), who.to_owned());
     blocking(daemon, move |daemon| {
-        new.parse::<LunName>().map_err(|t| Refusal::usage("bad_name", t.trouble, t.way_out))?;
         unassigned(daemon, &old)?;
-        if daemon.pool.volume(&new).is_some() {
-            return Err(Refusal::failed("exists", format!("there is a volume {new:?} already"), "choose another name"));
-        }
-        // First what was saved: a crash in between leaves the volume under its old name, with nothing saved but defaults,
-        // and never somebody else's reservations under the new one.
-        daemon.state.renamed(&old, &new)?;
-        daemon.pool.rename_volume(&old, &new)?;
+        rename_in(&daemon.pool, &daemon.state, &old, &new)?;
         daemon.events.emit(code::VOLUME_RENAMED, format!("volume {new}"), format!("was called {old}"), &who);
-        // The name may be that of a `[[lun]]` that waits for its volume.
-        let config = daemon.config();
-        let served = config.lun(&new).is_some();
-        if served {
-            apply::reconcile(daemon, &config, &who)?;
-        }
-        Ok(done([("old", json!(old)), ("new", json!(new)), ("served", json!(served))]))
+        Ok(done([("old", json!(old)), ("new", json!(new))]))
     })
     .await
+}
+
+fn rename_in(pool: &Pool, state: &State, old: &str, new: &str) -> Result<(), Refusal> {
+    new.parse::<LunName>().map_err(|t| Refusal::usage("bad_name", t.trouble, t.way_out))?;
+    if pool.volume(new).is_some() {
+        return Err(Refusal::failed("exists", format!("there is a volume {new:?} already"), "choose another name"));
+    }
+    // First what was saved: a crash in between leaves the volume under its old name, with nothing saved but defaults,
+    // and never somebody else's reservations under the new one.
+    state.renamed(old, new)?;
+    Ok(pool.rename_volume(old, new)?)
+}
+
+/// The store of a stopped daemon, whose lock the caller holds.
+fn stopped(data_dir: &Path) -> Result<(Pool, State, Events), Refusal> {
+    let pool = Pool::open(&data_dir.join("pool"), &PoolOptions::default())?;
+    let events = Events::open(data_dir).map_err(|e| Refusal::failed("events", format!("{e:#}"), ""))?;
+    Ok((pool.clone(), State::open(&pool), events))
+}
+
+/// `volume rename` without a daemon: one that refuses to start because of the name names this as the way out.
+pub(crate) fn rename_stopped(data_dir: &Path, old: &str, new: &str, who: &str) -> Result<Value, Refusal> {
+    let (pool, state, events) = stopped(data_dir)?;
+    let Some(volume) = pool.volume(old) else {
+        return Err(Refusal::failed("not_found", format!("there is no volume {old:?}"), ""));
+    };
+    if VolumeTag::of(&volume.info()?)?.kind == VolumeKind::Mount {
+        return Err(Refusal::refused("mounted", format!("{old:?} is a mounted snapshot"), "start the daemon and unmount it"));
+    }
+    rename_in(&pool, &state, old, new)?;
+    events.emit(code::VOLUME_RENAMED, format!("volume {new}"), format!("was called {old} (the daemon did not run)"), who);
+    pool.shutdown()?;
+    Ok(done([("old", json!(old)), ("new", json!(new))]))
+}
+
+/// `config apply --yes` without a daemon: makes the new, empty volumes that a plain start refuses to make.
+pub(crate) fn create_stopped(data_dir: &Path, config: &Config, who: &str) -> Result<Vec<String>, Refusal> {
+    let (pool, state, events) = stopped(data_dir)?;
+    apply::standing(&pool, config)?;
+    let mut created = Vec::new();
+    apply::create_missing(&pool, &state, config, |name, size| {
+        events.emit(code::VOLUME_CREATED, format!("volume {name}"), format!("created with {size} (the daemon did not run)"), who);
+        created.push(name.to_owned());
+    })?;
+    pool.shutdown()?;
+    Ok(created)
 }
 
 pub(super) async fn delete(daemon: &Arc<Daemon>, name: &str, who: &str) -> Result<Value, Refusal> {
