@@ -4,16 +4,45 @@
 //! FORMAT.md describes every key, value and file; README.md the parts of this crate.
 #![forbid(unsafe_code)]
 
+mod alloc;
+mod check;
 mod codec;
+mod commit;
+mod diff;
 pub mod disk;
+mod dump;
 mod error;
+mod inner;
+mod job;
+mod lock;
+mod map;
 pub mod meta;
+mod meta_client;
+mod meta_sled;
+mod offline;
+mod open;
 pub mod page;
+mod pool;
 pub mod record;
+mod snap;
+mod space;
+mod state;
+pub mod superblock;
 mod types;
+mod volume;
 
+pub use check::{CheckReport, Problem, ProblemKind, check, check_media};
+pub use dump::{dump, dump_meta, restore, restore_meta};
 pub use error::{Error, Result};
+pub use meta_sled::SledMeta;
+pub use open::{DATA_FILE, META_DIR, paths, reserved_grains};
+pub use pool::Pool;
+pub use snap::Cut;
 pub use types::*;
+pub use volume::Volume;
 
 #[cfg(feature = "sim")]
 pub mod sim;
+
+#[cfg(test)]
+mod pool_tests;

@@ -61,6 +61,14 @@ pub trait MetaStore: Send {
     /// See the trait.
     fn scan(&mut self, from: &[u8], below: &[u8], limit: usize) -> Result<Vec<Pair>>;
 
+    /// The pair with the greatest key in `from <= key < below`.
+    ///
+    /// # Errors
+    /// See the trait.
+    fn last(&mut self, from: &[u8], below: &[u8]) -> Result<Option<Pair>> {
+        Ok(self.scan(from, below, usize::MAX)?.pop())
+    }
+
     /// Applies a batch atomically. Batches become durable in the order in which they were applied.
     ///
     /// # Errors

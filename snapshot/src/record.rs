@@ -652,7 +652,8 @@ pub fn decode_journal(txg: u64, seq: u32, value: &[u8]) -> Result<Vec<Delta>> {
 }
 
 /// What a background job does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum JobKind {
     /// Frees what only this dying snapshot holds.
     DropSnapshot(SnapshotId),

@@ -316,6 +316,11 @@ pub enum StoreEvent {
     OutOfSpace,
     /// Space is back.
     SpaceRecovered,
+    /// A background job met damage and waits for the next start.
+    JobFailed {
+        /// What it met.
+        reason: String,
+    },
     /// A deleted snapshot is gone and its grains are free.
     SnapshotFreed(SnapshotId),
     /// A deleted (or reverted) line of history is gone.
@@ -325,11 +330,12 @@ pub enum StoreEvent {
 /// Milliseconds since 1970-01-01 UTC.
 pub type Clock = Arc<dyn Fn() -> i64 + Send + Sync>;
 
-/// Places where a test may stop a thread (see [`Hooks`]). The name says what has just happened.
+/// Places where a test may stop a thread. The name says what has just happened.
 pub type Point = &'static str;
 
 /// Called at named points of the store, so that tests can pause a thread between two steps. No lock is held there
-/// except the operation's own range lock.
+/// except the operation's own range lock (and, inside a commit, the right to commit).
+#[cfg(feature = "sim")]
 pub trait Hooks: Send + Sync {
     /// `point` has been reached by the calling thread.
     fn at(&self, point: Point);
@@ -357,7 +363,14 @@ pub struct PoolOptions {
     pub manual: bool,
     /// Wall clock; `None` = the system's.
     pub clock: Option<Clock>,
+    /// Checkpoint pages whose oldest delta is this many transaction groups old.
+    pub checkpoint_txgs: u64,
+    /// Checkpoint everything when the delta log has this many bytes.
+    pub checkpoint_bytes: u64,
+    /// Pages that a background job handles per commit.
+    pub job_pages: usize,
     /// Pause points for tests.
+    #[cfg(feature = "sim")]
     pub hooks: Option<Arc<dyn Hooks>>,
 }
 
@@ -373,6 +386,10 @@ impl Default for PoolOptions {
             open_timeout_ms: 120_000,
             manual: false,
             clock: None,
+            checkpoint_txgs: 16,
+            checkpoint_bytes: 8 << 20,
+            job_pages: 1000,
+            #[cfg(feature = "sim")]
             hooks: None,
         }
     }
@@ -388,6 +405,9 @@ impl fmt::Debug for PoolOptions {
             .field("ballast_bytes", &self.ballast_bytes)
             .field("commit_ms", &self.commit_ms)
             .field("manual", &self.manual)
+            .field("checkpoint_txgs", &self.checkpoint_txgs)
+            .field("checkpoint_bytes", &self.checkpoint_bytes)
+            .field("job_pages", &self.job_pages)
             .finish_non_exhaustive()
     }
 }

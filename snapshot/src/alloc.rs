@@ -1,0 +1,495 @@
+//! Which grains are free. Bitmaps follow the transaction group that is being closed; what the open one has taken,
+//! what it has released and what is being punched is *blocked*: neither free nor yet recorded (invariant I3).
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use crate::page::MAX_GRAINS;
+use crate::record::{Bits, CHUNK_GRAINS, COUNTS_PER_BLOCK};
+use crate::{Error, Result};
+
+/// Number of an allocation chunk.
+pub(crate) type ChunkNo = u32;
+
+const WORD: usize = 64;
+const EMPTY: Bits = [0; CHUNK_GRAINS / WORD];
+/// A chunk with fewer free grains is passed over while others (or the end of the file) offer longer runs.
+const WORTH_A_SEEK: u16 = 512;
+/// Chunks in RAM before idle ones are dropped: 16 MiB.
+const CACHED_CHUNKS: usize = 16_384;
+
+/// What must happen before a grain can be reserved.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// Load this chunk's bitmap and ask again.
+    Chunk(ChunkNo),
+    /// The pool has reached its bound.
+    Space,
+}
+
+#[derive(Clone)]
+struct Chunk {
+    /// In use as of the transaction group being closed.
+    bits: Bits,
+    /// Not to be handed out although the bit may be clear.
+    blocked: Bits,
+    /// `bits` is not in the metadata store yet.
+    changed: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Counts {
+    /// Clear bits: what is recorded.
+    free: u16,
+    /// Clear and not blocked: what can be handed out.
+    available: u16,
+}
+
+/// The allocator of a pool.
+pub(crate) struct Allocator {
+    chunks: HashMap<ChunkNo, Chunk>,
+    counts: Vec<Counts>,
+    available: u64,
+    current: Option<ChunkNo>,
+    position: usize,
+    search_from: usize,
+    max_grains: u64,
+    reserved: usize,
+    punch: BTreeMap<ChunkNo, Bits>,
+    punch_run: usize,
+}
+
+fn split(grain: u64) -> (ChunkNo, usize) {
+    let chunk = ChunkNo::try_from(grain / CHUNK_GRAINS as u64).expect("34-bit grains make 22-bit chunks");
+    (
+        chunk,
+        usize::try_from(grain % CHUNK_GRAINS as u64).expect("below 4096"),
+    )
+}
+
+fn grain_of(chunk: ChunkNo, index: usize) -> u64 {
+    u64::from(chunk) * CHUNK_GRAINS as u64 + index as u64
+}
+
+fn test(bits: &Bits, index: usize) -> bool {
+    bits.get(index / WORD)
+        .is_some_and(|w| w & (1 << (index % WORD)) != 0)
+}
+
+fn put(bits: &mut Bits, index: usize, on: bool) {
+    let word = bits
+        .get_mut(index / WORD)
+        .expect("index below the grains of a chunk");
+    if on {
+        *word |= 1 << (index % WORD)
+    } else {
+        *word &= !(1 << (index % WORD))
+    }
+}
+
+fn at_least_one(counts: &[Counts]) -> Option<usize> {
+    counts.iter().position(|c| c.available > 0)
+}
+
+impl Chunk {
+    fn fresh(bits: Bits) -> Self {
+        Self {
+            bits,
+            blocked: EMPTY,
+            changed: false,
+        }
+    }
+
+    fn is_available(&self, index: usize) -> bool {
+        !test(&self.bits, index) && !test(&self.blocked, index)
+    }
+
+    fn next_available(&self, from: usize) -> Option<usize> {
+        (from / WORD..CHUNK_GRAINS / WORD).find_map(|w| {
+            let mut open = !(self.bits.get(w)? | self.blocked.get(w)?);
+            if w == from / WORD {
+                open &= u64::MAX << (from % WORD);
+            }
+            (open != 0).then(|| w * WORD + open.trailing_zeros() as usize)
+        })
+    }
+
+    fn idle(&self) -> bool {
+        !self.changed && self.blocked == EMPTY
+    }
+}
+
+impl Allocator {
+    /// `reserved` grains at the start hold the superblocks; `free[c]` is the recorded free count of chunk `c`.
+    pub(crate) fn new(reserved: u64, max_grains: u64, free: &[u16], punch_run: u64) -> Self {
+        let counts: Vec<_> = free
+            .iter()
+            .map(|n| Counts {
+                free: *n,
+                available: *n,
+            })
+            .collect();
+        Self {
+            chunks: HashMap::new(),
+            available: counts.iter().map(|c| u64::from(c.available)).sum(),
+            counts,
+            current: None,
+            position: 0,
+            search_from: 0,
+            max_grains: if max_grains == 0 {
+                MAX_GRAINS
+            } else {
+                max_grains.min(MAX_GRAINS)
+            },
+            reserved: usize::try_from(reserved).expect("two 4 KiB slots"),
+            punch: BTreeMap::new(),
+            punch_run: usize::try_from(punch_run)
+                .unwrap_or(CHUNK_GRAINS)
+                .clamp(1, CHUNK_GRAINS),
+        }
+    }
+
+    /// Bitmap of a chunk that has no record yet.
+    pub(crate) fn blank(&self, chunk: ChunkNo) -> Bits {
+        let mut bits = EMPTY;
+        if chunk == 0 {
+            (0..self.reserved).for_each(|i| put(&mut bits, i, true));
+        }
+        bits
+    }
+
+    /// Free count of a chunk that has no record yet.
+    pub(crate) fn blank_free(reserved: u64, chunk: usize) -> u16 {
+        let taken = if chunk == 0 {
+            u16::try_from(reserved).unwrap_or(0)
+        } else {
+            0
+        };
+        u16::try_from(CHUNK_GRAINS).expect("4096") - taken
+    }
+
+    pub(crate) fn chunk_count(&self) -> u32 {
+        u32::try_from(self.counts.len()).expect("22 bits")
+    }
+
+    /// Grains that are taken, the superblocks' excluded.
+    pub(crate) fn in_use(&self) -> u64 {
+        let total = self.counts.len() as u64 * CHUNK_GRAINS as u64;
+        total
+            .saturating_sub(self.available)
+            .saturating_sub(if total == 0 { 0 } else { self.reserved as u64 })
+    }
+
+    pub(crate) fn available(&self) -> u64 {
+        self.available
+    }
+
+    pub(crate) fn is_loaded(&self, chunk: ChunkNo) -> bool {
+        self.chunks.contains_key(&chunk)
+    }
+
+    /// Takes in a bitmap read from the metadata store; one that is there already is newer and stays.
+    ///
+    /// # Errors
+    /// `Corrupt` when it does not agree with the recorded free count.
+    pub(crate) fn insert(&mut self, chunk: ChunkNo, bits: Bits) -> Result<()> {
+        let used: u32 = bits.iter().map(|w| w.count_ones()).sum();
+        let free = self.counts.get(chunk as usize).map(|c| u32::from(c.free));
+        if free != Some(CHUNK_GRAINS as u32 - used) {
+            return Err(Error::corrupt(
+                "allocation bitmap",
+                format!("chunk {chunk}: {used} used, free {free:?}"),
+            ));
+        }
+        self.chunks.entry(chunk).or_insert_with(|| Chunk::fresh(bits));
+        Ok(())
+    }
+
+    /// Reserves one grain, next to the last one where possible.
+    pub(crate) fn reserve(&mut self) -> std::result::Result<u64, Need> {
+        if self.in_use() >= self.max_grains {
+            return Err(Need::Space);
+        }
+        loop {
+            let Some(chunk_no) = self.current else {
+                let next = self.next_chunk().ok_or(Need::Space)?;
+                if !self.is_loaded(next) {
+                    return Err(Need::Chunk(next));
+                }
+                (self.current, self.position) = (Some(next), 0);
+                continue;
+            };
+            let chunk = self.chunks.get_mut(&chunk_no).ok_or(Need::Chunk(chunk_no))?;
+            if let Some(index) = chunk.next_available(self.position) {
+                put(&mut chunk.blocked, index, true);
+                self.position = index + 1;
+                self.count(chunk_no, -1);
+                return Ok(grain_of(chunk_no, index));
+            }
+            // Grains freed behind the position are found when the chunk's turn comes again.
+            (self.current, self.search_from) = (None, chunk_no as usize + 1);
+        }
+    }
+
+    /// The next chunk to fill, adding one at the end of the file when the rest is too fragmented.
+    fn next_chunk(&mut self) -> Option<ChunkNo> {
+        let after = self.search_from.min(self.counts.len());
+        let order = || (after..self.counts.len()).chain(0..after);
+        let at_least = |n: u16| order().find(|c| self.counts.get(*c).is_some_and(|x| x.available >= n));
+        let total = self.counts.len() as u64 * CHUNK_GRAINS as u64;
+        let mostly_free = self.available * 4 > total;
+        let found = at_least(WORTH_A_SEEK).or_else(|| if mostly_free { at_least(1) } else { None });
+        let found = match found {
+            Some(c) => Some(c),
+            None => self.extend().or_else(|| at_least_one(&self.counts)),
+        };
+        found.and_then(|c| ChunkNo::try_from(c).ok())
+    }
+
+    fn extend(&mut self) -> Option<usize> {
+        let chunk = self.counts.len();
+        if (chunk as u64 + 1) * CHUNK_GRAINS as u64 > MAX_GRAINS {
+            return None;
+        }
+        let free = Self::blank_free(self.reserved as u64, chunk);
+        self.counts.push(Counts {
+            free,
+            available: free,
+        });
+        self.available += u64::from(free);
+        let bits = self.blank(ChunkNo::try_from(chunk).ok()?);
+        self.chunks
+            .insert(ChunkNo::try_from(chunk).ok()?, Chunk::fresh(bits));
+        Some(chunk)
+    }
+
+    fn count(&mut self, chunk: ChunkNo, by: i32) {
+        let counts = self
+            .counts
+            .get_mut(chunk as usize)
+            .expect("a loaded chunk is counted");
+        let now = i32::from(counts.available) + by;
+        counts.available = u16::try_from(now).expect("0 to 4096 available");
+        self.available = self
+            .available
+            .checked_add_signed(i64::from(by))
+            .expect("sum of the chunks");
+    }
+
+    /// Gives back a reservation that was never published.
+    pub(crate) fn unreserve(&mut self, grain: u64) {
+        let (chunk_no, index) = split(grain);
+        let chunk = self
+            .chunks
+            .get_mut(&chunk_no)
+            .expect("a chunk with reservations stays in RAM");
+        assert!(
+            test(&chunk.blocked, index) && !test(&chunk.bits, index),
+            "grain {grain} was not reserved"
+        );
+        put(&mut chunk.blocked, index, false);
+        self.count(chunk_no, 1);
+    }
+
+    /// Chunks that [`Allocator::close`] needs and that are not in RAM.
+    pub(crate) fn missing(&self, releases: &[u64]) -> BTreeSet<ChunkNo> {
+        releases
+            .iter()
+            .map(|g| split(*g).0)
+            .filter(|c| !self.is_loaded(*c))
+            .collect()
+    }
+
+    /// Moves the bitmaps to the transaction group being closed. Gives the bitmaps and count blocks to record.
+    ///
+    /// # Errors
+    /// `Corrupt` when a grain is taken or released twice: the map and the bitmaps disagree, nothing may be recorded.
+    pub(crate) fn close(&mut self, allocs: &[u64], releases: &[u64]) -> Result<Closed> {
+        let mut touched = BTreeSet::new();
+        for (grains, take) in [(allocs, true), (releases, false)] {
+            for grain in grains {
+                touched.insert(self.record(*grain, take)?);
+            }
+        }
+        let mut closed = Closed::default();
+        let mut blocks = BTreeSet::new();
+        for chunk_no in touched {
+            let chunk = self.chunks.get_mut(&chunk_no).expect("just recorded in it");
+            chunk.changed = true;
+            closed.bitmaps.push((chunk_no, chunk.bits));
+            blocks.insert(chunk_no as usize / COUNTS_PER_BLOCK);
+        }
+        for block in blocks {
+            let counts = self
+                .counts
+                .iter()
+                .skip(block * COUNTS_PER_BLOCK)
+                .take(COUNTS_PER_BLOCK);
+            let free = counts.map(|c| c.free).collect();
+            closed.counts.push((u32::try_from(block).expect("22 bits"), free));
+        }
+        Ok(closed)
+    }
+
+    fn record(&mut self, grain: u64, take: bool) -> Result<ChunkNo> {
+        let (chunk_no, index) = split(grain);
+        let wrong = |what: &str| Error::corrupt("allocation", format!("grain {grain}: {what}"));
+        let chunk = self
+            .chunks
+            .get_mut(&chunk_no)
+            .ok_or_else(|| wrong("its bitmap is not loaded"))?;
+        let counts = self
+            .counts
+            .get_mut(chunk_no as usize)
+            .ok_or_else(|| wrong("no such chunk"))?;
+        if test(&chunk.bits, index) == take {
+            return Err(wrong(if take { "taken twice" } else { "released twice" }));
+        }
+        put(&mut chunk.bits, index, take);
+        // A taken grain was blocked by its reservation; a released one is blocked until the commit is durable.
+        put(&mut chunk.blocked, index, !take);
+        counts.free = if take { counts.free - 1 } else { counts.free + 1 };
+        Ok(chunk_no)
+    }
+
+    /// The commit is durable: what it released is free, what it recorded may leave the RAM.
+    pub(crate) fn settle(&mut self, closed: &Closed, releases: &[u64]) {
+        for grain in releases {
+            let (chunk_no, index) = split(*grain);
+            let chunk = self
+                .chunks
+                .get_mut(&chunk_no)
+                .expect("a chunk being recorded stays in RAM");
+            put(&mut chunk.blocked, index, false);
+            put(self.punch.entry(chunk_no).or_insert(EMPTY), index, true);
+            self.count(chunk_no, 1);
+        }
+        for (chunk_no, _) in &closed.bitmaps {
+            self.chunks
+                .get_mut(chunk_no)
+                .expect("a chunk being recorded stays in RAM")
+                .changed = false;
+        }
+        if self.chunks.len() > CACHED_CHUNKS {
+            let (current, punch) = (self.current, &self.punch);
+            self.chunks
+                .retain(|no, c| !c.idle() || Some(*no) == current || punch.contains_key(no));
+        }
+    }
+
+    /// Takes a run of free grains that contains recently released ones out of the allocator, for punching.
+    pub(crate) fn take_punch(&mut self) -> Option<(u64, u64)> {
+        while let Some(mut entry) = self.punch.first_entry() {
+            let chunk_no = *entry.key();
+            let Some(index) = (0..CHUNK_GRAINS).find(|i| test(entry.get(), *i)) else {
+                entry.remove();
+                continue;
+            };
+            let Some(chunk) = self.chunks.get_mut(&chunk_no) else {
+                entry.remove();
+                continue;
+            };
+            let start = (0..=index).rev().take_while(|i| chunk.is_available(*i)).last();
+            let end = (index..CHUNK_GRAINS)
+                .find(|i| !chunk.is_available(*i))
+                .unwrap_or(CHUNK_GRAINS);
+            let start = start.unwrap_or(index);
+            (start..end.max(index + 1)).for_each(|i| put(entry.get_mut(), i, false));
+            if end.saturating_sub(start) >= self.punch_run {
+                (start..end).for_each(|i| put(&mut chunk.blocked, i, true));
+                let len = end - start;
+                self.count(chunk_no, -i32::try_from(len).expect("at most 4096"));
+                return Some((grain_of(chunk_no, start), len as u64));
+            }
+        }
+        None
+    }
+
+    /// A run from [`Allocator::take_punch`] is available again.
+    pub(crate) fn punched(&mut self, start: u64, len: u64) {
+        (start..start + len).for_each(|g| self.unreserve(g));
+    }
+}
+
+/// What closing a transaction group changed.
+#[derive(Default)]
+pub(crate) struct Closed {
+    /// Bitmaps to record.
+    pub(crate) bitmaps: Vec<(ChunkNo, Bits)>,
+    /// Free counts to record, by block.
+    pub(crate) counts: Vec<(u32, Vec<u16>)>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn allocator() -> Allocator {
+        Allocator::new(2, 0, &[], 16)
+    }
+
+    #[test]
+    fn reserves_in_order_and_frees_only_after_the_commit() {
+        let mut a = allocator();
+        let grains: Vec<u64> = (0..20).map(|_| a.reserve().unwrap()).collect();
+        assert_eq!(
+            grains,
+            (2..22).collect::<Vec<_>>(),
+            "0 and 1 hold the superblocks"
+        );
+        assert_eq!(a.in_use(), 20);
+        let closed = a.close(&grains, &[]).unwrap();
+        assert_eq!(closed.counts, vec![(0, vec![4096 - 22])]);
+        a.settle(&closed, &[]);
+        let closed = a.close(&[], &grains).unwrap();
+        a.current = None;
+        assert_eq!(
+            a.reserve().unwrap(),
+            22,
+            "released grains are not reused before the commit is durable"
+        );
+        a.settle(&closed, &grains);
+        assert_eq!(a.in_use(), 1);
+        assert_eq!(a.take_punch(), Some((2, 20)));
+        a.current = None;
+        assert_eq!(a.reserve().unwrap(), 23, "nor while they are punched");
+        a.punched(2, 20);
+        assert_eq!(a.take_punch(), None);
+        a.current = None;
+        assert_eq!(a.reserve().unwrap(), 2);
+    }
+
+    #[test]
+    fn a_grain_taken_and_released_in_one_group_stays_blocked() {
+        let mut a = allocator();
+        let g = a.reserve().unwrap();
+        let closed = a.close(&[g], &[g]).unwrap();
+        a.current = None;
+        assert_ne!(a.reserve().unwrap(), g);
+        a.settle(&closed, &[g]);
+        a.current = None;
+        assert_eq!(a.reserve().unwrap(), g);
+    }
+
+    #[test]
+    fn releasing_twice_is_seen() {
+        let mut a = allocator();
+        let g = a.reserve().unwrap();
+        a.close(&[g], &[]).unwrap();
+        assert!(matches!(a.close(&[], &[g, g]), Err(Error::Corrupt { .. })));
+    }
+
+    #[test]
+    fn bounds_and_missing_bitmaps() {
+        let mut a = Allocator::new(2, 3, &[], 16);
+        for _ in 0..3 {
+            a.reserve().unwrap();
+        }
+        assert_eq!(a.reserve(), Err(Need::Space));
+        let mut a = Allocator::new(2, 0, &[4094], 16);
+        assert_eq!(a.reserve(), Err(Need::Chunk(0)));
+        assert!(a.insert(0, EMPTY).is_err(), "does not agree with the count");
+        a.insert(0, a.blank(0)).unwrap();
+        assert_eq!(a.reserve(), Ok(2));
+        assert_eq!(a.missing(&[5, 5000, 9000]), BTreeSet::from([1, 2]));
+    }
+}

@@ -1,0 +1,526 @@
+//! Making a pool, and finding it again: reading every small table, replaying the delta log, checking I7.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fs::{File, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::alloc::Allocator;
+use crate::disk::{Disk, FileDisk};
+use crate::inner::Inner;
+use crate::map::{PageMap, Version};
+use crate::meta::{Batch, MetaStore, Pair};
+use crate::meta_client::{Meta, OpenMeta};
+use crate::meta_sled::{SledMeta, sync_dir, sync_tree};
+use crate::page::{MAX_GRAINS, PageNo};
+use crate::record::{
+    self, BranchRecord, CHUNK_GRAINS, COUNTS_PER_BLOCK, Delta, JobRecord, Key, PageKey, SnapshotRecord,
+    SystemRecord, key, table,
+};
+use crate::space::Space;
+use crate::state::{Branch, Holds, JournalPart, State, Txg};
+use crate::superblock::{RESERVED_BYTES, Superblock};
+use crate::types::{BranchId, Epoch, PoolOptions, SnapshotId};
+use crate::volume::Shared;
+use crate::{Error, Result};
+
+/// Name of the data file in the pool's directory.
+pub const DATA_FILE: &str = "data";
+/// Name of the metadata store's directory in the pool's directory.
+pub const META_DIR: &str = "meta";
+const BALLAST_FILE: &str = "ballast";
+const LOCK_FILE: &str = "lock";
+/// Smallest run of free grains that is punched, in bytes.
+const PUNCH_BYTES: u64 = 64 << 10;
+/// Pairs read per call while tables are loaded.
+const LOAD_SLICE: usize = 1024;
+
+fn io<'a>(op: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> Error + 'a {
+    move |e| Error::io(op, path.display().to_string(), e)
+}
+
+/// Grains at the start of the data file that hold the superblocks.
+#[must_use]
+pub fn reserved_grains(grain_bytes: u32) -> u64 {
+    RESERVED_BYTES.div_ceil(u64::from(grain_bytes))
+}
+
+/// Whether a directory holds a pool (or the beginning of one).
+pub(crate) fn exists(dir: &Path) -> bool {
+    dir.join(DATA_FILE).exists()
+}
+
+/// Makes a pool in a directory: nothing is there before both halves are durable, the data file last.
+pub(crate) fn create(dir: &Path, options: &PoolOptions) -> Result<Inner> {
+    if exists(dir) {
+        return Err(Error::Exists {
+            what: format!("a pool in {}", dir.display()),
+        });
+    }
+    std::fs::create_dir_all(dir).map_err(io("create directory", dir))?;
+    let guard = lock_directory(dir)?;
+    // A data file appears only with `rename` below: what is left here is from a creation that was cut off.
+    let meta_dir = dir.join(META_DIR);
+    if meta_dir.exists() {
+        std::fs::remove_dir_all(&meta_dir).map_err(io("remove", &meta_dir))?;
+    }
+    let temporary = dir.join("data.new");
+    if temporary.exists() {
+        std::fs::remove_file(&temporary).map_err(io("remove", &temporary))?;
+    }
+    let disk = Arc::new(FileDisk::create(&temporary).map_err(io("create", &temporary))?);
+    let path = meta_dir.clone();
+    let meta = Meta::open(
+        Box::new(move || boxed(SledMeta::open(&path)?)),
+        open_timeout(options),
+    )?;
+    let inner = create_on(disk, meta, options, Some(guard))?;
+    sync_tree(&meta_dir)?;
+    ballast(dir, inner.disk.as_ref(), options.ballast_bytes)?;
+    let data = dir.join(DATA_FILE);
+    std::fs::rename(&temporary, &data).map_err(io("rename", &temporary))?;
+    sync_dir(dir)?;
+    dir.parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .map_or(Ok(()), sync_dir)?;
+    Ok(inner)
+}
+
+/// Opens the pool in a directory.
+pub(crate) fn open(dir: &Path, options: &PoolOptions) -> Result<Inner> {
+    if !exists(dir) {
+        return Err(Error::NotFound {
+            what: format!("a pool in {}", dir.display()),
+        });
+    }
+    let guard = lock_directory(dir)?;
+    let data = dir.join(DATA_FILE);
+    let disk = Arc::new(FileDisk::open(&data).map_err(io("open", &data))?);
+    let path = dir.join(META_DIR);
+    if !path.is_dir() {
+        return Err(Error::corrupt(
+            "the metadata store is missing",
+            path.display().to_string(),
+        ));
+    }
+    // The ballast goes first when the file system is full: sled must be able to write while it recovers.
+    release_ballast_if_full(dir, disk.as_ref())?;
+    let opener: OpenMeta = Box::new(move || boxed(SledMeta::open(&path)?));
+    let meta = Meta::open(opener, open_timeout(options))?;
+    let inner = open_on(disk, meta, options, Some(guard))?;
+    if let Err(e) = ballast(dir, inner.disk.as_ref(), options.ballast_bytes) {
+        tracing::warn!("no ballast file beside the metadata: {e}");
+    }
+    Ok(inner)
+}
+
+fn boxed(meta: SledMeta) -> Result<Box<dyn MetaStore>> {
+    Ok(Box::new(meta))
+}
+
+fn open_timeout(options: &PoolOptions) -> Duration {
+    Duration::from_millis(options.open_timeout_ms)
+}
+
+fn lock_directory(dir: &Path) -> Result<File> {
+    let path = dir.join(LOCK_FILE);
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path);
+    let file = file.map_err(io("open", &path))?;
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+        Error::refused(format!(
+            "the pool in {} is in use by another process",
+            dir.display()
+        ))
+    })?;
+    Ok(file)
+}
+
+/// Keeps the ballast file at its size: allocated, not sparse, so that removing it gives space.
+fn ballast(dir: &Path, disk: &dyn Disk, bytes: u64) -> Result<()> {
+    let path = dir.join(BALLAST_FILE);
+    let there = std::fs::metadata(&path).map(|m| m.len()).ok();
+    if bytes == 0 || there == Some(bytes) {
+        return Ok(());
+    }
+    if disk.free_bytes().map_err(io("statvfs", dir))? < bytes.saturating_mul(2) {
+        // The head room still keeps new data out; the ballast is made when a later start finds space.
+        tracing::warn!("no room for a ballast file of {bytes} bytes beside the metadata");
+        return Ok(());
+    }
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .open(&path);
+    let file = file.map_err(io("create", &path))?;
+    let filled = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes);
+    if let Err(e) = filled {
+        drop(file);
+        std::fs::remove_file(&path).map_err(io("remove", &path))?;
+        tracing::warn!("the file system cannot allocate a ballast file: {e}");
+        return Ok(());
+    }
+    file.sync_all().map_err(io("fsync", &path))
+}
+
+fn release_ballast_if_full(dir: &Path, disk: &dyn Disk) -> Result<()> {
+    let path = dir.join(BALLAST_FILE);
+    let Ok(size) = std::fs::metadata(&path).map(|m| m.len()) else {
+        return Ok(());
+    };
+    if disk.free_bytes().map_err(io("statvfs", dir))? < size {
+        tracing::warn!("the pool's file system is nearly full: removing the ballast to recover");
+        std::fs::remove_file(&path).map_err(io("remove", &path))?;
+        sync_dir(dir)?;
+    }
+    Ok(())
+}
+
+/// Makes an empty pool on a medium and an empty metadata store.
+pub(crate) fn create_on(
+    disk: Arc<dyn Disk>,
+    meta: Meta,
+    options: &PoolOptions,
+    guard: Option<File>,
+) -> Result<Inner> {
+    if ![4096, 8192, 16_384, 65_536].contains(&options.grain_bytes) {
+        return Err(Error::refused(format!(
+            "a grain of {} bytes: 4, 8, 16 or 64 KiB",
+            options.grain_bytes
+        )));
+    }
+    let mut pool_id = [0; 16];
+    getrandom::fill(&mut pool_id).map_err(|e| Error::Io {
+        op: "read",
+        path: "random numbers".into(),
+        source: std::io::Error::other(e),
+    })?;
+    let superblock = Superblock {
+        pool_id,
+        grain_bytes: options.grain_bytes,
+        txg: 0,
+    };
+    superblock.write(disk.as_ref())?;
+    disk.sync_data()
+        .map_err(|e| Error::io("fdatasync", "data file", e))?;
+    let system = SystemRecord {
+        pool_id,
+        grain_bytes: options.grain_bytes,
+        txg: 0,
+        checkpoint: 0,
+        epoch: Epoch(1),
+        next_branch: 1,
+        next_job: 1,
+        chunks: 0,
+    };
+    let mut batch = Batch::default();
+    batch.put(key::system(), system.encode());
+    meta.apply(batch)?;
+    meta.commit()?;
+    open_on(disk, meta, options, guard)
+}
+
+/// Opens a pool on a medium and its metadata store.
+pub(crate) fn open_on(
+    disk: Arc<dyn Disk>,
+    meta: Meta,
+    options: &PoolOptions,
+    guard: Option<File>,
+) -> Result<Inner> {
+    let superblock = Superblock::newest(disk.as_ref())?;
+    let value = meta.get(key::system())?;
+    let value = value.ok_or(Error::LostCommits {
+        superblock: superblock.txg,
+        metadata: 0,
+    })?;
+    let system = SystemRecord::decode(&value)?;
+    if system.pool_id != superblock.pool_id || system.grain_bytes != superblock.grain_bytes {
+        return Err(Error::corrupt(
+            "pool",
+            "data file and metadata store belong to different pools",
+        ));
+    }
+    // I7: sled cuts its log at a damaged place without an error.
+    if system.txg < superblock.txg {
+        return Err(Error::LostCommits {
+            superblock: superblock.txg,
+            metadata: system.txg,
+        });
+    }
+    refuse_unknown_tables(&meta)?;
+    let state = load(&meta, &system, options)?;
+    let inner = Inner::new(
+        options.clone(),
+        system.grain_bytes,
+        system.pool_id,
+        disk,
+        meta,
+        state,
+        guard,
+    );
+    inner.replay(&system)?;
+    inner.drop_stray_journal(&system)?;
+    let size = inner.meta.size_on_disk()?;
+    let mut state = inner.state();
+    state.space.metadata_bytes = size;
+    let branches: Vec<BranchId> = state.branches.keys().copied().collect();
+    for id in branches {
+        state.refresh_holds(id);
+        if let Some(b) = state.branches.get_mut(&id) {
+            b.durable_holds = b.holds.clone();
+        }
+    }
+    state.open.holds.clear();
+    state.follow_up();
+    drop(state);
+    Ok(inner)
+}
+
+/// Extra references and bad grains come with a later format: a pool that has them must not be written by this build.
+fn refuse_unknown_tables(meta: &Meta) -> Result<()> {
+    for t in [table::REFERENCES, table::BAD] {
+        if !meta.scan(vec![t], vec![t + 1], 1)?.is_empty() {
+            return Err(Error::Version {
+                found: record::FORMAT + 1,
+                supported: record::FORMAT,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Reads a whole table in slices.
+fn read_table(meta: &Meta, t: u8, mut each: impl FnMut(Key, Pair) -> Result<()>) -> Result<()> {
+    let mut from = vec![t];
+    loop {
+        let pairs = meta.scan(from, vec![t + 1], LOAD_SLICE)?;
+        let Some((last, _)) = pairs.last() else {
+            return Ok(());
+        };
+        from = last.clone();
+        from.push(0);
+        for pair in pairs {
+            each(Key::parse(&pair.0)?, pair)?;
+        }
+    }
+}
+
+fn load(meta: &Meta, system: &SystemRecord, options: &PoolOptions) -> Result<State> {
+    let mut branches = BTreeMap::new();
+    let mut volumes = BTreeMap::new();
+    let mut names = BTreeMap::new();
+    read_table(meta, table::BRANCH, |k, (_, value)| {
+        let Key::Branch(id) = k else { return Ok(()) };
+        let record = BranchRecord::decode(id, &value)?;
+        if record.head {
+            let shared = Shared::new(
+                record.volume,
+                id,
+                record.size_bytes,
+                record.block_size,
+                record.read_only,
+            );
+            let twice = volumes.insert(record.volume, Arc::new(shared)).is_some()
+                | names.insert(record.name.clone(), record.volume).is_some();
+            if twice {
+                return Err(Error::corrupt(
+                    "volume record",
+                    format!("{:?} exists twice", record.name),
+                ));
+            }
+        }
+        branches.insert(
+            id,
+            Branch {
+                record,
+                holds: Holds::default(),
+                durable_holds: Holds::default(),
+            },
+        );
+        Ok(())
+    })?;
+    let mut snapshots = BTreeMap::new();
+    read_table(meta, table::SNAPSHOT, |k, (_, value)| {
+        let Key::Snapshot(id) = k else { return Ok(()) };
+        drop(snapshots.insert(id, SnapshotRecord::decode(id, &value)?));
+        Ok(())
+    })?;
+    let mut jobs = BTreeMap::new();
+    read_table(meta, table::JOB, |k, (_, value)| {
+        let Key::Job(id) = k else { return Ok(()) };
+        let _ = jobs.insert(id, JobRecord::decode(id, &value)?);
+        Ok(())
+    })?;
+    let mut values = BTreeMap::new();
+    read_table(meta, table::VALUE, |k, (_, value)| {
+        let Key::Value(name) = k else { return Ok(()) };
+        let value = record::decode_value(&name, &value)?;
+        drop(values.insert(name, value));
+        Ok(())
+    })?;
+    check_parents(&branches, &snapshots)?;
+    Ok(State {
+        volumes,
+        names,
+        snapshots,
+        job_since: jobs.keys().map(|id| (*id, 0)).collect(),
+        jobs,
+        values,
+        epoch: system.epoch,
+        next_branch: system.next_branch,
+        next_job: system.next_job,
+        map: PageMap::new(options.cache_bytes),
+        alloc: load_counts(meta, system, options)?,
+        loading_chunks: BTreeSet::new(),
+        space: Space::new(system.grain_bytes, options.min_free_bytes, options.manual),
+        open: Txg::new(system.txg + 1),
+        durable: system.txg,
+        committing: false,
+        closing: None,
+        journal: VecDeque::new(),
+        checkpoint: system.checkpoint,
+        stopping: false,
+        commits: 0,
+        branches,
+    })
+}
+
+fn check_parents(
+    branches: &BTreeMap<BranchId, Branch>,
+    snapshots: &BTreeMap<SnapshotId, SnapshotRecord>,
+) -> Result<()> {
+    for (id, b) in branches {
+        if let Some(parent) = b.record.parent
+            && !(snapshots.contains_key(&parent) && parent.branch < *id)
+        {
+            return Err(Error::corrupt(
+                "volume record",
+                format!("branch {}: no parent {parent}", id.0),
+            ));
+        }
+    }
+    match snapshots.keys().find(|id| !branches.contains_key(&id.branch)) {
+        Some(id) => Err(Error::corrupt(
+            "snapshot record",
+            format!("snapshot {id} has no branch"),
+        )),
+        None => Ok(()),
+    }
+}
+
+fn load_counts(meta: &Meta, system: &SystemRecord, options: &PoolOptions) -> Result<Allocator> {
+    let chunks = system.chunks as usize;
+    if chunks as u64 * CHUNK_GRAINS as u64 > MAX_GRAINS {
+        return Err(Error::corrupt("pool record", format!("{chunks} chunks")));
+    }
+    let reserved = reserved_grains(system.grain_bytes);
+    let mut free: Vec<u16> = (0..chunks).map(|c| Allocator::blank_free(reserved, c)).collect();
+    read_table(meta, table::COUNTS, |k, (_, value)| {
+        let Key::Counts(block) = k else { return Ok(()) };
+        let counts = record::decode_counts(block, &value)?;
+        let places = free.iter_mut().skip(block as usize * COUNTS_PER_BLOCK);
+        places.zip(counts).for_each(|(place, n)| *place = n);
+        Ok(())
+    })?;
+    let grain = u64::from(system.grain_bytes);
+    let max = options.max_bytes.div_ceil(grain);
+    Ok(Allocator::new(reserved, max, &free, PUNCH_BYTES.div_ceil(grain)))
+}
+
+impl Inner {
+    /// Brings the versions back whose deltas are only in `J`.
+    fn replay(&self, system: &SystemRecord) -> Result<()> {
+        let mut parts: BTreeMap<u64, JournalPart> = BTreeMap::new();
+        read_table(&self.meta, table::JOURNAL, |k, (bytes, value)| {
+            let Key::Journal(txg, seq) = k else { return Ok(()) };
+            if txg > system.txg {
+                return Ok(());
+            }
+            let part = parts.entry(txg).or_insert(JournalPart {
+                txg,
+                values: 0,
+                bytes: 0,
+            });
+            part.values = part.values.max(seq + 1);
+            part.bytes += (bytes.len() + value.len()) as u64;
+            if txg <= system.checkpoint {
+                return Ok(());
+            }
+            record::decode_journal(txg, seq, &value)?
+                .iter()
+                .try_for_each(|d| self.replay_delta(txg, d))
+        })?;
+        self.state().journal = parts.into_values().collect();
+        Ok(())
+    }
+
+    fn replay_delta(&self, txg: u64, delta: &Delta) -> Result<()> {
+        let k = delta.key;
+        let at = (k.branch, k.page);
+        if self.state().map.exact(k).is_none() {
+            // A version that was removed since has no `E` key any more; its deltas are history.
+            if self.meta.get(key::changed(k))?.is_none() {
+                return Ok(());
+            }
+            let version = self.stored_or_below(k)?;
+            let mut state = self.state();
+            if state.map.contains(at) {
+                state.map.push(at, version)
+            } else {
+                state.map.insert(at, version)
+            }
+        }
+        let mut state = self.state();
+        let version = state.map.exact_mut(k).expect("just made");
+        for (index, entry) in delta.changes() {
+            version.page.set(index, entry);
+        }
+        state.map.touch(k, txg);
+        Ok(())
+    }
+
+    /// What a version's deltas stand on: its stored page, or what its branch saw before it was made.
+    fn stored_or_below(&self, k: PageKey) -> Result<Version> {
+        if let Some(value) = self.meta.get(key::page(k))? {
+            return Ok(Version::clean(Some(k.epoch), record::decode_page(k, &value)?));
+        }
+        let (_, page) = self.resolve(k.branch, Epoch(k.epoch.0.saturating_sub(1)), k.page)?;
+        Ok(Version {
+            based: false,
+            ..Version::clean(Some(k.epoch), page)
+        })
+    }
+
+    /// `J` values above `S`.txg belong to a commit that did not happen.
+    fn drop_stray_journal(&self, system: &SystemRecord) -> Result<()> {
+        let mut batch = Batch::default();
+        let mut from = key::journal(system.txg + 1, 0);
+        loop {
+            let stray = self.meta.scan(from, vec![table::JOURNAL + 1], LOAD_SLICE)?;
+            let Some((last, _)) = stray.last() else { break };
+            from = last.clone();
+            from.push(0);
+            stray.into_iter().for_each(|(k, _)| batch.remove(k));
+        }
+        if batch.is_empty() {
+            return Ok(());
+        }
+        // Durable before a new group of the same number writes its own.
+        self.meta.apply(batch)?;
+        self.meta.commit()
+    }
+}
+
+/// Where the parts of a pool are.
+#[must_use]
+pub fn paths(dir: &Path) -> (PathBuf, PathBuf) {
+    (dir.join(DATA_FILE), dir.join(META_DIR))
+}
+
+// The largest volume's pages can be numbered.
+const _: () = assert!(PageNo::MAX as u64 >= crate::limits::VOLUME_BYTES / (4096 * 64));
