@@ -93,6 +93,7 @@ fn carry_out(cli: &Cli) -> anyhow::Result<ExitCode> {
         Verb::Unenrol { target } => unenrol(cli, &config, target.as_deref()),
         Verb::Run => {
             let _flush = log::start(&config.log)?;
+            end_at_panic();
             let served = runtime()?.block_on(run::run(config));
             served.inspect_err(|error| tracing::error!("{error:#}"))?;
             Ok(ExitCode::SUCCESS)
@@ -103,6 +104,15 @@ fn carry_out(cli: &Cli) -> anyhow::Result<ExitCode> {
         Verb::Thaw => thaw(cli, &config),
         Verb::ThawGuard => Ok(guard::run()),
     }
+}
+
+/// A panic is a bug of ours, and a half-dead agent may hold a freeze: end, and let the guard put everything right.
+fn end_at_panic() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tell(panic);
+        std::process::abort();
+    }));
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
@@ -225,7 +235,7 @@ fn preflight(cli: &Cli, config: &Config, asked: &[LunId]) -> anyhow::Result<Exit
 }
 
 fn thaw(cli: &Cli, config: &Config) -> anyhow::Result<ExitCode> {
-    let recovered = journal::thaw_all(&config.run_dir, &Root::real());
+    let recovered = journal::recover(&config.run_dir, &Root::real());
     report::thawed(cli.json, &recovered)?;
     let failed = recovered
         .iter()

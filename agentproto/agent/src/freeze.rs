@@ -3,7 +3,7 @@
 //! ```text
 //!  refuse what must not be frozen ─▶ guard ready ─▶ hooks `freeze` ─▶ syncfs ─▶ journal ─▶ guard's timer
 //!      ─▶ hold begins ─▶ FIFREEZE innermost … outermost ═══ frozen ═══▶ FITHAW outermost … innermost
-//!      ─▶ guard ends ─▶ journal removed ─▶ hooks (`abort`, when not taken, then) `thaw` in reverse
+//!      ─▶ guard disarmed ─▶ journal removed ─▶ hooks (`abort`, when not taken, then) `thaw` in reverse ─▶ guard ends
 //! ```
 //!
 //! [`Freezer::freeze`] and [`Freezer::release`] block and run on a thread of their own. [`Hold`] is what they share with
@@ -15,13 +15,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::guard::{Guard, GuardError};
-use crate::hooks::{Hook, HookError, Verb};
-use crate::journal;
+use crate::hooks::{self, Hook, HookError, Verb};
+use crate::journal::{self, HookJournal};
 use crate::sys;
 use crate::volumes::{self, DeviceNumber, Root, Volume};
-
-/// For all hooks after the thaw together: the target waits 30 s for the answer to Release (agent-protocol.md §5).
-const THAW_TIME_MAX: Duration = Duration::from_secs(20);
 
 /// What to freeze.
 #[derive(Debug, Clone)]
@@ -262,6 +259,7 @@ pub(crate) struct Freezer {
     hold: Arc<Hold>,
     guard: Option<Guard>,
     journal: PathBuf,
+    hook_journal: HookJournal,
     ran: Vec<HookResult>,
 }
 
@@ -284,6 +282,7 @@ impl Freezer {
             hold: Arc::clone(hold),
             guard: None,
             journal,
+            hook_journal: HookJournal::new(&settings.run_dir, &order.session, &settings.root),
             ran: Vec::new(),
         };
         match freezer.steps(order, begin) {
@@ -307,9 +306,8 @@ impl Freezer {
             .iter()
             .map(|volume| open(volume))
             .collect::<Result<Vec<_>, _>>()?;
-        if !dirs.is_empty() {
-            self.guard = Some(Guard::start(&dirs, order.hold, &self.journal)?);
-        }
+        let journals = [self.journal.as_path(), self.hook_journal.path()];
+        self.guard = Some(Guard::start(&dirs, order.hold, journals)?);
         self.freeze_hooks(order)?;
         for (volume, dir) in volumes.iter().zip(&dirs) {
             self.hold.check()?;
@@ -344,7 +342,17 @@ impl Freezer {
         for hook in &order.hooks {
             self.hold.check()?;
             let left = deadline.saturating_duration_since(Instant::now());
-            let result = hook.run(Verb::Freeze, left, &|| hold.is_broken());
+            self.hook_journal
+                .begin(&hook.path)
+                .map_err(|error| journal_error(&error))?;
+            let journal = &mut self.hook_journal;
+            let result = hook.run(
+                Verb::Freeze,
+                left,
+                &mut |group| note(journal, Some(group)),
+                &|| hold.is_broken(),
+            );
+            note(journal, None);
             let error = result.as_ref().err().map(ToString::to_string);
             // Kept before the error is returned: a hook that failed half-way has to be told to go on, too.
             self.ran.push(HookResult {
@@ -371,14 +379,17 @@ impl Freezer {
     pub(crate) fn release(mut self, taken: bool) -> Released {
         let (held, mut broken) = self.hold.end();
         tracing::debug!(held_ms = held.as_millis(), ?broken, "thawed");
-        if let Some(guard) = self.guard.take()
-            && !guard.finish()
+        if let Some(guard) = &mut self.guard
+            && !guard.disarm()
         {
             broken.get_or_insert(Broken::GuardFired);
         }
         journal::remove(&self.journal);
-        let taken = taken && broken.is_none();
-        self.thaw_hooks(taken);
+        self.thaw_hooks(taken && broken.is_none());
+        journal::remove(self.hook_journal.path());
+        if let Some(guard) = self.guard.take() {
+            guard.dismiss();
+        }
         Released {
             broken,
             hooks: self.ran,
@@ -386,24 +397,26 @@ impl Freezer {
     }
 
     fn thaw_hooks(&mut self, taken: bool) {
-        let deadline = Instant::now() + THAW_TIME_MAX;
-        for ran in self.ran.iter_mut().rev() {
-            // A hook gets a second even when others used all the time: it must not miss its thaw.
-            let left = || {
-                deadline
-                    .saturating_duration_since(Instant::now())
-                    .max(Duration::from_secs(1))
-            };
-            if !taken && let Err(error) = ran.hook.run(Verb::Abort, left(), &|| false) {
-                // A hook made for qemu-ga does not know `abort`.
-                tracing::debug!(%error, "a hook did not take `abort`");
-            }
-            if let Err(error) = ran.hook.run(Verb::Thaw, left(), &|| false) {
+        let hooks: Vec<&Hook> = self.ran.iter().map(|ran| &ran.hook).collect();
+        let said = hooks::go_on(&hooks, taken);
+        for (ran, said) in self.ran.iter_mut().zip(said) {
+            if let Err(error) = said {
                 tracing::error!(%error, "a hook failed at thaw: look at its application");
                 ran.thaw_error = Some(error.to_string());
             }
         }
     }
+}
+
+/// The group only serves to end a hook that outlives its agent: without it the hook is told to go on all the same.
+fn note(journal: &mut HookJournal, group: Option<u32>) {
+    if let Err(error) = journal.running(group) {
+        tracing::debug!(%error, "the journal of hooks cannot be written");
+    }
+}
+
+fn journal_error(error: &std::io::Error) -> FreezeError {
+    io_error("the journal of hooks cannot be written".to_owned(), error)
 }
 
 /// The paths that must stay writable while something is frozen, and what they are.

@@ -2,29 +2,35 @@
 //!
 //! ```text
 //!  agent                              guard (own session, memory locked, directories open)
-//!    │ journal, hold, directories ────▶│ opens /proc/AGENT/fd/N, mlockall
+//!    │ hold, journals, directories ───▶│ opens /proc/AGENT/fd/N, mlockall
 //!    │◀───────────────────────── Ready │
+//!    │ hooks `freeze` …                │
 //!    │ Go ────────────────────────────▶│ its own timer starts: the whole hold
 //!    │◀───────────────────────── Armed │
-//!    │ FIFREEZE …                      │
-//!    │ Done ──────────────────────────▶│ ends; answers whether its timer had fired
-//!    ╳ (the socket closes)             │ thaws, removes the journal, ends
+//!    │ FIFREEZE … FITHAW               │
+//!    │ Disarm ────────────────────────▶│ answers whether its timer had fired
+//!    │ hooks `thaw` …                  │
+//!    │ Bye ───────────────────────────▶│ ends
+//!    ╳ (the socket closes, any time)   │ thaws if armed, tells the hooks to go on, removes the journals, ends
 //! ```
 //!
 //! The kernel has no timeout for a frozen file system [M, agent-protocol.md §11]: without the guard, an agent that is
-//! killed or stopped while it holds a freeze would leave the host's writers asleep for ever.
+//! killed or stopped while it holds a freeze would leave the host's writers asleep for ever (and the applications behind its
+//! hooks quiesced).
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::mm::{MlockAllFlags, mlockall};
 
+use crate::journal;
 use crate::sys;
+use crate::volumes::Root;
 
 /// The hidden verb that makes a process a guard.
 pub(crate) const VERB: &str = "thaw-guard";
@@ -41,7 +47,8 @@ const AFTERMATH: Duration = Duration::from_secs(1);
 const READY: u8 = b'R';
 const GO: u8 = b'G';
 const ARMED: u8 = b'A';
-const DONE: u8 = b'D';
+const DISARM: u8 = b'D';
+const BYE: u8 = b'B';
 const KEPT: u8 = b'K';
 const FIRED: u8 = b'F';
 const ERROR: u8 = b'E';
@@ -69,12 +76,8 @@ pub(crate) struct Guard {
 impl Guard {
     /// Starts a guard over these directories (in the order of freezing), and waits until it is ready.
     ///
-    /// `journal` is removed by the guard when it thaws in the agent's place.
-    pub(crate) fn start(
-        dirs: &[OwnedFd],
-        hold: Duration,
-        journal: &std::path::Path,
-    ) -> Result<Self, GuardError> {
+    /// `journals` (of file systems, of hooks) are what the guard carries out and removes in the agent's place.
+    pub(crate) fn start(dirs: &[OwnedFd], hold: Duration, journals: [&Path; 2]) -> Result<Self, GuardError> {
         let (socket, theirs) = UnixStream::pair().map_err(GuardError::Start)?;
         socket
             .set_read_timeout(Some(ANSWER_TIME_MAX))
@@ -91,7 +94,7 @@ impl Guard {
         let mut guard = Self { child, socket };
         guard
             .socket
-            .write_all(order(dirs, hold, journal).as_bytes())
+            .write_all(order(dirs, hold, journals).as_bytes())
             .map_err(GuardError::Silent)?;
         guard.expect(READY)?;
         Ok(guard)
@@ -103,17 +106,19 @@ impl Guard {
         self.expect(ARMED)
     }
 
-    /// Everything is thawed: lets the guard end. `true` when its timer had not fired.
-    pub(crate) fn finish(mut self) -> bool {
-        let kept = self.socket.write_all(&[DONE]).is_ok() && matches!(self.answer(), Ok(KEPT));
-        if self.socket.shutdown(std::net::Shutdown::Both).is_err() {
-            tracing::debug!("the guard has closed its end already");
+    /// Everything is thawed: stops the guard's timer. `true` when it had not fired.
+    pub(crate) fn disarm(&mut self) -> bool {
+        self.socket.write_all(&[DISARM]).is_ok() && matches!(self.answer(), Ok(KEPT))
+    }
+
+    /// The hooks go on: lets the guard end.
+    pub(crate) fn dismiss(mut self) {
+        if let Err(error) = self.socket.write_all(&[BYE]) {
+            tracing::debug!(%error, "the thaw guard has ended already");
         }
-        // The guard ends by itself at the latest when its socket closes.
         if let Err(error) = self.child.wait() {
             tracing::warn!(%error, "the thaw guard could not be waited for");
         }
-        kept
     }
 
     fn expect(&mut self, wanted: u8) -> Result<(), GuardError> {
@@ -139,8 +144,9 @@ impl Guard {
     }
 }
 
-fn order(dirs: &[OwnedFd], hold: Duration, journal: &std::path::Path) -> String {
-    let mut order = format!("{}\n{}\n", hold.as_millis(), journal.display());
+fn order(dirs: &[OwnedFd], hold: Duration, journals: [&Path; 2]) -> String {
+    let [volumes, hooks] = journals.map(Path::display);
+    let mut order = format!("{}\n{volumes}\n{hooks}\n", hold.as_millis());
     for dir in dirs {
         // By descriptor, not by path: a mount over the path must not lead the guard to another file system.
         order.push_str(&format!("/proc/{}/fd/{}\n", std::process::id(), dir.as_raw_fd()));
@@ -166,20 +172,18 @@ fn serve(socket: &mut UnixStream) -> io::Result<()> {
             return socket.write_all(error.to_string().as_bytes());
         }
     };
-    socket.write_all(&[READY])?;
-    let mut byte = [0];
-    if socket.read(&mut byte)? == 0 || byte != [GO] {
-        return Ok(()); // Nothing was frozen.
+    // Whatever becomes of the talk: the agent says Bye, or the guard puts everything right.
+    let mut armed = false;
+    if !matches!(watch.talk(socket, &mut armed), Ok(true)) {
+        watch.aftermath(armed);
     }
-    let deadline = Instant::now() + watch.hold;
-    // Even if the agent is gone between its two steps, the wait below sees the closed socket.
-    let answered = socket.write_all(&[ARMED]);
-    watch.until(socket, deadline, answered)
+    Ok(())
 }
 
 struct Watch {
     hold: Duration,
     journal: PathBuf,
+    hook_journal: PathBuf,
     /// In the order of thawing.
     dirs: Vec<File>,
 }
@@ -194,6 +198,7 @@ impl Watch {
             .and_then(|line| line.parse().ok())
             .ok_or_else(invalid)?;
         let journal = lines.next().map(PathBuf::from).ok_or_else(invalid)?;
+        let hook_journal = lines.next().map(PathBuf::from).ok_or_else(invalid)?;
         let mut dirs = lines
             .filter(|line| !line.is_empty())
             .map(File::open)
@@ -209,49 +214,59 @@ impl Watch {
         Ok(Self {
             hold: Duration::from_millis(hold_ms),
             journal,
+            hook_journal,
             dirs,
         })
     }
 
-    fn until(
-        &self,
-        socket: &mut UnixStream,
-        deadline: Instant,
-        mut talking: io::Result<()>,
-    ) -> io::Result<()> {
+    /// Until the agent says Bye (`true`) or is gone. `armed` is true while file systems may be frozen.
+    fn talk(&self, socket: &mut UnixStream, armed: &mut bool) -> io::Result<bool> {
+        socket.write_all(&[READY])?;
+        let mut deadline = None;
         let mut fired = false;
-        while talking.is_ok() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+        loop {
+            let left = deadline.map(|deadline: Instant| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
                 fired = true;
                 self.thaw();
             }
-            // A zero timeout would mean to wait for ever.
-            socket.set_read_timeout(Some(if left.is_zero() { AGAIN } else { left }))?;
+            // A zero timeout would mean to wait for ever. After the hold the thaw is repeated until the agent speaks.
+            socket.set_read_timeout(left.map(|left| if left.is_zero() { AGAIN } else { left }))?;
             let mut byte = [0];
             match socket.read(&mut byte) {
-                Ok(0) => break,
-                Ok(_) if byte == [DONE] => return socket.write_all(&[if fired { FIRED } else { KEPT }]),
-                Ok(_) => {}
+                Ok(0) => return Ok(false),
+                Ok(_) => match byte {
+                    [GO] => {
+                        deadline = Some(Instant::now() + self.hold);
+                        *armed = true;
+                        socket.write_all(&[ARMED])?;
+                    }
+                    [DISARM] => {
+                        deadline = None;
+                        *armed = false;
+                        socket.write_all(&[if fired { FIRED } else { KEPT }])?;
+                    }
+                    [BYE] => return Ok(true),
+                    _ => {}
+                },
                 Err(error) if is_timeout(&error) => {}
-                Err(error) => talking = Err(error),
+                Err(error) => return Err(error),
             }
         }
-        self.aftermath();
-        talking
     }
 
     /// The agent is gone.
-    fn aftermath(&self) {
+    fn aftermath(&self, armed: bool) {
         let end = Instant::now() + AFTERMATH;
-        loop {
+        if armed {
             self.thaw();
-            if Instant::now() >= end {
-                break;
+            while Instant::now() < end {
+                std::thread::sleep(AGAIN);
+                self.thaw();
             }
-            std::thread::sleep(AGAIN);
         }
         std::fs::remove_file(&self.journal).ok();
+        journal::recover_hooks(&self.hook_journal, &Root::real());
     }
 
     /// Not being frozen (EINVAL) is what is wanted; any other error cannot be helped here and is tried again.

@@ -24,6 +24,8 @@ use rustix::process::{Pid, Signal};
 const HOOKS_MAX: usize = 64;
 /// What is kept of a hook's output.
 const OUTPUT_BYTES_MAX: usize = 2048;
+/// For all hooks after the thaw together: the target waits 30 s for the answer to Release (agent-protocol.md §5).
+const THAW_TIME_MAX: Duration = Duration::from_secs(20);
 /// A hook that is out of time gets SIGTERM, and this much later SIGKILL.
 const TERM_GRACE: Duration = Duration::from_millis(500);
 /// How often a running hook is looked at.
@@ -160,13 +162,14 @@ impl Hook {
         self.mounts.is_empty() || self.mounts.iter().any(|mount| points.contains(mount))
     }
 
-    /// Runs it to its end, for at most `allowed`; `cancelled` is asked all the while.
+    /// Runs it to its end, for at most `allowed`. `started` is told its process group; `cancelled` is asked all the while.
     ///
     /// It gets its own process group, no standard input, and PATH as its whole environment.
     pub(crate) fn run(
         &self,
         verb: Verb,
         allowed: Duration,
+        started: &mut dyn FnMut(u32),
         cancelled: &dyn Fn() -> bool,
     ) -> Result<(), HookError> {
         let deadline = Instant::now() + allowed;
@@ -184,6 +187,7 @@ impl Hook {
             .stderr(second)
             .spawn()
             .map_err(|error| self.start_error(&error))?;
+        started(child.id());
         // The command holds the pipe's write ends: without this our own end would keep it open.
         drop(command);
         let mut tail = Tail::new(output);
@@ -228,6 +232,41 @@ impl Hook {
             name: self.name(),
             error: error.to_string(),
         }
+    }
+}
+
+/// Tells hooks that were called with `freeze` to go on, the last one first: `abort` when no snapshot was taken, then `thaw`
+/// in any case. What `thaw` said, in the order of `hooks`.
+pub(crate) fn go_on(hooks: &[&Hook], taken: bool) -> Vec<Result<(), HookError>> {
+    let deadline = Instant::now() + THAW_TIME_MAX;
+    // A hook gets a second even when others used all the time: it must not miss its thaw.
+    let left = || {
+        deadline
+            .saturating_duration_since(Instant::now())
+            .max(Duration::from_secs(1))
+    };
+    let run = |hook: &Hook, verb| hook.run(verb, left(), &mut |_| {}, &|| false);
+    let tell = |hook: &&Hook| {
+        if !taken && let Err(error) = run(hook, Verb::Abort) {
+            // A hook made for qemu-ga does not know `abort`.
+            tracing::debug!(%error, "a hook did not take `abort`");
+        }
+        run(hook, Verb::Thaw)
+    };
+    let mut said: Vec<_> = hooks.iter().rev().map(tell).collect();
+    said.reverse();
+    said
+}
+
+/// Ends a hook whose `freeze` still runs although its agent is gone. `group` may have been given to others since: the
+/// command line tells.
+pub(crate) fn end_abandoned(hook: &Hook, group: u32) {
+    let line = std::fs::read(format!("/proc/{group}/cmdline")).unwrap_or_default();
+    let path = hook.path.as_os_str().as_encoded_bytes();
+    let is_it = line.split(|byte| *byte == 0).any(|word| word == path);
+    if is_it && let Some(group) = i32::try_from(group).ok().and_then(Pid::from_raw) {
+        // It may end by itself in this very moment.
+        rustix::process::kill_process_group(group, Signal::KILL).ok();
     }
 }
 
@@ -421,7 +460,7 @@ mod tests {
     fn run(hook: &Hook, verb: Verb, ms: u64) -> Result<(), HookError> {
         // A fork of another test's thread may hold the script open for writing for a moment (ETXTBSY).
         loop {
-            match hook.run(verb, Duration::from_millis(ms), &|| false) {
+            match hook.run(verb, Duration::from_millis(ms), &mut |_| {}, &|| false) {
                 Err(HookError::Start { error, .. }) if error.contains("busy") => {
                     std::thread::sleep(Duration::from_millis(20));
                 }
@@ -525,7 +564,7 @@ mod tests {
         let hook = dir.hook("h", "sleep 60");
         let started = Instant::now();
         let cancelled = || started.elapsed() > Duration::from_millis(100);
-        let result = hook.run(Verb::Freeze, Duration::from_secs(30), &cancelled);
+        let result = hook.run(Verb::Freeze, Duration::from_secs(30), &mut |_| {}, &cancelled);
         assert!(
             matches!(result, Err(HookError::Cancelled { .. } | HookError::Start { .. })),
             "{result:?}"

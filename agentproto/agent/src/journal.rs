@@ -1,7 +1,8 @@
-//! What is frozen now, written down before it is frozen: `frozen-SESSION.json` in the run directory.
+//! What is frozen now, written down before it is frozen, in the run directory: `frozen-SESSION.json` names file systems,
+//! `hooks-SESSION.json` hooks that were called with `freeze`.
 //!
-//! The last resort after the agent's timer and the guard: an agent that starts, and `stillpoint-agent thaw`, thaw what the
-//! journal says. It names the boot, because a freeze does not outlive one.
+//! The guard uses the second one when the agent dies. Both are the last resort when the guard dies, too: an agent that
+//! starts, and `stillpoint-agent thaw`, put right what the journals say. They name the boot, because no freeze outlives one.
 
 use std::fs;
 use std::io;
@@ -9,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::hooks::{self, Hook};
 use crate::sys;
 use crate::volumes::{self, DeviceNumber, Inventory, Mount, Root};
 
@@ -25,11 +27,72 @@ struct Entry {
     point: PathBuf,
 }
 
-/// What became of one file system of a journal.
+/// A hook that was called with `freeze` and not yet with `thaw`.
+#[derive(Debug, Serialize, Deserialize)]
+struct Begun {
+    path: PathBuf,
+    /// Its process group while it runs.
+    group: Option<u32>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct BegunHooks {
+    boot_id: String,
+    hooks: Vec<Begun>,
+}
+
+/// The journal of a session's hooks.
+#[derive(Debug)]
+pub(crate) struct HookJournal {
+    path: PathBuf,
+    content: BegunHooks,
+}
+
+impl HookJournal {
+    /// The journal of a session; nothing is written before the first hook.
+    pub(crate) fn new(run_dir: &Path, session: &str, root: &Root) -> Self {
+        let path = run_dir.join(format!("hooks-{session}.json"));
+        Self {
+            path,
+            content: BegunHooks {
+                boot_id: boot_id(root),
+                hooks: Vec::new(),
+            },
+        }
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Before a hook is called.
+    pub(crate) fn begin(&mut self, hook: &Path) -> io::Result<()> {
+        self.content.hooks.push(Begun {
+            path: hook.to_owned(),
+            group: None,
+        });
+        self.write()
+    }
+
+    /// While it runs (its process group), and when it has ended.
+    pub(crate) fn running(&mut self, group: Option<u32>) -> io::Result<()> {
+        if let Some(last) = self.content.hooks.last_mut() {
+            last.group = group;
+        }
+        self.write()
+    }
+
+    fn write(&self) -> io::Result<()> {
+        replace(&self.path, &serde_json::to_vec(&self.content)?)
+    }
+}
+
+/// What became of one file system or hook of a journal.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Recovered {
-    /// Where it is mounted.
-    pub(crate) point: PathBuf,
+    /// The mount point, or the hook.
+    pub(crate) what: PathBuf,
     /// What happened.
     pub(crate) outcome: Outcome,
 }
@@ -43,8 +106,10 @@ pub(crate) enum Outcome {
     NotFrozen,
     /// It is not mounted any more.
     Gone,
-    /// The kernel refused.
+    /// The kernel refused, or the hook failed.
     Failed(String),
+    /// The hook was told to go on.
+    WentOn,
 }
 
 /// Where the journal of a session is.
@@ -68,6 +133,10 @@ pub(crate) fn write(
         boot_id: boot_id(root),
         volumes,
     })?;
+    replace(path, &text)
+}
+
+fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
     let beside = path.with_extension("new");
     fs::write(&beside, text)?;
     fs::rename(beside, path)
@@ -82,18 +151,73 @@ pub(crate) fn remove(path: &Path) {
     }
 }
 
-/// Thaws what the journals of this boot name, outermost first, and removes them.
-pub(crate) fn thaw_all(run_dir: &Path, root: &Root) -> Vec<Recovered> {
+/// Thaws what the journals of this boot name, outermost first, tells the hooks that they name to go on, and removes them.
+pub(crate) fn recover(run_dir: &Path, root: &Root) -> Vec<Recovered> {
     let Ok(entries) = fs::read_dir(run_dir) else {
         return Vec::new();
     };
-    let mut paths: Vec<PathBuf> = entries
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| is_journal(path))
-        .collect();
+    let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     paths.sort();
-    paths.iter().flat_map(|path| thaw_one(path, root)).collect()
+    // File systems first: a hook that has to go on writes.
+    let thawed = paths
+        .iter()
+        .filter(|path| is_journal(path))
+        .flat_map(|path| thaw_one(path, root));
+    let mut recovered: Vec<Recovered> = thawed.collect();
+    recovered.extend(
+        paths
+            .iter()
+            .filter(|path| is_hook_journal(path))
+            .flat_map(|path| recover_hooks(path, root)),
+    );
+    recovered
+}
+
+/// Tells the hooks of a journal to go on, in the place of an agent that is gone.
+pub(crate) fn recover_hooks(path: &Path, root: &Root) -> Vec<Recovered> {
+    // The guard and a new agent may both come here: the one that gets the file does it.
+    let claimed = path.with_extension("claimed");
+    if fs::rename(path, &claimed).is_err() {
+        return Vec::new();
+    }
+    let journal: Option<BegunHooks> = read(&claimed);
+    let journal = journal.filter(|journal| journal.boot_id == boot_id(root));
+    let begun = journal.map(|journal| journal.hooks).unwrap_or_default();
+    let hook = |begun: &Begun| Hook {
+        path: begun.path.clone(),
+        application: None,
+        mounts: Vec::new(),
+    };
+    let hooks: Vec<Hook> = begun.iter().map(hook).collect();
+    for (hook, begun) in hooks.iter().zip(&begun) {
+        if let Some(group) = begun.group {
+            hooks::end_abandoned(hook, group);
+        }
+    }
+    let said = hooks::go_on(&hooks.iter().collect::<Vec<_>>(), false);
+    remove(&claimed);
+    let outcome = |said: Result<(), hooks::HookError>| match said {
+        Ok(()) => Outcome::WentOn,
+        Err(error) => Outcome::Failed(error.to_string()),
+    };
+    let recovered = hooks.into_iter().zip(said);
+    recovered
+        .map(|(hook, said)| Recovered {
+            what: hook.path,
+            outcome: outcome(said),
+        })
+        .collect()
+}
+
+fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
+    fs::read(path)
+        .ok()
+        .and_then(|text| serde_json::from_slice(&text).ok())
+}
+
+fn is_hook_journal(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.starts_with("hooks-") && name.ends_with(".json")
 }
 
 fn is_journal(path: &Path) -> bool {
@@ -102,10 +226,7 @@ fn is_journal(path: &Path) -> bool {
 }
 
 fn thaw_one(path: &Path, root: &Root) -> Vec<Recovered> {
-    let journal: Option<Journal> = fs::read(path)
-        .ok()
-        .and_then(|text| serde_json::from_slice(&text).ok());
-    let Some(journal) = journal else {
+    let Some(journal) = read::<Journal>(path) else {
         tracing::warn!(path = %path.display(), "a journal that cannot be read: it is left for a person to look at");
         return Vec::new();
     };
@@ -142,7 +263,7 @@ fn thaw_entry(entry: &Entry, mounts: &[Mount]) -> Recovered {
             break;
         }
     }
-    Recovered { point: at, outcome }
+    Recovered { what: at, outcome }
 }
 
 /// The sessions that have a journal now.
@@ -191,10 +312,10 @@ mod tests {
         let root = Root::at(host.path());
         let path = journal(run.path(), &root);
         let gone = Recovered {
-            point: "/gone".into(),
+            what: "/gone".into(),
             outcome: Outcome::Gone,
         };
-        assert_eq!(thaw_all(run.path(), &root), [gone]);
+        assert_eq!(recover(run.path(), &root), [gone]);
         assert!(!path.exists());
     }
 
@@ -203,7 +324,7 @@ mod tests {
         let (host, run) = (host("b1"), tempfile::tempdir().expect("a temporary directory"));
         let path = journal(run.path(), &Root::at(host.path()));
         fs::write(host.path().join("proc/sys/kernel/random/boot_id"), "b2").expect("write");
-        assert_eq!(thaw_all(run.path(), &Root::at(host.path())), []);
+        assert_eq!(recover(run.path(), &Root::at(host.path())), []);
         assert!(!path.exists(), "it can never be true again");
     }
 
@@ -212,7 +333,7 @@ mod tests {
         let (host, run) = (host("b1"), tempfile::tempdir().expect("a temporary directory"));
         let path = path(run.path(), "abc");
         fs::write(&path, "{").expect("write");
-        assert_eq!(thaw_all(run.path(), &Root::at(host.path())), []);
+        assert_eq!(recover(run.path(), &Root::at(host.path())), []);
         assert!(path.exists());
     }
 }

@@ -155,14 +155,15 @@ pub(crate) fn thawed(json: bool, recovered: &[Recovered]) -> io::Result<()> {
         Outcome::Thawed => "thawed".to_owned(),
         Outcome::NotFrozen => "was not frozen".to_owned(),
         Outcome::Gone => "is not mounted any more".to_owned(),
+        Outcome::WentOn => "hook told to go on".to_owned(),
         Outcome::Failed(error) => format!("cannot be thawed: {error}"),
     };
     if json {
-        let one = |one: &Recovered| json!({ "mount": one.point, "outcome": word(&one.outcome) });
+        let one = |one: &Recovered| json!({ "what": one.what, "outcome": word(&one.outcome) });
         return print_json(&recovered.iter().map(one).collect());
     }
     for one in recovered {
-        print(&format!("{}: {}", one.point.display(), word(&one.outcome)))?;
+        print(&format!("{}: {}", one.what.display(), word(&one.outcome)))?;
     }
     if recovered.is_empty() {
         print("nothing is frozen by an agent of this host")

@@ -34,7 +34,7 @@ const STOP_TIME_MAX: Duration = Duration::from_secs(25);
 pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let _lock = lock_run_dir(&config.run_dir)?;
     let root = Root::real();
-    report(&journal::thaw_all(&config.run_dir, &root));
+    report(&journal::recover(&config.run_dir, &root));
     let state = StateDir::open(&config.state_dir)?;
     let identity = Arc::new(state.identity()?);
     let pins = Arc::new(Enrolled::default());
@@ -116,8 +116,8 @@ pub(crate) fn is_running(run_dir: &Path) -> bool {
 
 /// Tells what a journal thaw did.
 pub(crate) fn report(recovered: &[Recovered]) {
-    for Recovered { point, outcome } in recovered {
-        let point = point.display();
+    for Recovered { what, outcome } in recovered {
+        let point = what.display();
         match outcome {
             Outcome::Thawed => tracing::error!(%point, "was still frozen by an agent that ended: thawed"),
             Outcome::NotFrozen => {
@@ -126,7 +126,10 @@ pub(crate) fn report(recovered: &[Recovered]) {
             Outcome::Gone => {
                 tracing::info!(%point, "an agent ended during a freeze; it is not mounted any more")
             }
-            Outcome::Failed(error) => tracing::error!(%point, error, "cannot be thawed: run `fsfreeze -u`"),
+            Outcome::WentOn => {
+                tracing::warn!(hook = %point, "was frozen by an agent that ended: told to go on")
+            }
+            Outcome::Failed(error) => tracing::error!(%point, error, "cannot be thawed: look at it"),
         }
     }
 }

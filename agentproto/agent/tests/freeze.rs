@@ -491,6 +491,74 @@ async fn hooks_run_around_the_freeze_and_their_application_counts() {
     );
 }
 
+/// Waits until the hooks have said what is expected.
+async fn calls_become(path: &std::path::Path, expected: &str) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while fs::read_to_string(path).unwrap_or_default() != expected {
+        assert!(Instant::now() < deadline, "{:?}", fs::read_to_string(path));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hooks_go_on_when_the_agent_is_killed() {
+    let Some(Stage {
+        _dir,
+        volume: _volume,
+        writer: _writer,
+        mut agent,
+    }) = stage("")
+    else {
+        return;
+    };
+    let calls = agent.dir.path().join("calls");
+    let record = format!("echo \"$(basename $0) $1\" >> {}", calls.display());
+    agent.hook("10-app", &record, Some("application = \"ledger\"\n"));
+    agent.hook(
+        "20-slow",
+        &format!(
+            "{record}; [ $1 != freeze ] || [ ! -e {0}.slow ] || sleep 60",
+            calls.display()
+        ),
+        None,
+    );
+    let (target, _registered) = meet(&mut agent, &[LUN]).await;
+    let mut wire = target.dial(agent.port).await.expect("a snapshot channel");
+    let one = session();
+    wire.prepare(one, &[LUN], Mode::Application)
+        .await
+        .expect("prepared");
+    wire.freeze(one, HOLD_MS).await.expect("frozen");
+    agent.kill();
+    let frozen = "10-app freeze\n20-slow freeze\n";
+    let go_on = "20-slow abort\n20-slow thaw\n10-app abort\n10-app thaw\n";
+    calls_become(&calls, &format!("{frozen}{go_on}")).await;
+
+    // Killed while a hook is still freezing: that hook is ended first.
+    fs::remove_file(&calls).expect("removed");
+    fs::write(agent.dir.path().join("calls.slow"), "").expect("written");
+    agent.run();
+    let _registered = target.register(&[LUN]).await;
+    let mut wire = target.dial(agent.port).await.expect("a snapshot channel");
+    let two = session();
+    wire.prepare(two, &[LUN], Mode::Application)
+        .await
+        .expect("prepared");
+    let freezing = tokio::time::timeout(Duration::from_millis(700), wire.freeze(two, HOLD_MS)).await;
+    assert!(freezing.is_err(), "the hook sleeps");
+    agent.kill();
+    calls_become(&calls, &format!("{frozen}{go_on}")).await;
+    let hook = agent.dir.path().join("hooks.d/20-slow");
+    let runs = |pid: fs::DirEntry| {
+        let line = fs::read(pid.path().join("cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(hook.to_str().expect("UTF-8"))
+    };
+    assert!(
+        !fs::read_dir("/proc").expect("proc").flatten().any(runs),
+        "the abandoned hook is gone"
+    );
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failing_hook_fails_the_freeze_and_nothing_stays() {
     let Some(Stage {
