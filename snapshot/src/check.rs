@@ -13,7 +13,8 @@ use crate::meta::{MAX_VALUE_BYTES, MetaStore};
 use crate::offline::{self, Overlay, Pages, Parents, Versions, each};
 use crate::page::{MAX_GRAINS, PAGE_ENTRIES, Page};
 use crate::record::{
-    self, Bits, BranchRecord, CHUNK_GRAINS, JobKind, JobRecord, Key, PageKey, SnapshotRecord, SystemRecord, table,
+    self, Bits, BranchRecord, CHUNK_GRAINS, JobKind, JobRecord, Key, PageKey, SnapshotRecord, SystemRecord,
+    table,
 };
 use crate::superblock::{RESERVED_BYTES, Superblock};
 use crate::types::{BranchId, Epoch, SnapshotId, SnapshotState, limits};
@@ -86,7 +87,10 @@ impl CheckReport {
     fn add(&mut self, kind: ProblemKind, text: impl Into<String>) {
         self.problem_count += 1;
         if self.problems.len() < MOST_PROBLEMS {
-            self.problems.push(Problem { kind, text: text.into() });
+            self.problems.push(Problem {
+                kind,
+                text: text.into(),
+            });
         }
     }
 
@@ -143,11 +147,20 @@ pub fn check_media(disk: &dyn Disk, meta: &mut dyn MetaStore) -> Result<CheckRep
         Err(error) => return Err(error),
     };
     report.txg = system.txg;
-    let mut checker = Checker { meta, system, report, records: Records::default(), used: BTreeMap::new() };
+    let mut checker = Checker {
+        meta,
+        system,
+        report,
+        records: Records::default(),
+        used: BTreeMap::new(),
+    };
     checker.superblocks(disk)?;
     checker.read_records()?;
     checker.structure();
-    checker.map(disk.size().map_err(|error| Error::io("stat", "data file", error))?)?;
+    checker.map(
+        disk.size()
+            .map_err(|error| Error::io("stat", "data file", error))?,
+    )?;
     checker.allocation()?;
     Ok(checker.report)
 }
@@ -162,10 +175,16 @@ struct Records {
 
 impl Records {
     fn children(&self, of: SnapshotId) -> usize {
-        self.branches.values().filter(|branch| branch.parent == Some(of)).count()
+        self.branches
+            .values()
+            .filter(|branch| branch.parent == Some(of))
+            .count()
     }
 
-    fn snapshots_of(&self, branch: BranchId) -> impl DoubleEndedIterator<Item = (&SnapshotId, &SnapshotRecord)> {
+    fn snapshots_of(
+        &self,
+        branch: BranchId,
+    ) -> impl DoubleEndedIterator<Item = (&SnapshotId, &SnapshotRecord)> {
         let at = |epoch| SnapshotId { branch, epoch };
         self.snapshots.range(at(Epoch::ZERO)..=at(Epoch(u32::MAX)))
     }
@@ -174,11 +193,22 @@ impl Records {
         self.jobs.values().any(|job| test(job.kind))
     }
 
+    fn abandoned(&self) -> BTreeSet<BranchId> {
+        let branch = |job: &JobRecord| match job.kind {
+            JobKind::DropHead(branch) => Some(branch),
+            JobKind::DropSnapshot(_) | JobKind::Collapse { .. } => None,
+        };
+        self.jobs.values().filter_map(branch).collect()
+    }
+
     /// Parents that can be followed: known, and not in a ring.
     fn parents(&self) -> Parents {
         let mut parents = Parents::new();
         for (&id, branch) in &self.branches {
-            if let Some(parent) = branch.parent.filter(|parent| self.branches.contains_key(&parent.branch)) {
+            if let Some(parent) = branch
+                .parent
+                .filter(|parent| self.branches.contains_key(&parent.branch))
+            {
                 // Numbers grow, so a parent that is not older than its child is damage, and no ring can pass this.
                 if parent.branch < id {
                     parents.insert(id, parent);
@@ -210,15 +240,24 @@ impl Checker<'_> {
         // One bad slot is what a power cut during its write leaves.
         let slots = Superblock::read(disk)?;
         let Some(found) = slots.iter().flatten().max_by_key(|found| found.txg) else {
-            slots.iter().filter_map(|slot| slot.as_ref().err()).for_each(|error| self.report.damaged(error));
+            slots
+                .iter()
+                .filter_map(|slot| slot.as_ref().err())
+                .for_each(|error| self.report.damaged(error));
             return Ok(());
         };
         self.report.superblock_txg = Some(found.txg);
         if found.pool_id != self.system.pool_id || found.grain_bytes != self.system.grain_bytes {
-            self.report.add(ProblemKind::Inconsistent, "data file and metadata belong to different pools");
+            self.report.add(
+                ProblemKind::Inconsistent,
+                "data file and metadata belong to different pools",
+            );
         }
         if found.txg > self.system.txg {
-            let text = format!("metadata is at {}, the data file has seen {}", self.system.txg, found.txg);
+            let text = format!(
+                "metadata is at {}, the data file has seen {}",
+                self.system.txg, found.txg
+            );
             self.report.add(ProblemKind::LostCommits, text);
         }
         Ok(())
@@ -232,7 +271,11 @@ impl Checker<'_> {
             }
             each(self.meta, table, |_, (key, value)| {
                 if value.len() > MAX_VALUE_BYTES {
-                    let text = format!("key {}: a value of {} bytes", crate::codec::hex(&key), value.len());
+                    let text = format!(
+                        "key {}: a value of {} bytes",
+                        crate::codec::hex(&key),
+                        value.len()
+                    );
                     report.add(ProblemKind::Damaged, text);
                 }
                 if let Err(error) = records.take(&key, &value) {
@@ -269,7 +312,10 @@ impl Checker<'_> {
             self.snapshot(&records, id, snapshot);
             let volume = records.branches.get(&id.branch).map(|branch| branch.volume);
             if snapshot.state == SnapshotState::Live && !snapshots.insert((volume, &snapshot.name)) {
-                self.wrong(format!("volume {volume:?} has two snapshots named {:?}", snapshot.name));
+                self.wrong(format!(
+                    "volume {volume:?} has two snapshots named {:?}",
+                    snapshot.name
+                ));
             }
         }
         for (id, job) in &records.jobs {
@@ -283,16 +329,25 @@ impl Checker<'_> {
             self.wrong(format!("branch {} is above the next free number", id.0));
         }
         if branch.current > self.system.epoch {
-            self.wrong(format!("branch {} writes with epoch {} of the future", id.0, branch.current.0));
+            self.wrong(format!(
+                "branch {} writes with epoch {} of the future",
+                id.0, branch.current.0
+            ));
         }
         if let Some((newest, _)) = records.snapshots_of(id).next_back() {
             if newest.epoch >= branch.current {
-                self.wrong(format!("branch {} writes with epoch {}, below snapshot {newest}", id.0, branch.current.0));
+                self.wrong(format!(
+                    "branch {} writes with epoch {}, below snapshot {newest}",
+                    id.0, branch.current.0
+                ));
             }
         }
         if let Some(parent) = branch.parent {
             if !records.snapshots.contains_key(&parent) {
-                self.wrong(format!("branch {} stands on snapshot {parent}, which is gone", id.0));
+                self.wrong(format!(
+                    "branch {} stands on snapshot {parent}, which is gone",
+                    id.0
+                ));
             }
             if parent.branch >= id || parent.epoch >= branch.current {
                 self.wrong(format!("branch {} stands on younger snapshot {parent}", id.0));
@@ -300,10 +355,16 @@ impl Checker<'_> {
         }
         let is_freed = records.has_job(|kind| kind.branches().contains(&id));
         if !branch.head && !is_freed && records.snapshots_of(id).next().is_none() {
-            self.wrong(format!("branch {} has neither head nor snapshot and no job frees it", id.0));
+            self.wrong(format!(
+                "branch {} has neither head nor snapshot and no job frees it",
+                id.0
+            ));
         }
         if branch.size_bytes == 0 || branch.size_bytes > limits::VOLUME_BYTES {
-            self.wrong(format!("branch {} has a size of {} bytes", id.0, branch.size_bytes));
+            self.wrong(format!(
+                "branch {} has a size of {} bytes",
+                id.0, branch.size_bytes
+            ));
         }
     }
 
@@ -318,27 +379,40 @@ impl Checker<'_> {
         let children = records.children(id);
         let collapsing = records.has_job(|kind| matches!(kind, JobKind::Collapse { from, .. } if from == id));
         match snapshot.state {
-            SnapshotState::Live if dropping || collapsing => self.wrong(format!("live snapshot {id} is being freed")),
+            SnapshotState::Live if dropping || collapsing => {
+                self.wrong(format!("live snapshot {id} is being freed"))
+            }
             SnapshotState::Dying if !dropping => self.wrong(format!("dying snapshot {id} has no job")),
-            SnapshotState::Dying if children > 0 => self.wrong(format!("dying snapshot {id} has {children} children")),
-            SnapshotState::Hidden if children == 0 => self.wrong(format!("hidden snapshot {id} has no child")),
+            SnapshotState::Dying if children > 0 => {
+                self.wrong(format!("dying snapshot {id} has {children} children"))
+            }
+            SnapshotState::Hidden if children == 0 => {
+                self.wrong(format!("hidden snapshot {id} has no child"))
+            }
             _ => {}
         }
     }
 
     fn job(&mut self, records: &Records, id: u64, job: &JobRecord) {
         let known = match job.kind {
-            JobKind::DropSnapshot(snapshot) => {
-                records.snapshots.get(&snapshot).is_some_and(|found| found.state == SnapshotState::Dying)
-            }
+            JobKind::DropSnapshot(snapshot) => records
+                .snapshots
+                .get(&snapshot)
+                .is_some_and(|found| found.state == SnapshotState::Dying),
             JobKind::DropHead(branch) => records.branches.get(&branch).is_some_and(|found| !found.head),
             JobKind::Collapse { from, into } => {
                 records.snapshots.contains_key(&from)
-                    && records.branches.get(&into).is_some_and(|found| found.parent == Some(from))
+                    && records
+                        .branches
+                        .get(&into)
+                        .is_some_and(|found| found.parent == Some(from))
             }
         };
         if !known {
-            self.wrong(format!("job {id} works on something that is gone or in use: {:?}", job.kind));
+            self.wrong(format!(
+                "job {id} works on something that is gone or in use: {:?}",
+                job.kind
+            ));
         }
         if id >= self.system.next_job {
             self.wrong(format!("job {id} is above the next free number"));
@@ -350,31 +424,45 @@ impl Checker<'_> {
         let overlay = Overlay::read(self.meta, &self.system, |error| damage.push(error))?;
         self.report.deltas = overlay.len();
         let parents = self.records.parents();
-        let pages = Pages { overlay: &overlay, parents: &parents };
+        let pages = Pages {
+            overlay: &overlay,
+            parents: &parents,
+        };
         let mut walk = Walk {
             records: &self.records,
             report: &mut self.report,
             used: &mut self.used,
             tally: Tally::default(),
             changed: BTreeSet::new(),
-            limit: data_bytes.div_ceil(self.system.grain_bytes.max(1).into()).min(MAX_GRAINS),
+            limit: data_bytes
+                .div_ceil(self.system.grain_bytes.max(1).into())
+                .min(MAX_GRAINS),
             grain_bytes: self.system.grain_bytes.into(),
-            freeing: self.records.jobs.values().flat_map(|job| job.kind.branches()).collect(),
+            abandoned: self.records.abandoned(),
         };
         let mut bad_pages = BTreeSet::new();
-        pages.each(self.meta, &mut |error| drop(bad_pages.insert(error.to_string())), |versions| {
-            walk.page(&versions);
-            Ok(())
-        })?;
+        pages.each(
+            self.meta,
+            &mut |error| drop(bad_pages.insert(error.to_string())),
+            |versions| {
+                walk.page(&versions);
+                Ok(())
+            },
+        )?;
         // The superblocks take the place of the first grains.
         for grain in 0..RESERVED_BYTES.div_ceil(walk.grain_bytes.max(1)) {
             if self.system.chunks > 0 && !walk.mark(grain) {
-                walk.report.add(ProblemKind::SharedGrain, format!("grain {grain} holds a superblock and data"));
+                walk.report.add(
+                    ProblemKind::SharedGrain,
+                    format!("grain {grain} holds a superblock and data"),
+                );
             }
         }
         let (tally, changed) = (walk.tally, walk.changed);
         damage.iter().for_each(|error| self.report.damaged(error));
-        bad_pages.into_iter().for_each(|text| self.report.add(ProblemKind::Damaged, text));
+        bad_pages
+            .into_iter()
+            .for_each(|text| self.report.add(ProblemKind::Damaged, text));
         self.counts(&tally);
         self.changed(changed)
     }
@@ -385,17 +473,26 @@ impl Checker<'_> {
         let mut wrong = Vec::new();
         // Parents have smaller numbers, so what a branch inherits is known when its turn comes.
         for (&id, branch) in &self.records.branches {
-            let below = branch.parent.and_then(|parent| seen.get(&parent).copied()).unwrap_or(0);
+            let below = branch
+                .parent
+                .and_then(|parent| seen.get(&parent).copied())
+                .unwrap_or(0);
             for (&snapshot, record) in self.records.snapshots_of(id) {
                 let mapped = below + tally.snapshots.get(&snapshot).copied().unwrap_or(0);
                 seen.insert(snapshot, mapped);
                 if record.state == SnapshotState::Live && i64::try_from(record.mapped_grains) != Ok(mapped) {
-                    wrong.push(format!("snapshot {snapshot} maps {mapped} grains, says {}", record.mapped_grains));
+                    wrong.push(format!(
+                        "snapshot {snapshot} maps {mapped} grains, says {}",
+                        record.mapped_grains
+                    ));
                 }
             }
             let mapped = below + tally.heads.get(&id).copied().unwrap_or(0);
             if branch.head && i64::try_from(branch.mapped_grains) != Ok(mapped) {
-                wrong.push(format!("branch {} maps {mapped} grains, says {}", id.0, branch.mapped_grains));
+                wrong.push(format!(
+                    "branch {} maps {mapped} grains, says {}",
+                    id.0, branch.mapped_grains
+                ));
             }
         }
         wrong.into_iter().for_each(|text| self.wrong(text));
@@ -407,13 +504,19 @@ impl Checker<'_> {
         each(self.meta, table::CHANGED, |_, (key, _)| {
             if let Ok(Key::Changed(key)) = Key::parse(&key) {
                 if !expected.remove(&key) {
-                    report.add(ProblemKind::Inconsistent, format!("{key:?} is listed as changed but has no version"));
+                    report.add(
+                        ProblemKind::Inconsistent,
+                        format!("{key:?} is listed as changed but has no version"),
+                    );
                 }
             }
             Ok(())
         })?;
         for key in expected {
-            report.add(ProblemKind::Inconsistent, format!("{key:?} is a version that is not listed as changed"));
+            report.add(
+                ProblemKind::Inconsistent,
+                format!("{key:?} is a version that is not listed as changed"),
+            );
         }
         Ok(())
     }
@@ -430,7 +533,9 @@ impl Checker<'_> {
             });
             match decoded {
                 Ok((chunk, bits)) => {
-                    let in_use = used.remove(&chunk).unwrap_or_else(|| Box::new([0; CHUNK_GRAINS / 64]));
+                    let in_use = used
+                        .remove(&chunk)
+                        .unwrap_or_else(|| Box::new([0; CHUNK_GRAINS / 64]));
                     compare(report, chunk, &bits, &in_use);
                     let taken = usize::try_from(count(&bits)).unwrap_or(CHUNK_GRAINS);
                     free.insert(chunk, u16::try_from(CHUNK_GRAINS - taken).unwrap_or(u16::MAX));
@@ -455,10 +560,13 @@ impl Checker<'_> {
         let mut stated: BTreeMap<u32, u16> = BTreeMap::new();
         let report = &mut self.report;
         each(self.meta, table::COUNTS, |_, (key, value)| {
-            let Ok(Key::Counts(block)) = Key::parse(&key) else { return Ok(()) };
+            let Ok(Key::Counts(block)) = Key::parse(&key) else {
+                return Ok(());
+            };
             match record::decode_counts(block, &value) {
                 Ok(counts) => {
-                    let first = block.saturating_mul(u32::try_from(record::COUNTS_PER_BLOCK).unwrap_or(u32::MAX));
+                    let first =
+                        block.saturating_mul(u32::try_from(record::COUNTS_PER_BLOCK).unwrap_or(u32::MAX));
                     stated.extend((first..).zip(counts));
                 }
                 Err(error) => report.damaged(&error),
@@ -467,12 +575,17 @@ impl Checker<'_> {
         })?;
         stated.retain(|chunk, _| *chunk < self.system.chunks);
         for chunk in 0..self.system.chunks {
-            let actual = free.get(&chunk).copied().unwrap_or(u16::try_from(CHUNK_GRAINS).unwrap_or(u16::MAX));
+            let actual = free
+                .get(&chunk)
+                .copied()
+                .unwrap_or(u16::try_from(CHUNK_GRAINS).unwrap_or(u16::MAX));
             // A chunk without a bitmap may have no count yet.
             match stated.get(&chunk) {
                 Some(&count) if count == actual || !free.contains_key(&chunk) => {}
                 None if !free.contains_key(&chunk) => {}
-                found => self.wrong(format!("chunk {chunk} has {actual} free grains, the count says {found:?}")),
+                found => self.wrong(format!(
+                    "chunk {chunk} has {actual} free grains, the count says {found:?}"
+                )),
             }
         }
         Ok(())
@@ -502,9 +615,15 @@ fn compare(report: &mut CheckReport, chunk: u32, allocated: &Bits, used: &Bits) 
         for bit in record::indices(allocated ^ used) {
             let grain = u64::from(chunk) * CHUNK_GRAINS as u64 + word * 64 + u64::from(bit);
             if used & (1 << bit) != 0 {
-                report.add(ProblemKind::NotAllocated, format!("grain {grain} is in use but counts as free"));
+                report.add(
+                    ProblemKind::NotAllocated,
+                    format!("grain {grain} is in use but counts as free"),
+                );
             } else {
-                report.add(ProblemKind::Leaked, format!("grain {grain} is allocated and nothing uses it"));
+                report.add(
+                    ProblemKind::Leaked,
+                    format!("grain {grain} is allocated and nothing uses it"),
+                );
             }
         }
     }
@@ -531,8 +650,8 @@ struct Walk<'a> {
     /// Grains below this exist in the data file.
     limit: u64,
     grain_bytes: u64,
-    /// Branches that a job works on: it may have left versions that nobody sees.
-    freeing: BTreeSet<BranchId>,
+    /// Branches whose head a job is freeing.
+    abandoned: BTreeSet<BranchId>,
 }
 
 impl Walk<'_> {
@@ -540,12 +659,19 @@ impl Walk<'_> {
         let (id, no) = (page.branch, page.page);
         self.report.page_versions += page.versions.len() as u64;
         let Some(branch) = self.records.branches.get(&id) else {
-            self.report.add(ProblemKind::Inconsistent, format!("page {no} of branch {}, which is gone", id.0));
+            self.report.add(
+                ProblemKind::Inconsistent,
+                format!("page {no} of branch {}, which is gone", id.0),
+            );
             return;
         };
         let mut before = &page.inherited;
         for (epoch, content) in &page.versions {
-            self.changed.insert(PageKey { branch: id, page: no, epoch: *epoch });
+            self.changed.insert(PageKey {
+                branch: id,
+                page: no,
+                epoch: *epoch,
+            });
             if *epoch > branch.current {
                 let text = format!("page {no} of branch {} has epoch {} of the future", id.0, epoch.0);
                 self.report.add(ProblemKind::Inconsistent, text);
@@ -562,7 +688,10 @@ impl Walk<'_> {
             let offset = (u64::from(at.page) * PAGE_ENTRIES as u64 + index) * self.grain_bytes;
             let place = || format!("byte {offset} of branch {} at epoch {}", at.branch.0, epoch.0);
             if !new.is_hole() && (new.birth() > branch.current || offset >= branch.size_bytes) {
-                self.report.add(ProblemKind::Inconsistent, format!("{}: entry {new:?} cannot be", place()));
+                self.report.add(
+                    ProblemKind::Inconsistent,
+                    format!("{}: entry {new:?} cannot be", place()),
+                );
             }
             let Some(grain) = new.grain() else { continue };
             if old.grain() == Some(grain) {
@@ -577,7 +706,10 @@ impl Walk<'_> {
                 self.report.add(ProblemKind::Inconsistent, text);
             }
             if !self.mark(grain) {
-                self.report.add(ProblemKind::SharedGrain, format!("{}: grain {grain} is placed twice", place()));
+                self.report.add(
+                    ProblemKind::SharedGrain,
+                    format!("{}: grain {grain} is placed twice", place()),
+                );
             }
         }
     }
@@ -585,8 +717,13 @@ impl Walk<'_> {
     fn mark(&mut self, grain: u64) -> bool {
         let chunk = u32::try_from(grain / CHUNK_GRAINS as u64).unwrap_or(u32::MAX);
         let within = usize::try_from(grain % CHUNK_GRAINS as u64).unwrap_or(0);
-        let bits = self.used.entry(chunk).or_insert_with(|| Box::new([0; CHUNK_GRAINS / 64]));
-        let Some(word) = bits.get_mut(within / 64) else { return false };
+        let bits = self
+            .used
+            .entry(chunk)
+            .or_insert_with(|| Box::new([0; CHUNK_GRAINS / 64]));
+        let Some(word) = bits.get_mut(within / 64) else {
+            return false;
+        };
         let mask = 1 << (within % 64);
         let fresh = *word & mask == 0;
         *word |= mask;
@@ -601,7 +738,10 @@ impl Walk<'_> {
         for (epoch, content) in &page.versions {
             let until = next.next();
             let mut seen = until.is_none() && branch.head;
-            let at = |epoch| SnapshotId { branch: page.branch, epoch };
+            let at = |epoch| SnapshotId {
+                branch: page.branch,
+                epoch,
+            };
             let end = until.unwrap_or(Epoch(u32::MAX));
             for (id, _) in self.records.snapshots.range(at(*epoch)..at(end)) {
                 *self.tally.snapshots.entry(*id).or_default() += more(content);
@@ -610,10 +750,13 @@ impl Walk<'_> {
             if until.is_none() && branch.head {
                 *self.tally.heads.entry(page.branch).or_default() += more(content);
             }
-            let freeing = self.freeing.contains(&page.branch);
-            if !seen && !freeing {
-                let text =
-                    format!("page {} of branch {}: nobody sees epoch {}", page.page, page.branch.0, epoch.0);
+            // A job frees what lies above the last snapshot of an abandoned head.
+            let abandoned = until.is_none() && self.abandoned.contains(&page.branch);
+            if !seen && !abandoned {
+                let text = format!(
+                    "page {} of branch {}: nobody sees epoch {}",
+                    page.page, page.branch.0, epoch.0
+                );
                 self.report.add(ProblemKind::UselessVersion, text);
             }
         }

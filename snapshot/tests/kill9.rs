@@ -25,7 +25,9 @@ const QUICK_ROUNDS: u64 = 25;
 const ROUNDS_PER_POOL: u64 = 9;
 
 fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name} is not a number")))
+    std::env::var(name).map_or(default, |text| {
+        text.parse().unwrap_or_else(|_| panic!("{name} is not a number"))
+    })
 }
 
 /// The workload itself, in a process of its own.
@@ -46,7 +48,11 @@ fn kill_9_loses_nothing_that_was_flushed() {
         if round % ROUNDS_PER_POOL == ROUNDS_PER_POOL - 1 {
             scratch = recorder::scratch();
         }
-        let orders = Orders { dir: scratch.path().to_owned(), seed: seed * 1000 + round, steps: u64::MAX };
+        let orders = Orders {
+            dir: scratch.path().to_owned(),
+            seed: seed * 1000 + round,
+            steps: u64::MAX,
+        };
         let mut process = child("workload_child", &orders.vars())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -55,12 +61,19 @@ fn kill_9_loses_nothing_that_was_flushed() {
         std::thread::sleep(Duration::from_millis(5 + rng.below(400)));
         process.kill().unwrap();
         let output = process.wait_with_output().unwrap();
-        assert!(output.status.code().is_none(), "round {round}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.code().is_none(),
+            "round {round}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         let facts = fs::read_to_string(orders.facts()).unwrap_or_default();
         worked += usize::from(facts.contains(" snapshot "));
         if let Err(what) = workload::judge(scratch.path(), &facts) {
             panic!("STILLPOINT_SEED={seed} round {round}: {what}");
         }
     }
-    assert!(worked as u64 > rounds / 3, "the rounds were too short to prove anything: {worked} of {rounds}");
+    assert!(
+        worked as u64 > rounds / 3,
+        "the rounds were too short to prove anything: {worked} of {rounds}"
+    );
 }

@@ -17,8 +17,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use stillpoint_snapshot::sim::{Call, Failure, Fault, Loss, Rng, World};
 use stillpoint_snapshot::{
-    Caw, CloneSpec, DiffTo, Error, ExtentKind, Pool, PoolOptions, SnapshotChange, SnapshotSpec, Volume, VolumeSpec,
-    check_media,
+    Caw, CloneSpec, DiffTo, Error, ExtentKind, Pool, PoolOptions, SnapshotChange, SnapshotSpec, Volume,
+    VolumeSpec, check_media,
 };
 
 use common::facts::{SECTOR, Stamp, stamped, stamped_run, stamps};
@@ -33,7 +33,9 @@ const SECTORS: u64 = 2 * 64 * GRAIN_SECTORS + 3 * GRAIN_SECTORS + 5;
 const MOST_SECTORS: u64 = 5 * 64 * GRAIN_SECTORS;
 
 fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is not a number")))
+    std::env::var(name)
+        .ok()
+        .map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is not a number")))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,7 +106,11 @@ enum Planned {
 }
 
 fn power_cut(rng: &mut Rng) -> Planned {
-    if rng.chance(25) { Planned::Cut(rng.below(14)) } else { Planned::Nothing }
+    if rng.chance(25) {
+        Planned::Cut(rng.below(14))
+    } else {
+        Planned::Nothing
+    }
 }
 
 fn media_fault(rng: &mut Rng) -> Planned {
@@ -112,8 +118,17 @@ fn media_fault(rng: &mut Rng) -> Planned {
         return Planned::Nothing;
     }
     let call = *rng.pick(&Call::ALL).unwrap();
-    let failure = if rng.chance(30) { Failure::NoSpace } else { Failure::Io };
-    Planned::Fault(Fault { call, nth: rng.below(5), failure, sticky: rng.chance(30) })
+    let failure = if rng.chance(30) {
+        Failure::NoSpace
+    } else {
+        Failure::Io
+    };
+    Planned::Fault(Fault {
+        call,
+        nth: rng.below(5),
+        failure,
+        sticky: rng.chance(30),
+    })
 }
 
 fn steps(seed: u64, trouble: impl Fn(&mut Rng) -> Planned) -> Vec<Step> {
@@ -121,15 +136,21 @@ fn steps(seed: u64, trouble: impl Fn(&mut Rng) -> Planned) -> Vec<Step> {
     let sum: u64 = WEIGHTS.iter().map(|(_, weight)| weight).sum();
     let step = |rng: &mut Rng| {
         let mut ticket = rng.below(sum);
-        let kind = WEIGHTS.iter().find(|(_, weight)| match ticket.checked_sub(*weight) {
-            Some(left) => {
-                ticket = left;
-                false
-            }
-            None => true,
-        });
+        let kind = WEIGHTS
+            .iter()
+            .find(|(_, weight)| match ticket.checked_sub(*weight) {
+                Some(left) => {
+                    ticket = left;
+                    false
+                }
+                None => true,
+            });
         let kind = kind.unwrap().0;
-        Step { kind, seed: rng.bits(), trouble: trouble(rng) }
+        Step {
+            kind,
+            seed: rng.bits(),
+            trouble: trouble(rng),
+        }
     };
     (0..STEPS).map(|_| step(&mut rng)).collect()
 }
@@ -205,22 +226,30 @@ fn wrong<T>(what: String) -> Result<T, Trouble> {
 type Verdict = Result<(), Trouble>;
 
 fn open(world: &World) -> Result<Pool, Trouble> {
-    Ok(Pool::open_with(std::sync::Arc::new(world.disk()), Box::new(world.meta()), &options())?)
+    Ok(Pool::open_with(
+        std::sync::Arc::new(world.disk()),
+        Box::new(world.meta()),
+        &options(),
+    )?)
 }
 
 fn see(pool: &Pool) -> Result<Seen, Trouble> {
     let mut seen = Seen::default();
     for info in pool.volumes() {
         let mut bytes = vec![0xee; info.size_bytes as usize];
-        pool.volume(&info.name).ok_or("listed but not there")?.read(0, &mut bytes)?;
+        pool.volume(&info.name)
+            .ok_or("listed but not there")?
+            .read(0, &mut bytes)?;
         let stamps = stamps(&bytes).map_err(|what| format!("volume {}: {what}", info.name))?;
         seen.volumes.insert(info.name, (stamps, info.read_only));
     }
     for info in pool.snapshots(None) {
         let mut bytes = vec![0xee; info.size_bytes as usize];
         pool.read_snapshot(info.id, 0, &mut bytes)?;
-        let stamps = stamps(&bytes).map_err(|what| format!("snapshot {}@{}: {what}", info.volume_name, info.name))?;
-        seen.snapshots.insert((info.volume_name, info.name), (stamps, info.hold));
+        let stamps =
+            stamps(&bytes).map_err(|what| format!("snapshot {}@{}: {what}", info.volume_name, info.name))?;
+        seen.snapshots
+            .insert((info.volume_name, info.name), (stamps, info.hold));
     }
     Ok(seen)
 }
@@ -229,7 +258,11 @@ fn check_world(world: &World) -> Verdict {
     // A copy: the check must not count as calls of the store.
     let still = world.after_cut(Loss::Nothing, &mut Rng::new(0));
     let report = check_media(&still.disk(), &mut still.meta())?;
-    if report.is_clean() { Ok(()) } else { wrong(format!("check: {report}")) }
+    if report.is_clean() {
+        Ok(())
+    } else {
+        wrong(format!("check: {report}"))
+    }
 }
 
 impl Rig {
@@ -237,7 +270,13 @@ impl Rig {
         let world = World::new();
         let disk = std::sync::Arc::new(world.disk());
         let pool = Pool::create_with(disk, Box::new(world.meta()), &options())?;
-        let mut rig = Self { world, pool, model: Model::default(), stamp: 0, names: 0 };
+        let mut rig = Self {
+            world,
+            pool,
+            model: Model::default(),
+            stamp: 0,
+            names: 0,
+        };
         rig.create(SECTORS)?;
         rig.create(SECTORS)?;
         Ok(rig)
@@ -261,12 +300,20 @@ impl Rig {
         self.world.heal();
         match (result, step.trouble) {
             (Err(Trouble::Store(_)), Planned::Fault(_)) => self.after_fault(&before, &mut rng),
-            (Ok(()), Planned::Fault(_)) if self.pool.poisoned().is_some() => self.after_fault(&before, &mut rng),
+            (Ok(()), Planned::Fault(_)) if self.pool.poisoned().is_some() => {
+                self.after_fault(&before, &mut rng)
+            }
             (result, planned) => {
                 result?;
-                self.model.equals(&see(&self.pool)?).map_err(|what| format!("reads: {what}"))?;
+                self.model
+                    .equals(&see(&self.pool)?)
+                    .map_err(|what| format!("reads: {what}"))?;
                 check_world(&self.world)?;
-                if matches!(planned, Planned::Cut(_)) { self.after_cut(&before, &mut rng) } else { Ok(()) }
+                if matches!(planned, Planned::Cut(_)) {
+                    self.after_cut(&before, &mut rng)
+                } else {
+                    Ok(())
+                }
             }
         }
     }
@@ -276,7 +323,9 @@ impl Rig {
         let mut model = match (before.allows(seen), self.model.allows(seen)) {
             (Ok(()), _) => before.clone(),
             (_, Ok(())) => self.model.clone(),
-            (Err(before), Err(after)) => return wrong(format!("neither before ({before}) nor after ({after})")),
+            (Err(before), Err(after)) => {
+                return wrong(format!("neither before ({before}) nor after ({after})"));
+            }
         };
         model.clock = self.model.clock;
         Ok(model)
@@ -284,8 +333,12 @@ impl Rig {
 
     /// Opens what a cut at the captured call left.
     fn after_cut(&mut self, before: &Model, rng: &mut Rng) -> Verdict {
-        let loss = *rng.pick(&[Loss::All, Loss::Random, Loss::Random, Loss::Random, Loss::Nothing]).unwrap();
-        let Some(world) = self.world.captured(loss, rng) else { return Ok(()) };
+        let loss = *rng
+            .pick(&[Loss::All, Loss::Random, Loss::Random, Loss::Random, Loss::Nothing])
+            .unwrap();
+        let Some(world) = self.world.captured(loss, rng) else {
+            return Ok(());
+        };
         let told = |trouble: Trouble| trouble.at(&format!("after a cut ({loss:?})"));
         let (pool, mut model) = self.reopened(&world, before).map_err(told)?;
         if rng.chance(50) {
@@ -295,7 +348,9 @@ impl Rig {
         }
         while pool.run_jobs(64)? > 0 {}
         pool.step()?;
-        model.equals(&see(&pool)?).map_err(|what| format!("after a cut and all jobs: {what}"))?;
+        model
+            .equals(&see(&pool)?)
+            .map_err(|what| format!("after a cut and all jobs: {what}"))?;
         model.clock += 1;
         check_world(&world).map_err(told)
     }
@@ -313,7 +368,8 @@ impl Rig {
     /// was promised.
     fn after_fault(&mut self, before: &Model, rng: &mut Rng) -> Verdict {
         if self.pool.poisoned().is_none() {
-            self.either(before, &see(&self.pool)?).map_err(|trouble| trouble.at("reads after a fault"))?;
+            self.either(before, &see(&self.pool)?)
+                .map_err(|trouble| trouble.at("reads after a fault"))?;
         }
         let loss = *rng.pick(&[Loss::Random, Loss::Nothing]).unwrap();
         let world = self.world.after_cut(loss, rng);
@@ -340,7 +396,11 @@ impl Rig {
             Kind::Grow => self.grow(rng),
             Kind::Rename => self.rename(rng),
             Kind::Hold => self.hold(rng),
-            Kind::Jobs => self.pool.run_jobs(1 + rng.index(3)).map(drop).map_err(Trouble::from),
+            Kind::Jobs => self
+                .pool
+                .run_jobs(1 + rng.index(3))
+                .map(drop)
+                .map_err(Trouble::from),
             Kind::Commit => self.pool.commit_now().map_err(Trouble::from),
             Kind::Tick => self.pool.step().map(drop).map_err(Trouble::from),
             Kind::Reopen => self.reopen(),
@@ -352,7 +412,13 @@ impl Rig {
 
     fn any_volume(&self, rng: &mut Rng, writable: bool) -> Option<(String, Volume)> {
         let fits = |(_, volume): &(&String, &ModelVolume)| !writable || !volume.read_only;
-        let names: Vec<&String> = self.model.volumes.iter().filter(fits).map(|(name, _)| name).collect();
+        let names: Vec<&String> = self
+            .model
+            .volumes
+            .iter()
+            .filter(fits)
+            .map(|(name, _)| name)
+            .collect();
         let name = (*rng.pick(&names)?).clone();
         let volume = self.pool.volume(&name).expect("the model knows it");
         Some((name, volume))
@@ -365,21 +431,35 @@ impl Rig {
     /// A range that often hits the same few grains.
     fn range(&self, rng: &mut Rng, name: &str) -> (u64, u64) {
         let len = self.model.volumes[name].len();
-        let start = if rng.chance(60) { rng.below(12 * GRAIN_SECTORS) % len } else { rng.below(len) };
+        let start = if rng.chance(60) {
+            rng.below(12 * GRAIN_SECTORS) % len
+        } else {
+            rng.below(len)
+        };
         let most = match rng.below(10) {
             0..5 => 8,
             5..8 => 40,
             _ => 700,
         };
         let aligned = rng.chance(40);
-        let start = if aligned { start / GRAIN_SECTORS * GRAIN_SECTORS } else { start };
+        let start = if aligned {
+            start / GRAIN_SECTORS * GRAIN_SECTORS
+        } else {
+            start
+        };
         let count = 1 + rng.below(most.min(len - start));
-        let count = if aligned { count.next_multiple_of(GRAIN_SECTORS).min(len - start) } else { count };
+        let count = if aligned {
+            count.next_multiple_of(GRAIN_SECTORS).min(len - start)
+        } else {
+            count
+        };
         (start, count)
     }
 
     fn write(&mut self, rng: &mut Rng) -> Verdict {
-        let Some((name, volume)) = self.any_volume(rng, true) else { return Ok(()) };
+        let Some((name, volume)) = self.any_volume(rng, true) else {
+            return Ok(());
+        };
         let (sector, count) = self.range(rng, &name);
         let fua = rng.chance(10);
         self.stamp += 1;
@@ -397,7 +477,9 @@ impl Rig {
     }
 
     fn try_write(&mut self, rng: &mut Rng) -> Verdict {
-        let Some((name, volume)) = self.any_volume(rng, true) else { return Ok(()) };
+        let Some((name, volume)) = self.any_volume(rng, true) else {
+            return Ok(());
+        };
         let (sector, count) = self.range(rng, &name);
         let (offset, stamp) = (sector * SECTOR as u64, self.stamp + 1);
         self.stamp = stamp;
@@ -418,15 +500,21 @@ impl Rig {
     }
 
     fn zero(&mut self, rng: &mut Rng) -> Verdict {
-        let Some((name, volume)) = self.any_volume(rng, true) else { return Ok(()) };
+        let Some((name, volume)) = self.any_volume(rng, true) else {
+            return Ok(());
+        };
         let (sector, count) = self.range(rng, &name);
         let clock = self.model.tick();
         self.model_of(&name).set(clock, sector, count, 0);
-        volume.write_zeroes(sector * SECTOR as u64, count * SECTOR as u64, rng.chance(50)).map_err(Trouble::from)
+        volume
+            .write_zeroes(sector * SECTOR as u64, count * SECTOR as u64, rng.chance(50))
+            .map_err(Trouble::from)
     }
 
     fn unmap_many(&mut self, rng: &mut Rng) -> Verdict {
-        let Some((name, volume)) = self.any_volume(rng, true) else { return Ok(()) };
+        let Some((name, volume)) = self.any_volume(rng, true) else {
+            return Ok(());
+        };
         let mut ranges = Vec::new();
         let clock = self.model.tick();
         for _ in 0..1 + rng.below(4) {
@@ -438,12 +526,17 @@ impl Rig {
     }
 
     fn compare_and_write(&mut self, rng: &mut Rng) -> Verdict {
-        let Some((name, volume)) = self.any_volume(rng, true) else { return Ok(()) };
+        let Some((name, volume)) = self.any_volume(rng, true) else {
+            return Ok(());
+        };
         let (sector, count) = self.range(rng, &name);
         let count = count.min(8);
         let now = self.model.volumes[&name].now();
         let range = sector as usize..(sector + count) as usize;
-        let mut compare: Vec<u8> = (sector..).zip(&now[range]).flat_map(|(at, &stamp)| stamped(at, stamp)).collect();
+        let mut compare: Vec<u8> = (sector..)
+            .zip(&now[range])
+            .flat_map(|(at, &stamp)| stamped(at, stamp))
+            .collect();
         let differs = rng.chance(40).then(|| rng.index(compare.len()));
         if let Some(at) = differs {
             compare[at] ^= 0x10;
@@ -464,7 +557,9 @@ impl Rig {
     }
 
     fn flush(&mut self, rng: &mut Rng) -> Verdict {
-        let Some((name, volume)) = self.any_volume(rng, false) else { return Ok(()) };
+        let Some((name, volume)) = self.any_volume(rng, false) else {
+            return Ok(());
+        };
         volume.flush()?;
         self.model_of(&name).flushed();
         Ok(())
@@ -483,12 +578,24 @@ impl Rig {
     }
 
     fn snapshot(&mut self, rng: &mut Rng) -> Verdict {
-        let names: Vec<String> = self.model.volumes.keys().filter(|_| rng.chance(60)).cloned().collect();
+        let names: Vec<String> = self
+            .model
+            .volumes
+            .keys()
+            .filter(|_| rng.chance(60))
+            .cloned()
+            .collect();
         if names.is_empty() {
             return Ok(());
         }
-        let ids: Vec<_> = names.iter().map(|name| self.pool.volume(name).unwrap().id()).collect();
-        let spec = SnapshotSpec { name: self.name("s"), ..SnapshotSpec::default() };
+        let ids: Vec<_> = names
+            .iter()
+            .map(|name| self.pool.volume(name).unwrap().id())
+            .collect();
+        let spec = SnapshotSpec {
+            name: self.name("s"),
+            ..SnapshotSpec::default()
+        };
         let when = self.model.tick();
         for name in &names {
             let volume = &self.model.volumes[name];
@@ -516,14 +623,26 @@ impl Rig {
     }
 
     fn id(&self, snapshot: &ModelSnapshot) -> stillpoint_snapshot::SnapshotId {
-        self.pool.snapshot(&snapshot.volume, &snapshot.name).expect("the model knows it").id
+        self.pool
+            .snapshot(&snapshot.volume, &snapshot.name)
+            .expect("the model knows it")
+            .id
     }
 
     fn clone_snapshot(&mut self, rng: &mut Rng) -> Verdict {
-        let Some(snapshot) = self.any_snapshot(rng) else { return Ok(()) };
-        let spec = CloneSpec { name: self.name("c"), read_only: rng.chance(30), attributes: Vec::new() };
+        let Some(snapshot) = self.any_snapshot(rng) else {
+            return Ok(());
+        };
+        let spec = CloneSpec {
+            name: self.name("c"),
+            read_only: rng.chance(30),
+            attributes: Vec::new(),
+        };
         let clock = self.model.tick();
-        self.model.volumes.insert(spec.name.clone(), ModelVolume::of(&snapshot.stamps, spec.read_only, clock));
+        self.model.volumes.insert(
+            spec.name.clone(),
+            ModelVolume::of(&snapshot.stamps, spec.read_only, clock),
+        );
         match self.pool.clone_snapshot(self.id(&snapshot), &spec) {
             Err(Error::Limit { .. }) => drop(self.model.volumes.remove(&spec.name)),
             other => drop(other?),
@@ -532,7 +651,9 @@ impl Rig {
     }
 
     fn revert(&mut self, rng: &mut Rng) -> Verdict {
-        let Some(snapshot) = self.any_snapshot(rng) else { return Ok(()) };
+        let Some(snapshot) = self.any_snapshot(rng) else {
+            return Ok(());
+        };
         let volume = self.pool.volume(&snapshot.volume).unwrap();
         if self.model.volumes[&snapshot.volume].read_only {
             return Ok(());
@@ -554,7 +675,9 @@ impl Rig {
     }
 
     fn delete_snapshot(&mut self, rng: &mut Rng) -> Verdict {
-        let Some(snapshot) = self.any_snapshot(rng) else { return Ok(()) };
+        let Some(snapshot) = self.any_snapshot(rng) else {
+            return Ok(());
+        };
         let result = self.pool.delete_snapshot(self.id(&snapshot));
         if snapshot.hold {
             return match result {
@@ -562,12 +685,16 @@ impl Rig {
                 other => wrong(format!("a held snapshot must not be deleted: {other:?}")),
             };
         }
-        self.model.snapshots.retain(|other| (&other.volume, &other.name) != (&snapshot.volume, &snapshot.name));
+        self.model
+            .snapshots
+            .retain(|other| (&other.volume, &other.name) != (&snapshot.volume, &snapshot.name));
         result.map_err(Trouble::from)
     }
 
     fn delete_volume(&mut self, rng: &mut Rng) -> Verdict {
-        let Some((name, handle)) = self.any_volume(rng, false) else { return Ok(()) };
+        let Some((name, handle)) = self.any_volume(rng, false) else {
+            return Ok(());
+        };
         if self.model.snapshots_of(&name).any(|snapshot| snapshot.hold) {
             return Ok(());
         }
@@ -585,31 +712,52 @@ impl Rig {
     }
 
     fn grow(&mut self, rng: &mut Rng) -> Verdict {
-        let Some((name, volume)) = self.any_volume(rng, true) else { return Ok(()) };
+        let Some((name, volume)) = self.any_volume(rng, true) else {
+            return Ok(());
+        };
         let len = self.model.volumes[&name].len();
         let more = rng.below((MOST_SECTORS - len).min(200) + 1);
         self.model_of(&name).sectors.extend(vec![vec![0]; more as usize]);
-        volume.grow((len + more) * SECTOR as u64).map(drop).map_err(Trouble::from)
+        volume
+            .grow((len + more) * SECTOR as u64)
+            .map(drop)
+            .map_err(Trouble::from)
     }
 
     fn rename(&mut self, rng: &mut Rng) -> Verdict {
-        let Some((old, _)) = self.any_volume(rng, false) else { return Ok(()) };
+        let Some((old, _)) = self.any_volume(rng, false) else {
+            return Ok(());
+        };
         let new = self.name("r");
         let volume = self.model.volumes.remove(&old).unwrap();
         self.model.volumes.insert(new.clone(), volume);
-        for snapshot in self.model.snapshots.iter_mut().filter(|snapshot| snapshot.volume == old) {
+        for snapshot in self
+            .model
+            .snapshots
+            .iter_mut()
+            .filter(|snapshot| snapshot.volume == old)
+        {
             snapshot.volume.clone_from(&new);
         }
         self.pool.rename_volume(&old, &new).map_err(Trouble::from)
     }
 
     fn hold(&mut self, rng: &mut Rng) -> Verdict {
-        let Some(snapshot) = self.any_snapshot(rng) else { return Ok(()) };
-        let change = SnapshotChange { hold: Some(!snapshot.hold), ..SnapshotChange::default() };
+        let Some(snapshot) = self.any_snapshot(rng) else {
+            return Ok(());
+        };
+        let change = SnapshotChange {
+            hold: Some(!snapshot.hold),
+            ..SnapshotChange::default()
+        };
         let id = self.id(&snapshot);
-        let same = |other: &&mut ModelSnapshot| (&other.volume, &other.name) == (&snapshot.volume, &snapshot.name);
+        let same =
+            |other: &&mut ModelSnapshot| (&other.volume, &other.name) == (&snapshot.volume, &snapshot.name);
         self.model.snapshots.iter_mut().find(same).unwrap().hold = !snapshot.hold;
-        self.pool.set_snapshot(id, &change).map(drop).map_err(Trouble::from)
+        self.pool
+            .set_snapshot(id, &change)
+            .map(drop)
+            .map_err(Trouble::from)
     }
 
     fn reopen(&mut self) -> Verdict {
@@ -620,7 +768,9 @@ impl Rig {
     }
 
     fn diff(&mut self, rng: &mut Rng) -> Verdict {
-        let Some((name, volume)) = self.any_volume(rng, false) else { return Ok(()) };
+        let Some((name, volume)) = self.any_volume(rng, false) else {
+            return Ok(());
+        };
         let mut line: Vec<ModelSnapshot> = self.model.snapshots_of(&name).cloned().collect();
         line.sort_by_key(|snapshot| snapshot.when);
         let to = rng.index(line.len() + 1);
@@ -629,9 +779,19 @@ impl Rig {
         let (target, now, touched, reverted) = match line.get(to) {
             Some(snapshot) => {
                 let id = DiffTo::Snapshot(self.id(snapshot));
-                (id, snapshot.stamps.clone(), snapshot.touched.clone(), snapshot.reverted)
+                (
+                    id,
+                    snapshot.stamps.clone(),
+                    snapshot.touched.clone(),
+                    snapshot.reverted,
+                )
             }
-            None => (DiffTo::Head(volume.id()), model.now(), model.touched.clone(), model.reverted),
+            None => (
+                DiffTo::Head(volume.id()),
+                model.now(),
+                model.touched.clone(),
+                model.reverted,
+            ),
         };
         let old = from.as_ref().map_or_else(Vec::new, |from| from.stamps.clone());
         let since = from.as_ref().map_or(0, |from| from.when);
@@ -643,7 +803,10 @@ impl Rig {
                 named.insert(sector / GRAIN_SECTORS);
                 let stamp = now.get(sector as usize).copied();
                 if extent.kind != ExtentKind::Data && stamp.is_some_and(|stamp| stamp != 0) {
-                    return wrong(format!("diff of {name} calls sector {sector} {:?}, it holds {stamp:?}", extent.kind));
+                    return wrong(format!(
+                        "diff of {name} calls sector {sector} {:?}, it holds {stamp:?}",
+                        extent.kind
+                    ));
                 }
             }
         }
@@ -653,17 +816,21 @@ impl Rig {
                 return wrong(format!("diff of {name} from {since} leaves out grain {grain}"));
             }
         }
-        let strange = named.iter().find(|grain| touched.get(grain).is_none_or(|&when| when <= since));
+        let strange = named
+            .iter()
+            .find(|grain| touched.get(grain).is_none_or(|&when| when <= since));
         match strange {
-            Some(grain) if reverted <= since && (reverted == 0 || from.is_some()) => {
-                wrong(format!("diff of {name} from {since} names grain {grain}, which nobody wrote: {extents:?}"))
-            }
+            Some(grain) if reverted <= since && (reverted == 0 || from.is_some()) => wrong(format!(
+                "diff of {name} from {since} names grain {grain}, which nobody wrote: {extents:?}"
+            )),
             _ => Ok(()),
         }
     }
 
     fn lba_status(&mut self, rng: &mut Rng) -> Verdict {
-        let Some((name, volume)) = self.any_volume(rng, false) else { return Ok(()) };
+        let Some((name, volume)) = self.any_volume(rng, false) else {
+            return Ok(());
+        };
         let model = &self.model.volumes[&name];
         let now = model.now();
         let extents = volume.lba_status(0, model.len() * SECTOR as u64, usize::MAX >> 8)?;
@@ -678,13 +845,20 @@ impl Rig {
                 return wrong(format!("LBA status of {name} calls data a hole: {extent:?}"));
             }
         }
-        if at == model.len() * SECTOR as u64 { Ok(()) } else { wrong(format!("LBA status of {name} ends at {at}")) }
+        if at == model.len() * SECTOR as u64 {
+            Ok(())
+        } else {
+            wrong(format!("LBA status of {name} ends at {at}"))
+        }
     }
 
     /// Everything deleted must leave nothing behind.
     fn empty(&mut self) -> Verdict {
         for snapshot in self.model.snapshots.clone() {
-            let change = SnapshotChange { hold: Some(false), ..SnapshotChange::default() };
+            let change = SnapshotChange {
+                hold: Some(false),
+                ..SnapshotChange::default()
+            };
             self.pool.set_snapshot(self.id(&snapshot), &change)?;
         }
         for name in self.model.volumes.keys() {
@@ -697,8 +871,17 @@ impl Rig {
         if stats.allocated_bytes != 0 || stats.snapshots != 0 || stats.jobs != 0 {
             return wrong(format!("everything is deleted, and there is left: {stats:?}"));
         }
-        let left = self.world.pairs().into_iter().filter(|(key, _)| b"MENVD".contains(&key[0])).count();
-        if left == 0 { Ok(()) } else { wrong(format!("{left} records are left of nothing")) }
+        let left = self
+            .world
+            .pairs()
+            .into_iter()
+            .filter(|(key, _)| b"MENVD".contains(&key[0]))
+            .count();
+        if left == 0 {
+            Ok(())
+        } else {
+            wrong(format!("{left} records are left of nothing"))
+        }
     }
 }
 
@@ -706,7 +889,8 @@ fn play(steps: &[Step]) -> Result<(), String> {
     let run = || -> Verdict {
         let mut rig = Rig::new()?;
         for (number, step) in steps.iter().enumerate() {
-            rig.step(*step).map_err(|trouble| trouble.at(&format!("step {number} {:?}", step.kind)))?;
+            rig.step(*step)
+                .map_err(|trouble| trouble.at(&format!("step {number} {:?}", step.kind)))?;
         }
         rig.empty().map_err(|trouble| trouble.at("at the end"))
     };
@@ -714,7 +898,11 @@ fn play(steps: &[Step]) -> Result<(), String> {
         Ok(verdict) => verdict.map_err(|trouble| trouble.to_string()),
         Err(panic) => {
             let text = panic.downcast_ref::<String>().map(String::as_str);
-            Err(format!("panic: {}", text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("?")))
+            Err(format!(
+                "panic: {}",
+                text.or_else(|| panic.downcast_ref::<&str>().copied())
+                    .unwrap_or("?")
+            ))
         }
     }
 }

@@ -25,7 +25,9 @@ const QUICK_CUTS: usize = 90;
 const CONTROL_CUTS: usize = 60;
 
 fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name} is not a number")))
+    std::env::var(name).map_or(default, |text| {
+        text.parse().unwrap_or_else(|_| panic!("{name} is not a number"))
+    })
 }
 
 /// The workload itself, in a process of its own.
@@ -48,13 +50,25 @@ fn record(seed: u64, left_out: LeftOut, sessions: u64, steps: u64) -> Recording 
     let (root, log) = (base.join("root"), base.join("log"));
     fs::create_dir(&root).unwrap();
     for session in 0..sessions {
-        let orders = Orders { dir: root.clone(), seed: seed * 100 + session, steps };
+        let orders = Orders {
+            dir: root.clone(),
+            seed: seed * 100 + session,
+            steps,
+        };
         let output = recorder::record("workload_child", &root, &log, left_out, &orders.vars());
-        assert!(output.status.success(), "seed {seed}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "seed {seed}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
     let events = read_log(&log);
     fs::remove_file(&log).unwrap();
-    Recording { scratch, root, events }
+    Recording {
+        scratch,
+        root,
+        events,
+    }
 }
 
 impl Recording {
@@ -91,7 +105,11 @@ impl Recording {
 fn files_below(dir: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
-        if path.is_dir() { files_below(&path, found) } else { found.push(path) }
+        if path.is_dir() {
+            files_below(&path, found)
+        } else {
+            found.push(path)
+        }
     }
 }
 
@@ -106,7 +124,11 @@ fn the_recorder_misses_nothing() {
     files_below(&recording.root, &mut files);
     assert!(files.len() >= 4, "{files:?}");
     for path in files {
-        assert!(system.content(&path) == fs::read(&path).unwrap(), "{} differs from its replay", path.display());
+        assert!(
+            system.content(&path) == fs::read(&path).unwrap(),
+            "{} differs from its replay",
+            path.display()
+        );
     }
 }
 
@@ -118,7 +140,10 @@ fn a_power_cut_loses_nothing_that_was_flushed() {
     let mut judged = 0;
     recording.cut(seed, cuts, |point, loss, image, facts| {
         if let Err(what) = workload::judge(image, facts) {
-            panic!("STILLPOINT_SEED={seed}, cut {point}/{} ({loss:?}): {what}", recording.events.len());
+            panic!(
+                "STILLPOINT_SEED={seed}, cut {point}/{} ({loss:?}): {what}",
+                recording.events.len()
+            );
         }
         judged += 1;
         true
@@ -135,7 +160,8 @@ fn sees_loss_without_fdatasync_of(suffix: &'static str) {
         seen = workload::judge(image, facts).err().map(|what| (point, what));
         seen.is_none()
     });
-    let (point, what) = seen.unwrap_or_else(|| panic!("fdatasync of {suffix} was left out and nothing was lost"));
+    let (point, what) =
+        seen.unwrap_or_else(|| panic!("fdatasync of {suffix} was left out and nothing was lost"));
     println!("without fdatasync of {suffix}, cut {point}: {what}");
 }
 

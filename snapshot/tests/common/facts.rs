@@ -43,7 +43,9 @@ pub(crate) fn stamped(sector: u64, stamp: Stamp) -> [u8; SECTOR] {
 
 /// Bytes of a write of `count` sectors.
 pub(crate) fn stamped_run(sector: u64, count: u64, stamp: Stamp) -> Vec<u8> {
-    (sector..sector + count).flat_map(|sector| stamped(sector, stamp)).collect()
+    (sector..sector + count)
+        .flat_map(|sector| stamped(sector, stamp))
+        .collect()
 }
 
 /// Which operation the bytes of each sector are from; an error names the first sector that no single operation wrote.
@@ -64,26 +66,67 @@ pub(crate) fn stamps(bytes: &[u8]) -> Result<Vec<Stamp>, String> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum What {
     /// New empty volume of so many sectors.
-    Create { volume: String, sectors: u64 },
-    Write { volume: String, sector: u64, count: u64, fua: bool },
+    Create {
+        volume: String,
+        sectors: u64,
+    },
+    Write {
+        volume: String,
+        sector: u64,
+        count: u64,
+        fua: bool,
+    },
     /// WRITE SAME of zeroes or UNMAP.
-    Zero { volume: String, sector: u64, count: u64 },
-    Flush { volume: String },
-    Snapshot { name: String, volumes: Vec<String> },
-    Clone { volume: String, snapshot: String, to: String },
-    Revert { volume: String, snapshot: String },
-    DeleteSnapshot { volume: String, snapshot: String },
-    DeleteVolume { volume: String },
+    Zero {
+        volume: String,
+        sector: u64,
+        count: u64,
+    },
+    Flush {
+        volume: String,
+    },
+    Snapshot {
+        name: String,
+        volumes: Vec<String>,
+    },
+    Clone {
+        volume: String,
+        snapshot: String,
+        to: String,
+    },
+    Revert {
+        volume: String,
+        snapshot: String,
+    },
+    DeleteSnapshot {
+        volume: String,
+        snapshot: String,
+    },
+    DeleteVolume {
+        volume: String,
+    },
     /// Seen after a restart: what each sector holds from now on.
-    Observed { volume: String, stamps: Vec<Stamp> },
+    Observed {
+        volume: String,
+        stamps: Vec<Stamp>,
+    },
 }
 
 impl What {
     fn text(&self) -> String {
         match self {
             Self::Create { volume, sectors } => format!("create {volume} {sectors}"),
-            Self::Write { volume, sector, count, fua } => format!("write {volume} {sector} {count} {fua}"),
-            Self::Zero { volume, sector, count } => format!("zero {volume} {sector} {count}"),
+            Self::Write {
+                volume,
+                sector,
+                count,
+                fua,
+            } => format!("write {volume} {sector} {count} {fua}"),
+            Self::Zero {
+                volume,
+                sector,
+                count,
+            } => format!("zero {volume} {sector} {count}"),
             Self::Flush { volume } => format!("flush {volume}"),
             Self::Snapshot { name, volumes } => format!("snapshot {name} {}", volumes.join(" ")),
             Self::Clone { volume, snapshot, to } => format!("clone {volume} {snapshot} {to}"),
@@ -109,14 +152,39 @@ impl What {
         let number = |i: usize| rest.get(i).and_then(|text| text.parse::<u64>().ok());
         let name = |i: usize| rest.get(i).map(|&text| text.to_owned());
         Some(match verb {
-            "create" => Self::Create { volume, sectors: number(0)? },
-            "write" => Self::Write { volume, sector: number(0)?, count: number(1)?, fua: *rest.get(2)? == "true" },
-            "zero" => Self::Zero { volume, sector: number(0)?, count: number(1)? },
+            "create" => Self::Create {
+                volume,
+                sectors: number(0)?,
+            },
+            "write" => Self::Write {
+                volume,
+                sector: number(0)?,
+                count: number(1)?,
+                fua: *rest.get(2)? == "true",
+            },
+            "zero" => Self::Zero {
+                volume,
+                sector: number(0)?,
+                count: number(1)?,
+            },
             "flush" => Self::Flush { volume },
-            "snapshot" => Self::Snapshot { name: volume, volumes: rest.iter().map(|&text| text.to_owned()).collect() },
-            "clone" => Self::Clone { volume, snapshot: name(0)?, to: name(1)? },
-            "revert" => Self::Revert { volume, snapshot: name(0)? },
-            "unsnap" => Self::DeleteSnapshot { volume, snapshot: name(0)? },
+            "snapshot" => Self::Snapshot {
+                name: volume,
+                volumes: rest.iter().map(|&text| text.to_owned()).collect(),
+            },
+            "clone" => Self::Clone {
+                volume,
+                snapshot: name(0)?,
+                to: name(1)?,
+            },
+            "revert" => Self::Revert {
+                volume,
+                snapshot: name(0)?,
+            },
+            "unsnap" => Self::DeleteSnapshot {
+                volume,
+                snapshot: name(0)?,
+            },
             "delete" => Self::DeleteVolume { volume },
             "observed" => {
                 let run = |text: &&str| {
@@ -124,7 +192,10 @@ impl What {
                     Some(std::iter::repeat_n(stamp.parse().ok()?, count.parse().ok()?))
                 };
                 let runs: Option<Vec<_>> = rest.iter().map(run).collect();
-                Self::Observed { volume, stamps: runs?.into_iter().flatten().collect() }
+                Self::Observed {
+                    volume,
+                    stamps: runs?.into_iter().flatten().collect(),
+                }
             }
             _ => return None,
         })
@@ -141,14 +212,29 @@ impl Facts {
     /// Appends to `path`; operations are numbered from after those already there.
     pub(crate) fn append(path: &Path) -> Self {
         let text = std::fs::read_to_string(path).unwrap_or_default();
-        let last = text.lines().filter_map(|line| line.split(' ').nth(1)?.parse::<u64>().ok()).max().unwrap_or(0);
-        let file = OpenOptions::new().create(true).append(true).open(path).expect("the facts");
-        Self { file: Mutex::new(file), next: AtomicU64::new(last + 1) }
+        let last = text
+            .lines()
+            .filter_map(|line| line.split(' ').nth(1)?.parse::<u64>().ok())
+            .max()
+            .unwrap_or(0);
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path)
+            .expect("the facts");
+        Self {
+            file: Mutex::new(file),
+            next: AtomicU64::new(last + 1),
+        }
     }
 
     fn line(&self, text: &str) {
         // One write per line: a crash cannot leave half of an acknowledgement in front of another line.
-        self.file.lock().unwrap().write_all(text.as_bytes()).expect("the facts");
+        self.file
+            .lock()
+            .unwrap()
+            .write_all(text.as_bytes())
+            .expect("the facts");
     }
 
     /// To be called before the operation; returns its number, which is also the stamp of its sectors.
@@ -201,12 +287,26 @@ impl History {
         for (position, line) in whole.lines().enumerate() {
             let mut parts = line.splitn(4, ' ');
             let kind = parts.next();
-            let op: Stamp = parts.next().and_then(|text| text.parse().ok()).expect("a number of an operation");
+            let op: Stamp = parts
+                .next()
+                .and_then(|text| text.parse().ok())
+                .expect("a number of an operation");
             match kind {
                 Some("b") => {
                     let thread = parts.next().and_then(|text| text.parse().ok()).expect("a thread");
-                    let what = parts.next().and_then(What::parse).unwrap_or_else(|| panic!("bad fact: {line}"));
-                    ops.insert(op, Op { thread, began: position, done: None, what });
+                    let what = parts
+                        .next()
+                        .and_then(What::parse)
+                        .unwrap_or_else(|| panic!("bad fact: {line}"));
+                    ops.insert(
+                        op,
+                        Op {
+                            thread,
+                            began: position,
+                            done: None,
+                            what,
+                        },
+                    );
                 }
                 Some("d") => ops.get_mut(&op).expect("begun before it is done").done = Some(position),
                 _ => panic!("bad fact: {line}"),
@@ -228,9 +328,19 @@ impl History {
 
     /// True when a flush (or a group snapshot, which commits) that began after `op` was done has been acknowledged.
     fn covered(&self, volume: &str, op: Stamp) -> bool {
-        let Some(Op { done: Some(done), what, .. }) = self.ops.get(&op) else { return false };
+        let Some(Op {
+            done: Some(done),
+            what,
+            ..
+        }) = self.ops.get(&op)
+        else {
+            return false;
+        };
         match what {
-            What::Write { fua: true, .. } | What::Create { .. } | What::Clone { .. } | What::Revert { .. } => true,
+            What::Write { fua: true, .. }
+            | What::Create { .. }
+            | What::Clone { .. }
+            | What::Revert { .. } => true,
             _ => self.flushes(volume).any(|flush| flush.began > *done),
         }
     }
@@ -253,14 +363,28 @@ impl History {
         for (stamp, op) in self.in_order() {
             let (volume, range, value) = match &op.what {
                 What::Create { volume, sectors } => {
-                    volumes.insert(volume.clone(), vec![vec![Version { op: stamp, value: 0 }]; *sectors as usize]);
+                    volumes.insert(
+                        volume.clone(),
+                        vec![vec![Version { op: stamp, value: 0 }]; *sectors as usize],
+                    );
                     continue;
                 }
-                What::Write { volume, sector, count, .. } => (volume, *sector..sector + count, stamp),
-                What::Zero { volume, sector, count } => (volume, *sector..sector + count, 0),
+                What::Write {
+                    volume,
+                    sector,
+                    count,
+                    ..
+                } => (volume, *sector..sector + count, stamp),
+                What::Zero {
+                    volume,
+                    sector,
+                    count,
+                } => (volume, *sector..sector + count, 0),
                 What::Observed { volume, stamps } => {
                     // A volume whose creation was not acknowledged may be there after the restart.
-                    let sectors = volumes.entry(volume.clone()).or_insert_with(|| vec![Vec::new(); stamps.len()]);
+                    let sectors = volumes
+                        .entry(volume.clone())
+                        .or_insert_with(|| vec![Vec::new(); stamps.len()]);
                     for (versions, &value) in sectors.iter_mut().zip(stamps) {
                         if versions.last().is_none_or(|last| last.value != value) {
                             versions.push(Version { op: stamp, value });
@@ -268,7 +392,10 @@ impl History {
                     }
                     continue;
                 }
-                What::Snapshot { name, volumes: members } => {
+                What::Snapshot {
+                    name,
+                    volumes: members,
+                } => {
                     // Only clones and reverts look here: their volumes have one thread, so this is exact.
                     for member in members {
                         let last = |versions: &Vec<Version>| versions.last().map_or(0, |last| last.value);
@@ -293,7 +420,9 @@ impl History {
                 }
                 What::Flush { .. } | What::DeleteSnapshot { .. } | What::DeleteVolume { .. } => continue,
             };
-            let sectors = volumes.get_mut(volume).unwrap_or_else(|| panic!("{volume} is written but never created"));
+            let sectors = volumes
+                .get_mut(volume)
+                .unwrap_or_else(|| panic!("{volume} is written but never created"));
             for sector in range {
                 sectors[sector as usize].push(Version { op: stamp, value });
             }
@@ -308,7 +437,11 @@ impl History {
         self.judge_snapshots(found, &versions)
     }
 
-    fn judge_volumes(&self, found: &dyn Found, versions: &BTreeMap<String, Vec<Vec<Version>>>) -> Result<(), String> {
+    fn judge_volumes(
+        &self,
+        found: &dyn Found,
+        versions: &BTreeMap<String, Vec<Vec<Version>>>,
+    ) -> Result<(), String> {
         let names: BTreeSet<String> = found.volumes().into_iter().collect();
         for op in self.ops.values() {
             let created = match &op.what {
@@ -328,14 +461,21 @@ impl History {
             let Some(expected) = versions.get(name) else {
                 return Err(format!("volume {name} was never asked for"));
             };
-            let actual = stamps(&found.read_volume(name)?).map_err(|what| format!("volume {name}: {what}"))?;
+            let actual =
+                stamps(&found.read_volume(name)?).map_err(|what| format!("volume {name}: {what}"))?;
             if actual.len() != expected.len() {
-                return Err(format!("volume {name} has {} sectors, not {}", actual.len(), expected.len()));
+                return Err(format!(
+                    "volume {name} has {} sectors, not {}",
+                    actual.len(),
+                    expected.len()
+                ));
             }
             let mut covered = BTreeMap::new();
             for (sector, (&actual, versions)) in actual.iter().zip(expected).enumerate() {
                 let is_covered = |version: &Version| {
-                    *covered.entry(version.op).or_insert_with(|| self.covered(name, version.op))
+                    *covered
+                        .entry(version.op)
+                        .or_insert_with(|| self.covered(name, version.op))
                 };
                 let first = versions.iter().rposition(is_covered).unwrap_or(0);
                 if !versions[first..].iter().any(|version| version.value == actual) {
@@ -349,16 +489,24 @@ impl History {
         Ok(())
     }
 
-    fn judge_snapshots(&self, found: &dyn Found, versions: &BTreeMap<String, Vec<Vec<Version>>>) -> Result<(), String> {
+    fn judge_snapshots(
+        &self,
+        found: &dyn Found,
+        versions: &BTreeMap<String, Vec<Vec<Version>>>,
+    ) -> Result<(), String> {
         let there: BTreeSet<(String, String)> = found.snapshots().into_iter().collect();
         for op in self.ops.values() {
             match &op.what {
                 What::DeleteSnapshot { volume, snapshot }
                     if op.done.is_some() && there.contains(&(volume.clone(), snapshot.clone())) =>
                 {
-                    return Err(format!("snapshot {volume}@{snapshot} is back after its acknowledged deletion"));
+                    return Err(format!(
+                        "snapshot {volume}@{snapshot} is back after its acknowledged deletion"
+                    ));
                 }
-                What::Snapshot { name, volumes } => self.judge_cut(found, versions, &there, op, name, volumes)?,
+                What::Snapshot { name, volumes } => {
+                    self.judge_cut(found, versions, &there, op, name, volumes)?
+                }
                 _ => {}
             }
         }
@@ -383,8 +531,9 @@ impl History {
             })
         };
         let kept: Vec<&String> = volumes.iter().filter(|member| !deleting(member)).collect();
-        let (present, absent): (Vec<&String>, Vec<&String>) =
-            kept.into_iter().partition(|member| there.contains(&((*member).clone(), name.to_owned())));
+        let (present, absent): (Vec<&String>, Vec<&String>) = kept
+            .into_iter()
+            .partition(|member| there.contains(&((*member).clone(), name.to_owned())));
         if let Some(absent) = absent.first() {
             if cut.done.is_some() {
                 return Err(format!("snapshot {absent}@{name} was acknowledged and is gone"));
@@ -399,10 +548,13 @@ impl History {
             let actual = stamps(&bytes).map_err(|what| format!("snapshot {member}@{name}: {what}"))?;
             for (sector, &actual) in actual.iter().enumerate() {
                 self.narrow(&mut threads, &versions[member][sector], actual, cut)
-                    .map_err(|what| format!("snapshot {member}@{name} sector {sector} holds {actual}: {what}"))?;
+                    .map_err(|what| {
+                        format!("snapshot {member}@{name} sector {sector} holds {actual}: {what}")
+                    })?;
             }
         }
-        self.judge_order(&threads, cut).map_err(|what| format!("snapshot {name}: {what}"))
+        self.judge_order(&threads, cut)
+            .map_err(|what| format!("snapshot {name}: {what}"))
     }
 
     /// Narrows the prefix of each writing thread to what `actual` in a sector with `versions` allows.
@@ -414,10 +566,15 @@ impl History {
         cut: &Op,
     ) -> Result<(), String> {
         // Before the snapshot began: in. After it was acknowledged: out. Between: the snapshot decides.
-        let surely = versions.iter().rposition(|version| self.ops[&version.op].done.is_some_and(|done| done < cut.began));
+        let surely = versions
+            .iter()
+            .rposition(|version| self.ops[&version.op].done.is_some_and(|done| done < cut.began));
         let first = surely.unwrap_or(0);
         let until = cut.done.unwrap_or(usize::MAX);
-        let last = versions.iter().rposition(|version| self.ops[&version.op].began < until).unwrap_or(first);
+        let last = versions
+            .iter()
+            .rposition(|version| self.ops[&version.op].began < until)
+            .unwrap_or(first);
         let range = versions.get(first..=last).unwrap_or_default();
         if !range.iter().any(|version| version.value == actual) {
             return Err(format!("not one point in time, could be {range:?}"));
@@ -425,7 +582,13 @@ impl History {
         // Unique stamps say exactly which operations are in and which are not; zeroes only where there is no choice.
         for (i, version) in range.iter().enumerate() {
             let prefix = threads.entry(self.ops[&version.op].thread).or_default();
-            let matching = || range.iter().enumerate().filter(|(_, version)| version.value == actual).map(|(i, _)| i);
+            let matching = || {
+                range
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, version)| version.value == actual)
+                    .map(|(i, _)| i)
+            };
             if matching().all(|m| m >= i) {
                 prefix.newest_in = prefix.newest_in.max(version.op);
             }
@@ -441,14 +604,24 @@ impl History {
         let began = |op: Stamp| self.ops.get(&op).map_or(0, |op| op.began);
         for (thread, prefix) in threads {
             if prefix.oldest_out.is_some_and(|out| out < prefix.newest_in) {
-                return Err(format!("thread {thread}: has {} but not {:?}", prefix.newest_in, prefix.oldest_out));
+                return Err(format!(
+                    "thread {thread}: has {} but not {:?}",
+                    prefix.newest_in, prefix.oldest_out
+                ));
             }
         }
-        let newest = threads.values().map(|prefix| began(prefix.newest_in)).max().unwrap_or(0).max(cut.began);
+        let newest = threads
+            .values()
+            .map(|prefix| began(prefix.newest_in))
+            .max()
+            .unwrap_or(0)
+            .max(cut.began);
         for prefix in threads.values() {
             let Some(out) = prefix.oldest_out else { continue };
             if self.ops[&out].done.is_some_and(|done| done < newest) {
-                return Err(format!("has an operation that began at line {newest}, but not {out}, done before"));
+                return Err(format!(
+                    "has an operation that began at line {newest}, but not {out}, done before"
+                ));
             }
         }
         Ok(())

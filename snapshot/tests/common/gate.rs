@@ -37,7 +37,13 @@ impl Hooks for Gate {
     fn at(&self, point: Point) {
         let (stops, changed) = &*self.0;
         let mut stops = stops.lock().unwrap();
-        let Some(stop) = stops.all.iter_mut().find(|stop| stop.point == point && !stop.reached) else { return };
+        let Some(stop) = stops
+            .all
+            .iter_mut()
+            .find(|stop| stop.point == point && !stop.reached)
+        else {
+            return;
+        };
         stop.reached = true;
         let id = stop.id;
         changed.notify_all();
@@ -56,8 +62,17 @@ impl Gate {
         let mut stops = self.0.0.lock().unwrap();
         stops.next += 1;
         let id = stops.next;
-        stops.all.push(Stop { id, point, reached: false, released: false });
-        Pause { gate: self.clone(), id, point }
+        stops.all.push(Stop {
+            id,
+            point,
+            reached: false,
+            released: false,
+        });
+        Pause {
+            gate: self.clone(),
+            id,
+            point,
+        }
     }
 }
 

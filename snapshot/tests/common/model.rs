@@ -53,7 +53,12 @@ impl ModelVolume {
 
     pub(crate) fn of(stamps: &[Stamp], read_only: bool, clock: u64) -> Self {
         let sectors = stamps.iter().map(|&stamp| vec![stamp]).collect();
-        Self { sectors, read_only, reverted: clock, ..Self::empty(0) }
+        Self {
+            sectors,
+            read_only,
+            reverted: clock,
+            ..Self::empty(0)
+        }
     }
 
     pub(crate) fn len(&self) -> u64 {
@@ -61,7 +66,10 @@ impl ModelVolume {
     }
 
     pub(crate) fn now(&self) -> Vec<Stamp> {
-        self.sectors.iter().map(|values| values.last().copied().unwrap_or(0)).collect()
+        self.sectors
+            .iter()
+            .map(|values| values.last().copied().unwrap_or(0))
+            .collect()
     }
 
     pub(crate) fn set(&mut self, clock: u64, sector: u64, count: u64, stamp: Stamp) {
@@ -102,7 +110,9 @@ impl Model {
     }
 
     pub(crate) fn snapshots_of(&self, volume: &str) -> impl Iterator<Item = &ModelSnapshot> {
-        self.snapshots.iter().filter(move |snapshot| snapshot.volume == volume)
+        self.snapshots
+            .iter()
+            .filter(move |snapshot| snapshot.volume == volume)
     }
 
     /// Compares with what reads return in a running pool.
@@ -124,11 +134,16 @@ impl Model {
         for (name, volume) in &self.volumes {
             let (stamps, read_only) = &seen.volumes[name];
             if *read_only != volume.read_only || stamps.len() != volume.sectors.len() {
-                return Err(format!("volume {name}: {} sectors, read only {read_only}", stamps.len()));
+                return Err(format!(
+                    "volume {name}: {} sectors, read only {read_only}",
+                    stamps.len()
+                ));
             }
             for (sector, (&stamp, values)) in stamps.iter().zip(&volume.sectors).enumerate() {
                 if !fits(values, stamp) {
-                    return Err(format!("volume {name} sector {sector} holds {stamp}, not one of {values:?}"));
+                    return Err(format!(
+                        "volume {name} sector {sector} holds {stamp}, not one of {values:?}"
+                    ));
                 }
             }
         }

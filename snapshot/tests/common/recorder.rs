@@ -30,9 +30,18 @@ pub(crate) enum LeftOut {
 }
 
 /// Runs the ignored test `name` of this test binary as a child with `vars`, recording what it does below `root`.
-pub(crate) fn record(name: &str, root: &Path, log: &Path, left_out: LeftOut, vars: &[(&str, String)]) -> Output {
+pub(crate) fn record(
+    name: &str,
+    root: &Path,
+    log: &Path,
+    left_out: LeftOut,
+    vars: &[(&str, String)],
+) -> Output {
     let mut command = child(name, vars);
-    command.env("LD_PRELOAD", library()).env("RECORDER_ROOT", root).env("RECORDER_LOG", log);
+    command
+        .env("LD_PRELOAD", library())
+        .env("RECORDER_ROOT", root)
+        .env("RECORDER_LOG", log);
     if let LeftOut::Fdatasync(suffix) = left_out {
         command.env("RECORDER_SKIP_FDATASYNC", suffix);
     }
@@ -50,6 +59,10 @@ pub(crate) fn child(name: &str, vars: &[(&str, String)]) -> Command {
 /// A directory for images: in memory where that exists, because every image is synced by the store that opens it.
 pub(crate) fn scratch() -> tempfile::TempDir {
     let memory = Path::new("/dev/shm");
-    let made = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
+    let made = if memory.is_dir() {
+        tempfile::tempdir_in(memory)
+    } else {
+        tempfile::tempdir()
+    };
     made.expect("a temporary directory")
 }

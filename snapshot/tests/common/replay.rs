@@ -20,19 +20,58 @@ type Inode = usize;
 /// One record of the log.
 #[derive(Clone, Debug)]
 pub(crate) enum Event {
-    Open { fd: i32, flags: u64, path: PathBuf },
-    Close { fd: i32 },
-    Write { fd: i32, offset: u64, durable: bool, data: Vec<u8> },
-    Truncate { fd: i32, len: u64 },
-    SyncBegin { fd: i32, token: u64 },
-    SyncEnd { token: u64, good: bool },
-    Punch { fd: i32, offset: u64, len: u64 },
-    Allocate { fd: i32, len: u64 },
-    Rename { from: PathBuf, to: PathBuf },
-    Unlink { path: PathBuf },
-    Mkdir { path: PathBuf },
-    Rmdir { path: PathBuf },
-    Dup { fd: i32, copy: i32 },
+    Open {
+        fd: i32,
+        flags: u64,
+        path: PathBuf,
+    },
+    Close {
+        fd: i32,
+    },
+    Write {
+        fd: i32,
+        offset: u64,
+        durable: bool,
+        data: Vec<u8>,
+    },
+    Truncate {
+        fd: i32,
+        len: u64,
+    },
+    SyncBegin {
+        fd: i32,
+        token: u64,
+    },
+    SyncEnd {
+        token: u64,
+        good: bool,
+    },
+    Punch {
+        fd: i32,
+        offset: u64,
+        len: u64,
+    },
+    Allocate {
+        fd: i32,
+        len: u64,
+    },
+    Rename {
+        from: PathBuf,
+        to: PathBuf,
+    },
+    Unlink {
+        path: PathBuf,
+    },
+    Mkdir {
+        path: PathBuf,
+    },
+    Rmdir {
+        path: PathBuf,
+    },
+    Dup {
+        fd: i32,
+        copy: i32,
+    },
     FileRange,
 }
 
@@ -46,29 +85,53 @@ pub(crate) fn read_log(path: &Path) -> Vec<Event> {
         let op = u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
         let fd = i32::from_le_bytes(bytes[at + 4..at + 8].try_into().unwrap());
         let (a, b, len) = (word(8), word(16), word(24) as usize);
-        let Some(text) = bytes.get(at + 32..at + 32 + len) else { break };
+        let Some(text) = bytes.get(at + 32..at + 32 + len) else {
+            break;
+        };
         at += 32 + len;
         let name = || PathBuf::from(std::str::from_utf8(text).expect("paths of the test are UTF-8"));
         events.push(match op {
-            1 => Event::Open { fd, flags: a, path: name() },
+            1 => Event::Open {
+                fd,
+                flags: a,
+                path: name(),
+            },
             2 => Event::Close { fd },
-            3 => Event::Write { fd, offset: a, durable: b != 0, data: text.to_vec() },
+            3 => Event::Write {
+                fd,
+                offset: a,
+                durable: b != 0,
+                data: text.to_vec(),
+            },
             4 => Event::Truncate { fd, len: a },
             5 => Event::SyncBegin { fd, token: a },
-            6 => Event::SyncEnd { token: a, good: b != 0 },
-            7 => Event::Punch { fd, offset: a, len: b },
+            6 => Event::SyncEnd {
+                token: a,
+                good: b != 0,
+            },
+            7 => Event::Punch {
+                fd,
+                offset: a,
+                len: b,
+            },
             8 => Event::Allocate { fd, len: a },
             9 => {
                 let cut = text.iter().position(|&byte| byte == 0).expect("two paths");
                 let part = |bytes: &[u8]| PathBuf::from(std::str::from_utf8(bytes).unwrap());
-                Event::Rename { from: part(&text[..cut]), to: part(&text[cut + 1..]) }
+                Event::Rename {
+                    from: part(&text[..cut]),
+                    to: part(&text[cut + 1..]),
+                }
             }
             10 => Event::Unlink { path: name() },
             11 => Event::Mkdir { path: name() },
             12 => Event::Rmdir { path: name() },
             13 => Event::Dup { fd, copy: a as i32 },
             14 => Event::FileRange,
-            _ => panic!("the recorder does not follow {op}: {}", String::from_utf8_lossy(text)),
+            _ => panic!(
+                "the recorder does not follow {op}: {}",
+                String::from_utf8_lossy(text)
+            ),
         });
     }
     events
@@ -125,22 +188,40 @@ pub(crate) struct FileSystem {
 impl FileSystem {
     /// `root` exists, is empty and durable.
     pub(crate) fn new(root: &Path) -> Self {
-        let top = Node { is_dir: true, ..Node::default() };
-        Self { root: root.to_owned(), nodes: vec![top], open: HashMap::new(), syncs: HashMap::new(), now: 0 }
+        let top = Node {
+            is_dir: true,
+            ..Node::default()
+        };
+        Self {
+            root: root.to_owned(),
+            nodes: vec![top],
+            open: HashMap::new(),
+            syncs: HashMap::new(),
+            now: 0,
+        }
     }
 
     fn create(&mut self, is_dir: bool) -> Inode {
-        self.nodes.push(Node { is_dir, ..Node::default() });
+        self.nodes.push(Node {
+            is_dir,
+            ..Node::default()
+        });
         self.nodes.len() - 1
     }
 
     fn lookup(&self, path: &Path) -> Option<Inode> {
-        let below = path.strip_prefix(&self.root).expect("recorded paths are below the root");
-        below.iter().try_fold(0, |inode, name| self.nodes[inode].entries.get(name.to_str()?).copied())
+        let below = path
+            .strip_prefix(&self.root)
+            .expect("recorded paths are below the root");
+        below.iter().try_fold(0, |inode, name| {
+            self.nodes[inode].entries.get(name.to_str()?).copied()
+        })
     }
 
     fn change_entry(&mut self, path: &Path, change: impl FnOnce(String) -> NameChange) {
-        let parent = self.lookup(path.parent().expect("not the root")).expect("the directory is known");
+        let parent = self
+            .lookup(path.parent().expect("not the root"))
+            .expect("the directory is known");
         let change = change(name_of(path));
         let now = self.now;
         let node = &mut self.nodes[parent];
@@ -154,7 +235,11 @@ impl FileSystem {
         match event {
             Event::Open { fd, flags, path } => {
                 let inode = self.lookup(path).unwrap_or_else(|| {
-                    assert!(flags & 0o100 != 0, "{} was opened but never created", path.display());
+                    assert!(
+                        flags & 0o100 != 0,
+                        "{} was opened but never created",
+                        path.display()
+                    );
                     let inode = self.create(false);
                     self.change_entry(path, |name| NameChange::Set(name, inode));
                     inode
@@ -169,7 +254,12 @@ impl FileSystem {
                 let inode = self.open[fd];
                 self.open.insert(*copy, inode);
             }
-            Event::Write { fd, offset, durable, data } => {
+            Event::Write {
+                fd,
+                offset,
+                durable,
+                data,
+            } => {
                 let medium = &mut self.nodes[self.open[fd]].medium;
                 medium.write(*offset, data);
                 if *durable {
@@ -184,7 +274,8 @@ impl FileSystem {
             }
             Event::SyncBegin { fd, token } => {
                 let inode = self.open[fd];
-                self.syncs.insert(*token, (inode, (self.now, self.nodes[inode].medium.mark())));
+                self.syncs
+                    .insert(*token, (inode, (self.now, self.nodes[inode].medium.mark())));
             }
             Event::SyncEnd { token, good } => {
                 let (inode, marks) = self.syncs.remove(token).expect("a sync ends once");
@@ -194,7 +285,11 @@ impl FileSystem {
             }
             Event::Rename { from, to } => {
                 let inode = self.lookup(from).expect("the renamed file is known");
-                assert_eq!(from.parent(), to.parent(), "a rename across directories is not modelled");
+                assert_eq!(
+                    from.parent(),
+                    to.parent(),
+                    "a rename across directories is not modelled"
+                );
                 self.change_entry(from, |name| NameChange::Move(name, name_of(to), inode));
             }
             Event::Unlink { path } | Event::Rmdir { path } => self.change_entry(path, NameChange::Remove),
@@ -214,7 +309,11 @@ impl FileSystem {
     fn image_of(&self, inode: Inode, to: &Path, loss: Loss, rng: &mut Rng) {
         let node = &self.nodes[inode];
         let mut entries = node.durable_entries.clone();
-        for (_, change) in node.pending_entries.iter().take(rng.kept(node.pending_entries.len(), loss)) {
+        for (_, change) in node
+            .pending_entries
+            .iter()
+            .take(rng.kept(node.pending_entries.len(), loss))
+        {
             apply(&mut entries, change);
         }
         for (name, inode) in entries {
@@ -230,7 +329,9 @@ impl FileSystem {
 
     /// The file at `path` as the process saw it.
     pub(crate) fn content(&self, path: &Path) -> Vec<u8> {
-        let Some(inode) = self.lookup(path) else { return Vec::new() };
+        let Some(inode) = self.lookup(path) else {
+            return Vec::new();
+        };
         let medium = &self.nodes[inode].medium;
         let mut bytes = vec![0; medium.len() as usize];
         assert_eq!(medium.read(0, &mut bytes), bytes.len());
@@ -239,7 +340,10 @@ impl FileSystem {
 }
 
 fn name_of(path: &Path) -> String {
-    path.file_name().and_then(|name| name.to_str()).expect("a name").to_owned()
+    path.file_name()
+        .and_then(|name| name.to_str())
+        .expect("a name")
+        .to_owned()
 }
 
 fn write_file(path: &Path, medium: &Medium) {

@@ -35,7 +35,9 @@ impl Orders {
 
     /// The orders in the environment; a child without any must fail, not pass.
     pub(crate) fn from_env() -> Self {
-        let var = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name}: only the crash tests run this"));
+        let var = |name: &str| {
+            std::env::var(name).unwrap_or_else(|_| panic!("{name}: only the crash tests run this"))
+        };
         Self {
             dir: var("STILLPOINT_CHILD_DIR").into(),
             seed: var("STILLPOINT_CHILD_SEED").parse().expect("a seed"),
@@ -54,7 +56,12 @@ impl Orders {
 
 /// Small and quick to commit, so that a short run has many commits, checkpoints and jobs.
 pub(crate) fn options() -> PoolOptions {
-    PoolOptions { ballast_bytes: 1 << 20, min_free_bytes: 1 << 20, commit_ms: 15, ..PoolOptions::default() }
+    PoolOptions {
+        ballast_bytes: 1 << 20,
+        min_free_bytes: 1 << 20,
+        commit_ms: 15,
+        ..PoolOptions::default()
+    }
 }
 
 /// Opens the pool, or makes it with its three volumes when it is not there.
@@ -68,7 +75,13 @@ pub(crate) fn run(orders: &Orders) {
     };
     for name in ["a", "b", "p"] {
         if pool.volume(name).is_none() {
-            let op = facts.begin(0, &What::Create { volume: name.to_owned(), sectors: SECTORS });
+            let op = facts.begin(
+                0,
+                &What::Create {
+                    volume: name.to_owned(),
+                    sectors: SECTORS,
+                },
+            );
             create(&pool, name);
             facts.done(op);
         }
@@ -76,14 +89,25 @@ pub(crate) fn run(orders: &Orders) {
     for info in pool.volumes() {
         let volume = pool.volume(&info.name).expect("listed");
         let stamps = stamps(&read_all(&volume).expect("readable")).expect("whole sectors");
-        facts.done(facts.begin(0, &What::Observed { volume: info.name, stamps }));
+        facts.done(facts.begin(
+            0,
+            &What::Observed {
+                volume: info.name,
+                stamps,
+            },
+        ));
     }
     std::thread::scope(|scope| {
         for thread in 1..=2 {
             let (facts, pool) = (&facts, &pool);
             scope.spawn(move || write(pool, facts, thread, orders));
         }
-        Coordinator { pool: &pool, facts: &facts, rng: Rng::new(orders.seed) }.run(orders.steps);
+        Coordinator {
+            pool: &pool,
+            facts: &facts,
+            rng: Rng::new(orders.seed),
+        }
+        .run(orders.steps);
     });
     pool.shutdown().expect("a clean stop");
 }
@@ -115,13 +139,22 @@ fn write(pool: &Pool, facts: &Facts, thread: u64, orders: &Orders) {
         match rng.below(100) {
             0..12 => step(facts, thread, &What::Flush { volume: name }, |_| volume.flush()),
             12..24 => {
-                let what = What::Zero { volume: name, sector, count };
+                let what = What::Zero {
+                    volume: name,
+                    sector,
+                    count,
+                };
                 let unmap = rng.chance(50);
                 step(facts, thread, &what, |_| zero(volume, sector, count, unmap));
             }
             n => {
                 let fua = n < 32;
-                let what = What::Write { volume: name, sector, count, fua };
+                let what = What::Write {
+                    volume: name,
+                    sector,
+                    count,
+                    fua,
+                };
                 step(facts, thread, &what, |op| {
                     volume.write(sector * SECTOR as u64, &stamped_run(sector, count, op), fua)
                 });
@@ -140,17 +173,30 @@ fn own_range(rng: &mut Rng, thread: u64) -> (u64, u64) {
     } else {
         let runs = (SECTORS / GRAIN_SECTORS - SHARED_GRAINS) / 16;
         let first = (SHARED_GRAINS + rng.below(runs) * 16 + mine * 8) * GRAIN_SECTORS;
-        let start = if rng.chance(50) { rng.below(8) * GRAIN_SECTORS } else { rng.below(64) };
+        let start = if rng.chance(50) {
+            rng.below(8) * GRAIN_SECTORS
+        } else {
+            rng.below(64)
+        };
         (first + start, 1 + rng.below(64 - start))
     }
 }
 
 fn zero(volume: &Volume, sector: u64, count: u64, unmap: bool) -> stillpoint_snapshot::Result<()> {
     let (offset, len) = (sector * SECTOR as u64, count * SECTOR as u64);
-    if unmap { volume.unmap(&[(offset, len)]) } else { volume.write_zeroes(offset, len, false) }
+    if unmap {
+        volume.unmap(&[(offset, len)])
+    } else {
+        volume.write_zeroes(offset, len, false)
+    }
 }
 
-fn step<T>(facts: &Facts, thread: u64, what: &What, run: impl FnOnce(u64) -> stillpoint_snapshot::Result<T>) -> T {
+fn step<T>(
+    facts: &Facts,
+    thread: u64,
+    what: &What,
+    run: impl FnOnce(u64) -> stillpoint_snapshot::Result<T>,
+) -> T {
     let op = facts.begin(thread, what);
     let result = run(op).unwrap_or_else(|error| panic!("{what:?}: {error}"));
     facts.done(op);
@@ -185,7 +231,11 @@ impl Coordinator<'_> {
     }
 
     fn live(&self) -> Vec<(String, stillpoint_snapshot::SnapshotInfo)> {
-        self.pool.snapshots(None).into_iter().map(|info| (info.volume_name.clone(), info)).collect()
+        self.pool
+            .snapshots(None)
+            .into_iter()
+            .map(|info| (info.volume_name.clone(), info))
+            .collect()
     }
 
     fn write(&mut self) {
@@ -196,10 +246,19 @@ impl Coordinator<'_> {
         let handle = self.pool.volume(&volume).expect("listed");
         if self.rng.chance(15) {
             let unmap = self.rng.chance(50);
-            let what = What::Zero { volume, sector, count };
+            let what = What::Zero {
+                volume,
+                sector,
+                count,
+            };
             step(self.facts, 0, &what, |_| zero(&handle, sector, count, unmap));
         } else {
-            let what = What::Write { volume, sector, count, fua: false };
+            let what = What::Write {
+                volume,
+                sector,
+                count,
+                fua: false,
+            };
             step(self.facts, 0, &what, |op| {
                 handle.write(sector * SECTOR as u64, &stamped_run(sector, count, op), false)
             });
@@ -220,30 +279,51 @@ impl Coordinator<'_> {
         let mut volumes = vec!["a".to_owned(), "b".to_owned(), "p".to_owned()];
         volumes.extend(self.own().into_iter().filter(|name| name != "p"));
         volumes.truncate(2 + self.rng.index(volumes.len() - 1));
-        let ids: Vec<_> = volumes.iter().map(|name| self.pool.volume(name).expect("listed").id()).collect();
+        let ids: Vec<_> = volumes
+            .iter()
+            .map(|name| self.pool.volume(name).expect("listed").id())
+            .collect();
         let name = format!("s{}", self.rng.bits());
-        let spec = SnapshotSpec { name: name.clone(), ..SnapshotSpec::default() };
-        step(self.facts, 0, &What::Snapshot { name, volumes }, |_| self.pool.begin_cut(&ids, &spec)?.commit());
+        let spec = SnapshotSpec {
+            name: name.clone(),
+            ..SnapshotSpec::default()
+        };
+        step(self.facts, 0, &What::Snapshot { name, volumes }, |_| {
+            self.pool.begin_cut(&ids, &spec)?.commit()
+        });
     }
 
     fn delete_snapshot(&mut self) {
         let live = self.live();
-        let Some((volume, info)) = self.rng.pick(&live).cloned() else { return };
-        let what = What::DeleteSnapshot { volume, snapshot: info.name };
+        let Some((volume, info)) = self.rng.pick(&live).cloned() else {
+            return;
+        };
+        let what = What::DeleteSnapshot {
+            volume,
+            snapshot: info.name,
+        };
         step(self.facts, 0, &what, |_| self.pool.delete_snapshot(info.id));
     }
 
     fn own_snapshots(&self) -> Vec<(String, stillpoint_snapshot::SnapshotInfo)> {
-        self.live().into_iter().filter(|(volume, _)| volume != "a" && volume != "b").collect()
+        self.live()
+            .into_iter()
+            .filter(|(volume, _)| volume != "a" && volume != "b")
+            .collect()
     }
 
     fn revert(&mut self) {
         let own = self.own_snapshots();
-        let Some((volume, info)) = self.rng.pick(&own).cloned() else { return };
+        let Some((volume, info)) = self.rng.pick(&own).cloned() else {
+            return;
+        };
         if !self.pool.volumes().iter().any(|known| known.name == volume) {
             return;
         }
-        let what = What::Revert { volume: volume.clone(), snapshot: info.name };
+        let what = What::Revert {
+            volume: volume.clone(),
+            snapshot: info.name,
+        };
         step(self.facts, 0, &what, |_| self.pool.revert(info.volume, info.id));
     }
 
@@ -252,21 +332,43 @@ impl Coordinator<'_> {
             return self.delete_clone();
         }
         let own = self.own_snapshots();
-        let Some((volume, info)) = self.rng.pick(&own).cloned() else { return };
+        let Some((volume, info)) = self.rng.pick(&own).cloned() else {
+            return;
+        };
         let to = format!("c{}", self.rng.bits());
-        let what = What::Clone { volume, snapshot: info.name, to: to.clone() };
-        let spec = CloneSpec { name: to, read_only: false, attributes: Vec::new() };
+        let what = What::Clone {
+            volume,
+            snapshot: info.name,
+            to: to.clone(),
+        };
+        let spec = CloneSpec {
+            name: to,
+            read_only: false,
+            attributes: Vec::new(),
+        };
         step(self.facts, 0, &what, |_| self.pool.clone_snapshot(info.id, &spec));
     }
 
     fn delete_clone(&mut self) {
         let clones: Vec<String> = self.own().into_iter().filter(|name| name != "p").collect();
-        let Some(volume) = self.rng.pick(&clones).cloned() else { return };
+        let Some(volume) = self.rng.pick(&clones).cloned() else {
+            return;
+        };
         for (_, info) in self.live().into_iter().filter(|(name, _)| *name == volume) {
-            let what = What::DeleteSnapshot { volume: volume.clone(), snapshot: info.name };
+            let what = What::DeleteSnapshot {
+                volume: volume.clone(),
+                snapshot: info.name,
+            };
             step(self.facts, 0, &what, |_| self.pool.delete_snapshot(info.id));
         }
-        step(self.facts, 0, &What::DeleteVolume { volume: volume.clone() }, |_| self.pool.delete_volume(&volume, false));
+        step(
+            self.facts,
+            0,
+            &What::DeleteVolume {
+                volume: volume.clone(),
+            },
+            |_| self.pool.delete_volume(&volume, false),
+        );
     }
 }
 
@@ -283,13 +385,19 @@ impl Found for FoundPool<'_> {
     }
 
     fn snapshots(&self) -> Vec<(String, String)> {
-        self.0.snapshots(None).into_iter().map(|info| (info.volume_name, info.name)).collect()
+        self.0
+            .snapshots(None)
+            .into_iter()
+            .map(|info| (info.volume_name, info.name))
+            .collect()
     }
 
     fn read_snapshot(&self, volume: &str, snapshot: &str) -> Result<Vec<u8>, String> {
         let info = self.0.snapshot(volume, snapshot).ok_or("gone")?;
         let mut bytes = vec![0xee; info.size_bytes as usize];
-        self.0.read_snapshot(info.id, 0, &mut bytes).map_err(|error| format!("{volume}@{snapshot}: {error}"))?;
+        self.0
+            .read_snapshot(info.id, 0, &mut bytes)
+            .map_err(|error| format!("{volume}@{snapshot}: {error}"))?;
         Ok(bytes)
     }
 }
