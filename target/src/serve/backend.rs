@@ -1,0 +1,190 @@
+//! What stands below a LUN: the seam between SCSI and a store.
+//!
+//! An enum and not a trait object: the variants are few and known, and every I/O would otherwise pay for a boxed future. The
+//! `try_` form answers in place when nothing would block; the other blocks the calling thread and belongs on a worker.
+//! Nothing above this file names the store's data path.
+
+use bytes::{Bytes, BytesMut};
+use stillpoint_scsi::{BlockError, BlockOp, BlockResult, Compare, LbaExtent, ThinFigures};
+use stillpoint_snapshot::{Caw, Error as StoreError, ExtentKind, Volume};
+
+/// Long operations (VERIFY, WRITE SAME) go through the store in steps of this many bytes: the memory they take is bounded, and
+/// other commands get their turn in between.
+const STEP: u64 = 1 << 20;
+
+/// One LUN's storage.
+#[derive(Clone, Debug)]
+pub(crate) enum LunBackend {
+    /// A volume of the local redirect-on-write store.
+    Local(Volume),
+}
+
+impl LunBackend {
+    /// Bytes that the LUN offers now.
+    pub(crate) fn size_bytes(&self) -> u64 {
+        let Self::Local(volume) = self;
+        volume.size_bytes()
+    }
+
+    /// Carries out `op` when that needs no waiting: the map page is cached, nobody holds the range, the data is in the page
+    /// cache. `None` leaves everything as it was: hand the operation to a worker.
+    pub(crate) fn try_execute(&self, op: &BlockOp, data: &[u8]) -> Option<BlockResult> {
+        let Self::Local(volume) = self;
+        let tried = match *op {
+            BlockOp::Read { offset, len, .. } => {
+                let mut buffer = BytesMut::zeroed(len as usize);
+                volume.try_read(offset, &mut buffer).map(|done| done.then(|| BlockResult::Data(buffer.freeze())))
+            }
+            BlockOp::Write { offset, len, fua: false } => {
+                volume.try_write(offset, data.get(..len as usize)?).map(|done| done.then_some(BlockResult::Done))
+            }
+            _ => return None,
+        };
+        tried.unwrap_or_else(|error| Some(BlockResult::Failed(failure(&error))))
+    }
+
+    /// Carries out `op`; blocks until it is done. Operations on the unit's own state are not the backend's.
+    pub(crate) fn execute(&self, op: &BlockOp, data: &[u8], block_size: u32) -> BlockResult {
+        let Self::Local(volume) = self;
+        let pattern = data.get(..block_size as usize);
+        let done = match *op {
+            BlockOp::Read { offset, len, .. } => {
+                let mut buffer = BytesMut::zeroed(len as usize);
+                return match volume.read(offset, &mut buffer) {
+                    Ok(()) => BlockResult::Data(buffer.freeze()),
+                    Err(error) => BlockResult::Failed(failure(&error)),
+                };
+            }
+            BlockOp::Write { offset, len, fua } => whole(data, len).and_then(|data| write(volume, offset, data, fua)),
+            BlockOp::WriteAndVerify { offset, len, compare } => whole(data, len).and_then(|data| {
+                write(volume, offset, data, true)?;
+                if compare { verify(volume, offset, data.len() as u64, &Expect::Data(data)) } else { Ok(()) }
+            }),
+            BlockOp::Verify { offset, len, compare } => match compare {
+                Compare::None => verify(volume, offset, len.into(), &Expect::Anything),
+                Compare::Data => whole(data, len).and_then(|data| verify(volume, offset, len.into(), &Expect::Data(data))),
+                Compare::OneBlock => pattern
+                    .ok_or(BlockError::Fault)
+                    .and_then(|block| verify(volume, offset, len.into(), &Expect::Block(block))),
+            },
+            BlockOp::WriteZeroes { offset, len, unmap, fua } => {
+                volume.write_zeroes(offset, len, unmap).map_err(|e| failure(&e)).and_then(|()| flush_if(volume, fua))
+            }
+            BlockOp::WriteSame { offset, len, fua } => {
+                pattern.ok_or(BlockError::Fault).and_then(|block| write_same(volume, offset, len, block, fua))
+            }
+            BlockOp::Unmap { ref ranges } => volume.unmap(ranges).map_err(|e| failure(&e)),
+            BlockOp::CompareAndWrite { offset, len, fua } => compare_and_write(volume, offset, data, len, fua),
+            BlockOp::OrWrite { offset, len, fua } => {
+                whole(data, len).and_then(|data| volume.or_write(offset, data, fua).map_err(|e| failure(&e)))
+            }
+            BlockOp::Flush => volume.flush().map_err(|e| failure(&e)),
+            BlockOp::LbaStatus { offset, len, max_descriptors } => {
+                return match volume.lba_status(offset, len, max_descriptors) {
+                    Ok(extents) => BlockResult::Extents(
+                        extents.iter().map(|e| LbaExtent { offset: e.offset, len: e.len, mapped: e.kind != ExtentKind::Hole }).collect(),
+                    ),
+                    Err(error) => BlockResult::Failed(failure(&error)),
+                };
+            }
+            BlockOp::ThinFigures => {
+                return match volume.space() {
+                    Ok(space) => {
+                        BlockResult::Thin(ThinFigures { available_bytes: space.available_bytes, used_bytes: space.used_bytes })
+                    }
+                    Err(error) => BlockResult::Failed(failure(&error)),
+                };
+            }
+            BlockOp::SaveModePages(_) | BlockOp::Reservations(_) => Err(BlockError::Fault),
+        };
+        match done {
+            Ok(()) => BlockResult::Done,
+            Err(error) => BlockResult::Failed(error),
+        }
+    }
+}
+
+/// What VERIFY compares the medium with.
+enum Expect<'a> {
+    Anything,
+    Data(&'a [u8]),
+    Block(&'a [u8]),
+}
+
+/// The `len` bytes that the initiator sent for the operation. The planner has checked that they are there.
+fn whole(data: &[u8], len: u32) -> Result<&[u8], BlockError> {
+    data.get(..len as usize).ok_or(BlockError::Fault)
+}
+
+fn write(volume: &Volume, offset: u64, data: &[u8], fua: bool) -> Result<(), BlockError> {
+    volume.write(offset, data, fua).map_err(|error| failure(&error))
+}
+
+fn flush_if(volume: &Volume, fua: bool) -> Result<(), BlockError> {
+    if fua { volume.flush().map_err(|error| failure(&error)) } else { Ok(()) }
+}
+
+fn compare_and_write(volume: &Volume, offset: u64, data: &[u8], len: u32, fua: bool) -> Result<(), BlockError> {
+    let (compare, new) = data.split_at_checked(len as usize).ok_or(BlockError::Fault)?;
+    match volume.compare_and_write(offset, compare, whole(new, len)?, fua) {
+        Ok(Caw::Done) => Ok(()),
+        Ok(Caw::Miscompare { offset }) => Err(BlockError::Miscompare { offset }),
+        Err(error) => Err(failure(&error)),
+    }
+}
+
+fn write_same(volume: &Volume, offset: u64, len: u64, block: &[u8], fua: bool) -> Result<(), BlockError> {
+    let filled = usize::try_from(len.min(STEP)).map_err(|_| BlockError::Fault)?;
+    let buffer: Bytes = block.iter().copied().cycle().take(filled).collect();
+    for (at, n) in steps(offset, len) {
+        write(volume, at, buffer.get(..n).ok_or(BlockError::Fault)?, false)?;
+    }
+    flush_if(volume, fua)
+}
+
+fn verify(volume: &Volume, offset: u64, len: u64, expect: &Expect<'_>) -> Result<(), BlockError> {
+    let mut buffer = vec![0; usize::try_from(len.min(STEP)).map_err(|_| BlockError::Fault)?];
+    for (at, n) in steps(offset, len) {
+        let read = buffer.get_mut(..n).ok_or(BlockError::Fault)?;
+        volume.read(at, read).map_err(|error| failure(&error))?;
+        let base = at - offset;
+        let differs = match *expect {
+            Expect::Anything => None,
+            Expect::Data(data) => data.iter().skip(usize::try_from(base).unwrap_or(usize::MAX)).zip(&*read).position(|(a, b)| a != b),
+            // Steps and ranges are whole blocks, so each step starts with the pattern's first byte.
+            Expect::Block(block) => block.iter().cycle().zip(&*read).position(|(a, b)| a != b),
+        };
+        if let Some(position) = differs {
+            return Err(BlockError::Miscompare { offset: base + position as u64 });
+        }
+    }
+    Ok(())
+}
+
+/// Cuts a range into pieces of at most [`STEP`].
+fn steps(offset: u64, len: u64) -> impl Iterator<Item = (u64, usize)> {
+    (0..len.div_ceil(STEP)).map(move |i| (offset + i * STEP, usize::try_from((len - i * STEP).min(STEP)).unwrap_or(usize::MAX)))
+}
+
+/// What the initiator has to know of a store's error.
+fn failure(error: &StoreError) -> BlockError {
+    tracing::warn!(%error, "block operation failed");
+    match *error {
+        StoreError::NoSpace => BlockError::NoSpace,
+        StoreError::Medium { offset, .. } => BlockError::Medium { offset },
+        StoreError::ReadOnly => BlockError::ReadOnly,
+        _ => BlockError::Fault,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_cover_the_range_once() {
+        let cut: Vec<_> = steps(512, 2 * STEP + 512).collect();
+        assert_eq!(cut, [(512, STEP as usize), (512 + STEP, STEP as usize), (512 + 2 * STEP, 512)]);
+        assert_eq!(steps(0, 0).count(), 0);
+    }
+}

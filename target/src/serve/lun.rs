@@ -1,0 +1,313 @@
+//! One served LUN: SCSI unit above, storage below.
+//!
+//! The unit's lock is short and never held across I/O. Every block operation holds a token from before it is planned until it
+//! has ended, so that a reset, a revert or a removal can wait for exactly the operations that were issued before it.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use bytes::Bytes;
+use stillpoint_iscsi::{Command, Outcome};
+use stillpoint_scsi::{
+    BlockError, BlockOp, BlockResult, Context, NexusId, NexusName, Plan, Reply, ReservationChange, TargetPort, Unit, UnitSpec,
+};
+use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
+
+use super::backend::LunBackend;
+use super::registry::{Control, Registry, Session, TargetRules};
+use super::state::{Identity, State};
+
+/// What the configuration says of a LUN, and what its volume is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LunSettings {
+    /// 512 or 4096.
+    pub(crate) block_size: u32,
+    /// Grain of the pool in bytes: the physical block and the granularity of UNMAP.
+    pub(crate) grain: u32,
+    /// First value of WCE.
+    pub(crate) write_cache: bool,
+    /// No initiator may write.
+    pub(crate) read_only: bool,
+}
+
+/// Counters of one LUN since the daemon's start.
+#[derive(Debug, Default)]
+struct Counters {
+    commands: AtomicU64,
+    read_bytes: AtomicU64,
+    written_bytes: AtomicU64,
+}
+
+/// What `lun show` tells of a LUN that is served.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LunFigures {
+    /// Commands since the start.
+    pub(crate) commands: u64,
+    /// Bytes read by initiators since the start.
+    pub(crate) read_bytes: u64,
+    /// Bytes written by initiators since the start.
+    pub(crate) written_bytes: u64,
+    /// WCE as it is now: an initiator may have changed it.
+    pub(crate) write_cache: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Lun {
+    name: String,
+    identity: Identity,
+    settings: LunSettings,
+    state: State,
+    unit: Mutex<Unit>,
+    backend: RwLock<LunBackend>,
+    operations: Mutex<TaskTracker>,
+    counters: Counters,
+}
+
+impl Lun {
+    /// Serves `backend` under `identity`.
+    ///
+    /// # Errors
+    /// When the saved reservations of the LUN cannot be read back: serving it without them could let a fenced host write.
+    pub(crate) fn new(
+        name: &str,
+        identity: Identity,
+        backend: LunBackend,
+        settings: LunSettings,
+        state: State,
+    ) -> anyhow::Result<Arc<Self>> {
+        let saved = state.lun_saved(name);
+        let mut unit = Unit::new(UnitSpec {
+            naa: identity.naa,
+            serial: identity.serial.clone(),
+            revision: revision(),
+            block_size: if settings.block_size == 4096 { stillpoint_scsi::BlockSize::B4096 } else { stillpoint_scsi::BlockSize::B512 },
+            grain: settings.grain,
+            blocks: backend.size_bytes() / u64::from(settings.block_size),
+            write_cache: saved.write_cache.unwrap_or(settings.write_cache),
+            read_only: settings.read_only,
+            ports: Vec::new(),
+            limits: stillpoint_scsi::Limits::default(),
+        });
+        if let Some(reservations) = saved.reservations {
+            unit.restore_reservations(&reservations).map_err(|error| {
+                anyhow::anyhow!("LUN {name:?}: its saved persistent reservations cannot be read ({error}): restore the data directory")
+            })?;
+        }
+        Ok(Arc::new(Self {
+            name: name.to_owned(),
+            identity,
+            settings,
+            state,
+            unit: Mutex::new(unit),
+            backend: RwLock::new(backend),
+            operations: Mutex::new(TaskTracker::new()),
+            counters: Counters::default(),
+        }))
+    }
+
+    /// The name used everywhere.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// NAA and serial.
+    pub(crate) fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// As configured.
+    pub(crate) fn settings(&self) -> LunSettings {
+        self.settings
+    }
+
+    /// The storage below, now.
+    pub(crate) fn backend(&self) -> LunBackend {
+        self.backend.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Puts other storage below the LUN: after a revert it keeps its identity, and every initiator is told that the medium
+    /// may have changed. The caller has made sure that nobody is logged in, or means it.
+    pub(crate) fn replace_backend(&self, backend: LunBackend) {
+        let blocks = backend.size_bytes() / u64::from(self.settings.block_size);
+        *self.backend.write().unwrap_or_else(PoisonError::into_inner) = backend;
+        let mut unit = self.unit();
+        unit.capacity_changed(blocks);
+        unit.content_replaced();
+    }
+
+    /// The backend has grown: every initiator gets CAPACITY DATA HAS CHANGED (6/2A/09).
+    pub(crate) fn resized(&self) {
+        let blocks = self.backend().size_bytes() / u64::from(self.settings.block_size);
+        self.unit().capacity_changed(blocks);
+    }
+
+    /// The targets through which the LUN is reached, for its VPD page 83h.
+    pub(crate) fn set_ports(&self, ports: Vec<TargetPort>) {
+        self.unit().set_ports(ports);
+    }
+
+    /// A target of the LUN has other LUNs now (6/3F/0E).
+    pub(crate) fn report_luns_changed(&self) {
+        self.unit().report_luns_changed();
+    }
+
+    /// What it did since the start.
+    pub(crate) fn figures(&self) -> LunFigures {
+        let counters = &self.counters;
+        LunFigures {
+            commands: counters.commands.load(Relaxed),
+            read_bytes: counters.read_bytes.load(Relaxed),
+            written_bytes: counters.written_bytes.load(Relaxed),
+            write_cache: self.unit().write_cache(),
+        }
+    }
+
+    /// Waits for the block operations that were issued before the call; later ones do not hold it up.
+    pub(crate) async fn drain(&self) {
+        let before = std::mem::take(&mut *self.operations.lock().unwrap_or_else(PoisonError::into_inner));
+        before.close();
+        before.wait().await;
+    }
+
+    /// A session's I_T nexus uses the LUN.
+    pub(crate) fn attach(&self, session: &Session) {
+        let port = TargetPort { target: session.target.iqn().to_owned(), portal_group: session.portal_group };
+        let name = NexusName { initiator: session.initiator.clone(), isid: session.isid, port };
+        self.unit().attach(NexusId(session.id), name);
+    }
+
+    /// The session has ended; its registrations stay.
+    pub(crate) fn detach(&self, session: u64) {
+        self.unit().detach(NexusId(session));
+    }
+
+    /// LOGICAL UNIT RESET or a target reset.
+    pub(crate) fn reset(&self) {
+        self.unit().lun_reset();
+    }
+
+    /// CLEAR TASK SET by this session: the others are told that their commands are gone (6/2F/00).
+    pub(crate) fn task_set_cleared(&self, others: impl Iterator<Item = u64>) {
+        let others: Vec<_> = others.map(NexusId).collect();
+        self.unit().commands_cleared(&others);
+    }
+
+    /// Decides what a command means: its outcome, or what has to be done for it.
+    ///
+    /// # Errors
+    /// Not an error: the operation that the caller has to carry out.
+    pub(crate) fn plan(&self, session: &Session, rules: &TargetRules, command: &Command) -> Result<Outcome, Planned> {
+        self.counters.commands.fetch_add(1, Relaxed);
+        self.counters.written_bytes.fetch_add(command.data.len() as u64, Relaxed);
+        let token = self.operations.lock().unwrap_or_else(PoisonError::into_inner).token();
+        let numbers: Vec<u16> = rules.luns.iter().map(|(number, _)| *number).collect();
+        let context = Context {
+            nexus: NexusId(session.id),
+            luns: &numbers,
+            data_in_max: if command.read { command.bidi_read_edtl.unwrap_or(command.edtl).into() } else { 0 },
+        };
+        match self.unit().plan(&context, &command.cdb, &command.data) {
+            Plan::Done(reply) => Ok(self.outcome(reply)),
+            Plan::Op(planned) => Err(Planned { planned, data: command.data.clone(), token }),
+        }
+    }
+
+    fn outcome(&self, reply: Reply) -> Outcome {
+        self.counters.read_bytes.fetch_add(reply.data.len() as u64, Relaxed);
+        outcome(reply)
+    }
+
+    fn unit(&self) -> MutexGuard<'_, Unit> {
+        self.unit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// PERSISTENT RESERVE OUT: what must survive is durable, and what was preempted has ended, before the answer.
+    fn reserve(&self, change: &ReservationChange, registry: &Registry) -> BlockResult {
+        if let Some(save) = &change.save
+            && let Err(error) = self.state.save_reservations(&self.name, change.sequence, save)
+        {
+            tracing::error!(lun = %self.name, %error, "persistent reservations could not be saved");
+            return BlockResult::Failed(BlockError::Fault);
+        }
+        let victims = registry.sessions_with(|session| change.abort_tasks_of.contains(&NexusId(session.id)));
+        if victims.is_empty() {
+            return BlockResult::Done;
+        }
+        let handle = tokio::runtime::Handle::current();
+        for victim in victims {
+            let number = victim.target.rules().number_of(self);
+            let (done, wait) = tokio::sync::oneshot::channel();
+            victim.tell(Control::AbortTasks { lun: number, done });
+            // A session that ended has no tasks any more.
+            drop(handle.block_on(wait));
+        }
+        handle.block_on(self.drain());
+        BlockResult::Done
+    }
+}
+
+/// A command that needs its LUN's storage.
+#[derive(Debug)]
+pub(crate) struct Planned {
+    planned: stillpoint_scsi::Planned,
+    data: Bytes,
+    /// Counts the operation as running.
+    token: TaskTrackerToken,
+}
+
+impl Planned {
+    /// Carries the command out if that needs no waiting.
+    ///
+    /// # Errors
+    /// Not an error: the command, for [`Planned::execute`] on a worker.
+    pub(crate) fn try_now(self, lun: &Lun) -> Result<Outcome, Self> {
+        match lun.backend().try_execute(self.planned.op(), &self.data) {
+            Some(result) => Ok(lun.outcome(self.planned.finish(result))),
+            None => Err(self),
+        }
+    }
+
+    /// Carries the command out; blocks.
+    pub(crate) fn execute(self, lun: &Lun, registry: &Registry) -> Outcome {
+        let Self { planned, data, token } = self;
+        let result = match planned.op() {
+            BlockOp::Reservations(change) => {
+                // It waits for the LUN's running operations, of which it must not be one.
+                drop(token);
+                lun.reserve(change, registry)
+            }
+            BlockOp::SaveModePages(pages) => {
+                let flushed = if pages.flush { lun.backend().execute(&BlockOp::Flush, &[], lun.settings.block_size) } else { BlockResult::Done };
+                match (flushed, lun.state.save_write_cache(&lun.name, pages.write_cache)) {
+                    (BlockResult::Done, Ok(())) => BlockResult::Done,
+                    (_, Err(error)) => {
+                        tracing::error!(lun = %lun.name, %error, "mode pages could not be saved");
+                        BlockResult::Failed(BlockError::Fault)
+                    }
+                    (failed, Ok(())) => failed,
+                }
+            }
+            op => lun.backend().execute(op, &data, lun.settings.block_size),
+        };
+        lun.outcome(planned.finish(result))
+    }
+}
+
+/// The answer of a LUN number behind which there is nothing.
+pub(crate) fn absent(cdb: &[u8], luns: &[u16]) -> Outcome {
+    outcome(stillpoint_scsi::absent_lun(cdb, luns))
+}
+
+fn outcome(reply: Reply) -> Outcome {
+    let Reply { status, sense, data, transfer_len } = reply;
+    Outcome { status, sense, data, transfer_len }
+}
+
+/// PRODUCT REVISION LEVEL: major and minor version in four characters.
+fn revision() -> [u8; 4] {
+    let text = format!("{}.{}", env!("CARGO_PKG_VERSION_MAJOR"), env!("CARGO_PKG_VERSION_MINOR"));
+    let mut revision = [b' '; 4];
+    revision.iter_mut().zip(text.bytes()).for_each(|(to, from)| *to = from);
+    revision
+}

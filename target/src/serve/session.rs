@@ -1,0 +1,534 @@
+//! One task owns one connection: its socket, its protocol state and its commands in flight.
+//!
+//! The loop below is the whole data path: bytes from the socket straight into the place that the protocol names, commands to
+//! the LUN, outcomes back, PDUs out in one `writev`. Nothing here blocks: what may wait for a disk goes to a worker and comes
+//! back through `done`.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use stillpoint_iscsi::{
+    Admission, Command, Connection, Event, Frame, LoginStatus, Lun as LunField, Outcome, TaskId, TmfFunction, TmfId, TmfResponse,
+    Tsih,
+};
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, oneshot};
+use tracing::Instrument as _;
+
+use super::Daemon;
+use super::access::{Portal, connection_config};
+use super::admit::admit;
+use super::lun::{Lun, Planned, absent};
+use super::net::PendingSeat;
+use super::registry::{Control, Entering, Session};
+
+/// What one `readv` may bring beyond the place that the protocol named: the next PDUs' headers.
+const AHEAD: usize = 64 << 10;
+/// PDUs that one `writev` takes; each is up to three slices.
+const BATCH: usize = 32;
+/// Rounds of reading before the loop looks after everything else.
+const READS_PER_TURN: usize = 16;
+/// Control messages that wait for the task.
+const CONTROLS: usize = 64;
+/// A session that ends has this long to send what it still has to say.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// Serves a connection until it ends.
+pub(crate) async fn run(
+    daemon: Arc<Daemon>,
+    stream: TcpStream,
+    peer: SocketAddr,
+    local: SocketAddr,
+    portal_group: u16,
+    seat: PendingSeat,
+) {
+    let span = tracing::info_span!("conn", %peer, initiator = tracing::field::Empty, session = tracing::field::Empty);
+    match Task::new(daemon, peer, local, portal_group, seat) {
+        Ok(mut task) => task.serve(&stream).instrument(span).await,
+        Err(error) => tracing::error!(%peer, %error, "connection closed: the system gives no random numbers"),
+    }
+}
+
+/// A command that a worker has finished.
+struct Finished {
+    task: TaskId,
+    outcome: Outcome,
+}
+
+/// Why the loop ends.
+#[derive(Debug)]
+enum End {
+    /// The protocol is through: logout, or a refused login.
+    Closed,
+    /// The peer closed or the network failed.
+    Socket(io::Error),
+    /// A rule of the protocol was broken, or a deadline passed.
+    Protocol(stillpoint_iscsi::Error),
+    /// The control plane said so.
+    Dropped(String),
+}
+
+struct Task {
+    daemon: Arc<Daemon>,
+    conn: Connection,
+    peer: SocketAddr,
+    local: SocketAddr,
+    portal_group: u16,
+    seat: Option<PendingSeat>,
+    /// A normal session, from its admission on.
+    session: Option<Arc<Session>>,
+    /// LUNs that know this session's I_T nexus.
+    attached: Vec<(u16, Arc<Lun>)>,
+    controls: mpsc::Receiver<Control>,
+    control: mpsc::Sender<Control>,
+    done: mpsc::UnboundedReceiver<Finished>,
+    finish: mpsc::UnboundedSender<Finished>,
+    tmf_done: mpsc::UnboundedReceiver<(TmfId, TmfResponse)>,
+    tmf_finish: mpsc::UnboundedSender<(TmfId, TmfResponse)>,
+    /// Commands that workers have; the protocol layer bounds their number and their bytes.
+    running: usize,
+    probes: Vec<oneshot::Sender<()>>,
+    /// When the session is ended whatever the initiator does.
+    deadline: Option<(Instant, String)>,
+    ahead: Vec<u8>,
+    ahead_at: usize,
+    ahead_end: usize,
+    out: VecDeque<Frame>,
+    /// Bytes of `out`'s first frame that the socket has taken.
+    sent: usize,
+}
+
+impl Task {
+    fn new(daemon: Arc<Daemon>, peer: SocketAddr, local: SocketAddr, portal_group: u16, seat: PendingSeat) -> Result<Self, getrandom::Error> {
+        let config = connection_config(peer, local, portal_group)?;
+        let conn = Connection::new(Instant::now(), config, Arc::new(Portal::new(Arc::clone(&daemon))));
+        let (control, controls) = mpsc::channel(CONTROLS);
+        let (finish, done) = mpsc::unbounded_channel();
+        let (tmf_finish, tmf_done) = mpsc::unbounded_channel();
+        Ok(Self {
+            daemon,
+            conn,
+            peer,
+            local,
+            portal_group,
+            seat: Some(seat),
+            session: None,
+            attached: Vec::new(),
+            controls,
+            control,
+            done,
+            finish,
+            tmf_done,
+            tmf_finish,
+            running: 0,
+            probes: Vec::new(),
+            deadline: None,
+            ahead: vec![0; AHEAD],
+            ahead_at: 0,
+            ahead_end: 0,
+            out: VecDeque::new(),
+            sent: 0,
+        })
+    }
+
+    async fn serve(&mut self, stream: &TcpStream) {
+        let end = loop {
+            match self.turn(stream).await {
+                Ok(()) => {}
+                Err(end) => break end,
+            }
+        };
+        match &end {
+            End::Closed => tracing::debug!("connection closed"),
+            End::Socket(error) => tracing::info!(%error, "connection lost"),
+            End::Protocol(error) => tracing::warn!(%error, "connection dropped"),
+            End::Dropped(reason) => tracing::info!(%reason, "session ended"),
+        }
+        self.wind_up(stream, !matches!(end, End::Socket(_))).await;
+    }
+
+    /// One round: everything that is ready, then wait for something to be.
+    async fn turn(&mut self, stream: &TcpStream) -> Result<(), End> {
+        self.events();
+        self.write(stream)?;
+        // What was sent may have made room for commands that waited inside the protocol layer.
+        while self.events() {
+            self.write(stream)?;
+        }
+        if self.conn.is_closed() && self.out.is_empty() {
+            return Err(End::Closed);
+        }
+        let wants_read = !self.conn.is_closed() && !self.conn.receiving_paused();
+        if wants_read && self.ahead_at < self.ahead_end {
+            return self.read(stream);
+        }
+        let wakes = [self.conn.poll_timeout(), self.deadline.as_ref().map(|(at, _)| *at)].into_iter().flatten().min();
+        let sleep = async {
+            match wakes {
+                Some(at) => tokio::time::sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            Some(control) = self.controls.recv() => self.control(control)?,
+            Some(finished) = self.done.recv() => self.finished(finished),
+            Some((tmf, response)) = self.tmf_done.recv() => self.conn.tmf_complete(Instant::now(), tmf, response),
+            ready = stream.writable(), if !self.out.is_empty() => ready.map_err(End::Socket)?,
+            ready = stream.readable(), if wants_read => {
+                ready.map_err(End::Socket)?;
+                self.read(stream)?;
+            }
+            () = sleep => self.timeout()?,
+        }
+        while let Ok(finished) = self.done.try_recv() {
+            self.finished(finished);
+        }
+        Ok(())
+    }
+
+    /// Reads what is there, the first part straight into the place where the protocol wants it.
+    fn read(&mut self, stream: &TcpStream) -> Result<(), End> {
+        for _ in 0..READS_PER_TURN {
+            if self.conn.is_closed() || self.conn.receiving_paused() {
+                return Ok(());
+            }
+            let place = self.conn.space();
+            let kept = self.ahead.get(self.ahead_at..self.ahead_end).unwrap_or_default();
+            let n = if kept.is_empty() {
+                let wanted = place.len();
+                match stream.try_read_vectored(&mut [IoSliceMut::new(place), IoSliceMut::new(&mut self.ahead)]) {
+                    Ok(0) => return Err(End::Socket(io::ErrorKind::UnexpectedEof.into())),
+                    Ok(n) => {
+                        (self.ahead_at, self.ahead_end) = (0, n.saturating_sub(wanted));
+                        n.min(wanted)
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                    Err(error) => return Err(End::Socket(error)),
+                }
+            } else {
+                let n = kept.len().min(place.len());
+                if let (Some(to), Some(from)) = (place.get_mut(..n), kept.get(..n)) {
+                    to.copy_from_slice(from);
+                }
+                self.ahead_at += n;
+                n
+            };
+            self.conn.advance(Instant::now(), n).map_err(End::Protocol)?;
+            self.events();
+        }
+        Ok(())
+    }
+
+    /// Sends what the socket takes without waiting.
+    fn write(&mut self, stream: &TcpStream) -> Result<(), End> {
+        loop {
+            while self.out.len() < BATCH {
+                let Some(frame) = self.conn.poll_transmit() else { break };
+                self.out.push_back(frame);
+            }
+            if self.out.is_empty() {
+                return Ok(());
+            }
+            let mut slices: Vec<IoSlice<'_>> = Vec::with_capacity(self.out.len() * 3);
+            let mut skip = self.sent;
+            for chunk in self.out.iter().flat_map(Frame::chunks) {
+                match chunk.get(skip..) {
+                    Some(rest) => {
+                        skip = 0;
+                        if !rest.is_empty() {
+                            slices.push(IoSlice::new(rest));
+                        }
+                    }
+                    None => skip -= chunk.len(),
+                }
+            }
+            match stream.try_write_vectored(&slices) {
+                Ok(n) => self.take_sent(n),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(End::Socket(error)),
+            }
+        }
+    }
+
+    fn take_sent(&mut self, n: usize) {
+        self.sent += n;
+        while let Some(first) = self.out.front() {
+            let len = first.len();
+            if self.sent < len {
+                break;
+            }
+            self.sent -= len;
+            self.out.pop_front();
+        }
+    }
+
+    fn timeout(&mut self) -> Result<(), End> {
+        let now = Instant::now();
+        if let Some((_, reason)) = self.deadline.take_if(|(at, _)| *at <= now) {
+            return Err(End::Dropped(reason));
+        }
+        self.conn.handle_timeout(now).map_err(End::Protocol)
+    }
+
+    /// Does what the protocol layer asks; `false` when it asked for nothing.
+    fn events(&mut self) -> bool {
+        let mut any = false;
+        while let Some(event) = self.conn.poll_event() {
+            any = true;
+            match event {
+                Event::Admission { initiator, isid, target, .. } => self.admission(&initiator, isid.0, target),
+                Event::LoggedIn => self.logged_in(),
+                Event::Command(command) => self.command(command),
+                Event::TaskManagement { tmf, function, lun, .. } => self.task_management(tmf, function, lun),
+                Event::Pong => self.probes.drain(..).for_each(|probe| {
+                    let _ = probe.send(());
+                }),
+                Event::LoggedOut { reason } => tracing::info!(?reason, "initiator logged out"),
+                other => tracing::debug!(?other, "event without a meaning for the daemon"),
+            }
+        }
+        any
+    }
+
+    /// The login is complete but for the daemon's word. Deciding may take seconds (a silent session is pinged), so it runs
+    /// beside the loop and answers through `control`.
+    fn admission(&mut self, initiator: &str, isid: [u8; 6], target: Option<u64>) {
+        let now = Instant::now();
+        let Some(key) = target else {
+            self.conn.admit(now, Admission::Accept { tsih: Tsih(1) });
+            return;
+        };
+        let Some(target) = self.daemon.registry.target_by_key(key) else {
+            self.conn.admit(now, Admission::Refuse(LoginStatus::TargetRemoved));
+            return;
+        };
+        let entered = self.daemon.registry.enter(Entering {
+            initiator: initiator.to_lowercase(),
+            isid,
+            target,
+            peer: self.peer,
+            portal: self.local,
+            portal_group: self.portal_group,
+            control: self.control.clone(),
+        });
+        let Ok(session) = entered else {
+            tracing::warn!(limit = super::registry::MAX_SESSIONS, "login refused: the daemon has all the sessions that it may have");
+            self.conn.admit(now, Admission::Refuse(LoginStatus::OutOfResources));
+            return;
+        };
+        let span = tracing::Span::current();
+        span.record("initiator", tracing::field::display(&session.initiator));
+        span.record("session", session.id);
+        self.session = Some(Arc::clone(&session));
+        let (daemon, control) = (Arc::clone(&self.daemon), self.control.clone());
+        let decide = async move {
+            let admission = match admit(&daemon.registry, &session).await {
+                Ok(()) => Admission::Accept { tsih: Tsih(session.tsih) },
+                Err(status) => Admission::Refuse(status),
+            };
+            // The task may be gone by now: then there is nobody to tell.
+            drop(control.send(Control::Admit(admission)).await);
+        };
+        self.daemon.tracker.spawn(decide.in_current_span());
+    }
+
+    fn logged_in(&mut self) {
+        self.seat = None;
+        let info = self.conn.info();
+        let Some(session) = &self.session else {
+            tracing::debug!("discovery session");
+            return;
+        };
+        if let Some(params) = &info.params {
+            session.figures.header_digest.store(params.header_digest, Relaxed);
+            session.figures.data_digest.store(params.data_digest, Relaxed);
+        }
+        session.figures.active.store(true, Relaxed);
+        tracing::info!(target_name = %session.target.iqn(), isid = ?info.isid, tsih = session.tsih, "session logged in");
+        let rules = session.target.rules();
+        for (number, lun) in &rules.luns {
+            self.attach(*number, lun);
+        }
+    }
+
+    fn attach(&mut self, number: u16, lun: &Arc<Lun>) {
+        let Some(session) = &self.session else { return };
+        if !self.attached.iter().any(|(_, known)| Arc::ptr_eq(known, lun)) {
+            lun.attach(session);
+            self.attached.push((number, Arc::clone(lun)));
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        let now = Instant::now();
+        let Some(session) = self.session.clone() else {
+            // A discovery session has no LUNs; the protocol layer refuses commands there.
+            self.conn.complete(now, command.task, absent(&command.cdb, &[]));
+            return;
+        };
+        session.figures.commands.fetch_add(1, Relaxed);
+        session.figures.written_bytes.fetch_add(command.data.len() as u64, Relaxed);
+        let rules = session.target.rules();
+        let found = command.lun.number().and_then(|n| rules.luns.iter().find(|(number, _)| *number == n));
+        let Some((number, lun)) = found else {
+            let numbers: Vec<u16> = rules.luns.iter().map(|(number, _)| *number).collect();
+            self.conn.complete(now, command.task, absent(&command.cdb, &numbers));
+            return;
+        };
+        self.attach(*number, lun);
+        match lun.plan(&session, &rules, &command) {
+            Ok(outcome) => self.answer(command.task, outcome),
+            Err(planned) => match planned.try_now(lun) {
+                Ok(outcome) => self.answer(command.task, outcome),
+                Err(planned) => self.start(command.task, lun, planned),
+            },
+        }
+    }
+
+    fn answer(&mut self, task: TaskId, outcome: Outcome) {
+        if let Some(session) = &self.session {
+            session.figures.read_bytes.fetch_add(outcome.data.len() as u64, Relaxed);
+        }
+        self.conn.complete(Instant::now(), task, outcome);
+    }
+
+    /// Hands a command to a worker thread.
+    fn start(&mut self, task: TaskId, lun: &Arc<Lun>, planned: Planned) {
+        let (daemon, lun, finish) = (Arc::clone(&self.daemon), Arc::clone(lun), self.finish.clone());
+        self.running += 1;
+        let span = tracing::debug_span!("task", task = task.get(), lun = lun.name());
+        tokio::task::spawn_blocking(move || {
+            let outcome = span.in_scope(|| planned.execute(&lun, &daemon.registry));
+            // The connection may be gone meanwhile: then nobody waits for the outcome.
+            drop(finish.send(Finished { task, outcome }));
+        });
+    }
+
+    fn finished(&mut self, finished: Finished) {
+        self.running -= 1;
+        self.answer(finished.task, finished.outcome);
+    }
+
+    /// RFC 7143 §11.5. The protocol layer has marked this session's affected tasks; the response goes out when the last of them
+    /// has ended, here and in other sessions.
+    fn task_management(&mut self, tmf: TmfId, function: TmfFunction, lun: LunField) {
+        let now = Instant::now();
+        let Some(session) = self.session.clone() else {
+            self.conn.tmf_complete(now, tmf, TmfResponse::REJECTED);
+            return;
+        };
+        // ABORT TASK and ABORT TASK SET concern this session's own tasks, which the protocol layer knows.
+        let (reset, everywhere) = match function {
+            TmfFunction::CLEAR_TASK_SET => (false, false),
+            TmfFunction::LOGICAL_UNIT_RESET => (true, false),
+            TmfFunction::TARGET_WARM_RESET | TmfFunction::TARGET_COLD_RESET => (true, true),
+            _ => {
+                self.conn.tmf_complete(now, tmf, TmfResponse::COMPLETE);
+                return;
+            }
+        };
+        let rules = session.target.rules();
+        let affected: Vec<Arc<Lun>> = rules
+            .luns
+            .iter()
+            .filter(|(number, _)| everywhere || lun.number() == Some(*number))
+            .map(|(_, lun)| Arc::clone(lun))
+            .collect();
+        if affected.is_empty() && !everywhere {
+            self.conn.tmf_complete(now, tmf, TmfResponse::LUN_DOES_NOT_EXIST);
+            return;
+        }
+        tracing::info!(?function, lun = ?lun.number(), "reset by the initiator");
+        let others = self.daemon.registry.sessions_with(|other| other.id != session.id);
+        let mut waits = Vec::new();
+        for lun in &affected {
+            let sharing: Vec<_> =
+                others.iter().filter_map(|other| other.target.rules().number_of(lun).map(|number| (other, number))).collect();
+            if reset {
+                lun.reset();
+            } else {
+                lun.task_set_cleared(sharing.iter().map(|(other, _)| other.id));
+            }
+            for (other, number) in sharing {
+                let (done, wait) = oneshot::channel();
+                other.tell(Control::AbortTasks { lun: Some(number), done });
+                waits.push(wait);
+            }
+        }
+        if function == TmfFunction::TARGET_COLD_RESET {
+            // RFC 7143 §11.5.1: a cold reset ends all sessions to the target; this one ends after its answer.
+            let same_target = others.iter().filter(|other| other.target.key() == session.target.key());
+            same_target.for_each(|other| other.tell(Control::Drop { reason: "target cold reset by another session".to_owned() }));
+        }
+        let finish = self.tmf_finish.clone();
+        self.daemon.tracker.spawn(async move {
+            for wait in waits {
+                // A session that ended has no tasks any more.
+                drop(wait.await);
+            }
+            for lun in &affected {
+                lun.drain().await;
+            }
+            let _ = finish.send((tmf, TmfResponse::COMPLETE));
+        });
+    }
+
+    fn control(&mut self, control: Control) -> Result<(), End> {
+        let now = Instant::now();
+        match control {
+            Control::Admit(admission) => self.conn.admit(now, admission),
+            Control::Probe(answered) => {
+                self.probes.retain(|probe| !probe.is_closed());
+                self.probes.push(answered);
+                self.conn.ping(now);
+            }
+            Control::Logout { grace, reason } => {
+                self.conn.request_logout(now, grace);
+                self.deadline = Some((now + grace, reason));
+            }
+            Control::Drop { reason } => return Err(End::Dropped(reason)),
+            Control::AbortTasks { lun, done } => {
+                // Tasks that run end without a trace; the sender waits for them by draining the LUN.
+                self.conn.abort_lun_tasks(lun.and_then(LunField::from_number));
+                let _ = done.send(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the session: says what is left to say, waits for its running commands, and lets go of its LUNs.
+    async fn wind_up(&mut self, stream: &TcpStream, speak: bool) {
+        self.conn.close();
+        if speak {
+            let last_words = async {
+                while self.write(stream).is_ok() && !self.out.is_empty() && stream.writable().await.is_ok() {}
+            };
+            drop(tokio::time::timeout(LAST_WORDS, last_words).await);
+        }
+        // A command that runs may still write. Whoever replaces this session waits for `gone`.
+        while self.running > 0 {
+            let Some(_) = self.done.recv().await else { break };
+            self.running -= 1;
+        }
+        if let Some(session) = self.session.take() {
+            for (_, lun) in self.attached.drain(..) {
+                lun.detach(session.id);
+            }
+            self.daemon.registry.leave(&session);
+        }
+    }
+}
+
+impl Drop for Task {
+    /// A panic elsewhere in the process, or a runtime that shuts down, must not leave a session in the table.
+    fn drop(&mut self) {
+        if let Some(session) = self.session.take() {
+            self.daemon.registry.leave(&session);
+        }
+    }
+}
