@@ -55,7 +55,8 @@ const THRESHOLD_SET_BYTES: u64 = 1 << 20;
 pub struct Limits {
     /// MAXIMUM TRANSFER LENGTH, bytes.
     pub max_transfer_bytes: u32,
-    /// MAXIMUM WRITE SAME LENGTH, bytes: filling takes time, and ESXi gives a command 8 seconds.
+    /// MAXIMUM WRITE SAME LENGTH, bytes: filling takes time, and ESXi gives a command 8 seconds. Not far above the
+    /// transfer length: libiscsi 1.19 writes as many blocks in one command before it unmaps them in one.
     pub max_write_same_bytes: u64,
     /// MAXIMUM UNMAP LBA COUNT, blocks.
     pub max_unmap_blocks: u32,
@@ -69,7 +70,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_transfer_bytes: 8 << 20,
-            max_write_same_bytes: 64 << 20,
+            max_write_same_bytes: 16 << 20,
             max_unmap_blocks: 1 << 20,
             max_unmap_descriptors: 256,
             max_compare_and_write_blocks: u8::MAX,

@@ -150,7 +150,7 @@ fn write_same_refuses_what_it_does_not_do() {
         assert_eq!(ask(8, 0, 1, 256), WRONG_DATA);
         assert_eq!(ask(8, 0, 1, 1024), WRONG_DATA);
     }
-    let limit = 64 * 1024 * 1024 / 512;
+    let limit = 16 * 1024 * 1024 / 512;
     assert_eq!(bench.give(&cdb(0x93, 0, 0, limit), &[0; 512]).status, GOOD);
     assert_eq!(
         sense(&bench.give(&cdb(0x93, 0, 0, limit + 1), &[0; 512])),

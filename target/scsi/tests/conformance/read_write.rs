@@ -332,6 +332,9 @@ fn compare_and_write_refuses_other_lengths() {
             WRONG_DATA
         );
     }
+    // libiscsi 1.19 sends 256 blocks with a count that has wrapped to zero.
+    let wrapped = bench.give(&compare_and_write(0, 0, 0), &vec![0; 2 * 256 * 512]);
+    assert_eq!(sense(&wrapped), INVALID_FIELD);
     for flags in [0x10, 0x08, 0x18] {
         assert_eq!(
             bench.give(&compare_and_write(flags, 0, 1), &[0; 1024]).status,
