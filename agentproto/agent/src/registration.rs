@@ -20,6 +20,8 @@ use crate::volumes::Inventory;
 const PAUSE_MIN: Duration = Duration::from_millis(500);
 /// Longest pause: a target that comes back is found again within half a minute.
 const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// The target's time to answer a heartbeat (agent-protocol.md §5); after it, it counts as lost.
+const HEARTBEAT_TIME_MAX: Duration = Duration::from_secs(10);
 /// How often the mounts are looked at: a file system that was just mounted must count in the next snapshot.
 const MOUNTS_EVERY: Duration = Duration::from_secs(3);
 
@@ -33,6 +35,16 @@ pub(crate) struct Registration {
     /// When the target counts this agent as gone; its freezes are worth nothing then.
     lease_ends: Option<Instant>,
     said: Said,
+    beat: Beat,
+}
+
+/// Heartbeats go one at a time (the target refuses a second one as it refuses any second request on this channel).
+#[derive(Debug, Default)]
+struct Beat {
+    /// When the one without an answer was sent.
+    sent: Option<Instant>,
+    /// Something changed since.
+    again: bool,
 }
 
 /// What the target was told last; a difference is told at once.
@@ -59,6 +71,7 @@ impl Registration {
             board,
             lease_ends: None,
             said: Said::default(),
+            beat: Beat::default(),
         }
     }
 
@@ -118,6 +131,11 @@ impl Registration {
         let hello = host::hello(self.identity.agent_id);
         let end = AgentEnd::new(Instant::now(), hello, generation, Purpose::Register(register));
         let mut link = Link::new(stream, end);
+        // Counts as sent until the registration is answered.
+        self.beat = Beat {
+            sent: Some(Instant::now()),
+            again: false,
+        };
         let mut mounts = tokio::time::interval(MOUNTS_EVERY);
         let mut events = self.engine.events();
         loop {
@@ -163,8 +181,17 @@ impl Registration {
             AgentEvent::Registered { luns } => {
                 self.registered(&luns);
                 self.granted(luns);
+                if std::mem::take(&mut self.beat).again {
+                    self.heartbeat(end);
+                }
             }
-            AgentEvent::Luns(luns) => self.granted(luns),
+            AgentEvent::Luns(luns) => {
+                self.granted(luns);
+                self.beat.sent = None;
+                if self.beat.again {
+                    self.heartbeat(end);
+                }
+            }
             AgentEvent::HeartbeatDue => self.heartbeat(end),
             AgentEvent::Refused(refusal) => anyhow::bail!("the target refused: {refusal}"),
             AgentEvent::LeaseLost => {
@@ -211,7 +238,19 @@ impl Registration {
         self.engine.set_grants(luns);
     }
 
-    fn heartbeat(&self, end: &mut AgentEnd) {
+    fn heartbeat(&mut self, end: &mut AgentEnd) {
+        if self
+            .beat
+            .sent
+            .is_some_and(|sent| sent.elapsed() < HEARTBEAT_TIME_MAX)
+        {
+            self.beat.again = true;
+            return;
+        }
+        self.beat = Beat {
+            sent: Some(Instant::now()),
+            again: false,
+        };
         let (state, session, frozen_ms) = self.engine.in_flight();
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let clock_unix_ms = u64::try_from(clock.as_millis()).unwrap_or(u64::MAX);
