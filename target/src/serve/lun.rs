@@ -3,7 +3,7 @@
 //! The unit's lock is short and never held across I/O. Every block operation holds a token from before it is planned until it
 //! has ended, so that a reset, a revert or a removal can wait for exactly the operations that were issued before it.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use bytes::Bytes;
@@ -57,6 +57,7 @@ pub(crate) struct Lun {
     name: String,
     identity: Identity,
     settings: LunSettings,
+    read_only: AtomicBool,
     state: State,
     unit: Mutex<Unit>,
     backend: RwLock<LunBackend>,
@@ -98,6 +99,7 @@ impl Lun {
             name: name.to_owned(),
             identity,
             settings,
+            read_only: AtomicBool::new(settings.read_only),
             state,
             unit: Mutex::new(unit),
             backend: RwLock::new(backend),
@@ -116,9 +118,9 @@ impl Lun {
         &self.identity
     }
 
-    /// As configured.
+    /// As configured now.
     pub(crate) fn settings(&self) -> LunSettings {
-        self.settings
+        LunSettings { read_only: self.read_only.load(Relaxed), ..self.settings }
     }
 
     /// The storage below, now.
@@ -140,6 +142,12 @@ impl Lun {
     pub(crate) fn resized(&self) {
         let blocks = self.backend().size_bytes() / u64::from(self.settings.block_size);
         self.unit().capacity_changed(blocks);
+    }
+
+    /// Allows or refuses writes from now on; initiators see it in the WP bit of MODE SENSE and in the sense of a refused write.
+    pub(crate) fn set_read_only(&self, read_only: bool) {
+        self.read_only.store(read_only, Relaxed);
+        self.unit().set_read_only(read_only);
     }
 
     /// The targets through which the LUN is reached, for its VPD page 83h.

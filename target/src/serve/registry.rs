@@ -15,6 +15,7 @@ use stillpoint_scsi::TargetPort;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::Daemon;
 use super::lun::Lun;
 
 /// Sessions of all targets together. Each holds buffers: a daemon that accepted any number could be made to grow without bound.
@@ -249,6 +250,8 @@ impl Tables {
 struct Sessions {
     by_id: BTreeMap<u64, Arc<Session>>,
     last_tsih: u16,
+    /// Targets that take no logins now, with the number of holds.
+    held: BTreeMap<String, usize>,
 }
 
 /// See the module.
@@ -272,9 +275,49 @@ pub(crate) struct Entering {
     pub(crate) control: mpsc::Sender<Control>,
 }
 
-/// [`Registry::enter`] found no room.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct NoRoom;
+/// Why [`Registry::enter`] refuses a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NotNow {
+    /// The daemon has [`MAX_SESSIONS`].
+    Full,
+    /// The target takes no logins for a moment.
+    Held,
+}
+
+/// While it lives, nobody can log in to its targets: what needs a LUN without sessions is not overtaken by an initiator that
+/// comes back. Initiators are told to try again.
+#[derive(Debug)]
+pub(crate) struct LoginHold {
+    daemon: Arc<Daemon>,
+    targets: Vec<String>,
+}
+
+impl LoginHold {
+    /// Holds the logins of these targets.
+    pub(crate) fn new(daemon: &Arc<Daemon>, targets: impl IntoIterator<Item = String>) -> Self {
+        let targets: Vec<_> = targets.into_iter().map(|iqn| iqn.to_lowercase()).collect();
+        let mut sessions = daemon.registry.lock_sessions();
+        for iqn in &targets {
+            *sessions.held.entry(iqn.clone()).or_default() += 1;
+        }
+        drop(sessions);
+        Self { daemon: Arc::clone(daemon), targets }
+    }
+}
+
+impl Drop for LoginHold {
+    fn drop(&mut self) {
+        let mut sessions = self.daemon.registry.lock_sessions();
+        for iqn in &self.targets {
+            if let Some(holds) = sessions.held.get_mut(iqn) {
+                *holds -= 1;
+                if *holds == 0 {
+                    sessions.held.remove(iqn);
+                }
+            }
+        }
+    }
+}
 
 impl Registry {
     fn read(&self) -> RwLockReadGuard<'_, Tables> {
@@ -421,11 +464,14 @@ impl Registry {
     /// Enters a session in the table, before its login is answered: of two logins at once, each sees the other.
     ///
     /// # Errors
-    /// When the daemon has as many sessions as it may have.
-    pub(crate) fn enter(&self, entering: Entering) -> Result<Arc<Session>, NoRoom> {
+    /// When the daemon has as many sessions as it may have, or the target takes no logins now.
+    pub(crate) fn enter(&self, entering: Entering) -> Result<Arc<Session>, NotNow> {
         let mut sessions = self.lock_sessions();
+        if sessions.held.contains_key(entering.target.iqn()) {
+            return Err(NotNow::Held);
+        }
         if sessions.by_id.len() >= MAX_SESSIONS {
-            return Err(NoRoom);
+            return Err(NotNow::Full);
         }
         let mut tsih = sessions.last_tsih;
         loop {

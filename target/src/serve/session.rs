@@ -24,7 +24,7 @@ use super::access::{Portal, connection_config};
 use super::admit::admit;
 use super::lun::{Lun, Planned, absent};
 use super::net::PendingSeat;
-use super::registry::{Control, Entering, Session};
+use super::registry::{Control, Entering, NotNow, Session};
 
 /// What one `readv` may bring beyond the place that the protocol named: the next PDUs' headers.
 const AHEAD: usize = 64 << 10;
@@ -316,10 +316,17 @@ impl Task {
             portal_group: self.portal_group,
             control: self.control.clone(),
         });
-        let Ok(session) = entered else {
-            tracing::warn!(limit = super::registry::MAX_SESSIONS, "login refused: the daemon has all the sessions that it may have");
-            self.conn.admit(now, Admission::Refuse(LoginStatus::OutOfResources));
-            return;
+        let session = match entered {
+            Ok(session) => session,
+            Err(why) => {
+                tracing::warn!(?why, limit = super::registry::MAX_SESSIONS, "login put off");
+                let status = match why {
+                    NotNow::Full => LoginStatus::OutOfResources,
+                    NotNow::Held => LoginStatus::ServiceUnavailable,
+                };
+                self.conn.admit(now, Admission::Refuse(status));
+                return;
+            }
         };
         let span = tracing::Span::current();
         span.record("initiator", tracing::field::display(&session.initiator));
