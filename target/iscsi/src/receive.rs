@@ -123,6 +123,9 @@ impl Receiver {
         let staged = self.staged();
         let Some(bhs) = staged.first_chunk::<BHS_LEN>() else { return Ok(None) };
         let prefix = Prefix::parse(bhs);
+        if prefix.ahs_len > 0 && prefix.opcode != Opcode::SCSI_COMMAND {
+            return Err(Error::UnexpectedAhs { opcode: prefix.opcode.0 });
+        }
         let header_len = BHS_LEN + prefix.ahs_len;
         let total = header_len + if digest { DIGEST_LEN } else { 0 };
         let Some((header, word)) = staged.get(..total).and_then(|whole| whole.split_at_checked(header_len)) else {
@@ -135,9 +138,6 @@ impl Receiver {
             }
         }
         let head = Head { bhs: *bhs, ahs: Bytes::copy_from_slice(header.get(BHS_LEN..).unwrap_or_default()), prefix };
-        if !head.ahs.is_empty() && prefix.opcode != Opcode::SCSI_COMMAND {
-            return Err(Error::UnexpectedAhs { opcode: prefix.opcode.0 });
-        }
         self.start += total;
         Ok(Some(head))
     }

@@ -90,9 +90,10 @@ impl WriteBudget {
         Self { cap, used: 0, running: 0, open_sequences: 0 }
     }
 
-    /// Whether an R2T for `len` bytes may be sent now. Above the cap only when nothing else can make progress.
-    pub(crate) fn allows(&self, len: usize) -> bool {
-        self.used + len <= self.cap || (self.open_sequences == 0 && self.running == 0)
+    /// Whether an R2T for `len` bytes may be sent now. Above the cap only when nothing else can make progress: no data is
+    /// on its way, the owner runs no write, and (`idle`) it could not start any command.
+    pub(crate) fn allows(&self, len: usize, idle: bool) -> bool {
+        self.used + len <= self.cap || (idle && self.open_sequences == 0 && self.running == 0)
     }
 
     pub(crate) fn reserve(&mut self, len: usize) {
@@ -158,14 +159,15 @@ mod tests {
     #[test]
     fn budget_goes_over_its_cap_only_when_nothing_else_moves() {
         let mut budget = WriteBudget::new(10);
-        assert!(budget.allows(100), "one command longer than the cap gets through alone");
+        assert!(budget.allows(100, true), "one command longer than the cap gets through alone");
         budget.reserve(8);
         budget.sequences_begin(1);
-        assert!(budget.allows(2) && !budget.allows(3));
+        assert!(budget.allows(2, true) && !budget.allows(3, true));
         budget.sequences_end(1);
+        assert!(budget.allows(3, true) && !budget.allows(3, false));
         budget.run(8);
-        assert!(!budget.allows(3), "the owner will give bytes back");
+        assert!(!budget.allows(3, true), "the owner will give bytes back");
         budget.ran(8);
-        assert!(budget.allows(10));
+        assert!(budget.allows(10, true));
     }
 }

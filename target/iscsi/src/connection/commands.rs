@@ -200,7 +200,8 @@ impl Full<'_> {
                 }
                 continue;
             };
-            if !self.session.budget.allows(len as usize) {
+            let idle = self.session.tasks.next_ready(self.window).is_none();
+            if !self.session.budget.allows(len as usize, idle) {
                 return;
             }
             self.send_r2t(id, offset, len);

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Instant;
 
+use bytes::Bytes;
+
 use super::Who;
 use super::management::{Aborted, Logout, OpenTmf};
 use super::text_phase::Exchange;
@@ -227,7 +229,7 @@ impl Full<'_> {
         }
         let data = match received.sink {
             Sink::Into(buffer) => buffer.freeze(),
-            Sink::Discard => bytes::Bytes::new(),
+            Sink::Discard => Bytes::new(),
         };
         match opcode {
             Opcode::NOP_OUT => self.on_nop_out(&received.head, data),
@@ -246,7 +248,7 @@ impl Full<'_> {
     }
 
     /// NOP-Out: a ping of the initiator's, the answer to one of ours, or only an acknowledgement (§11.18).
-    fn on_nop_out(&mut self, head: &Head, data: bytes::Bytes) {
+    fn on_nop_out(&mut self, head: &Head, data: Bytes) {
         let nop = NopOut::parse(&head.bhs);
         if nop.ttt != Ttt::RESERVED && self.timers.pong(nop.ttt) {
             self.events.push_back(Event::Pong);
@@ -261,7 +263,11 @@ impl Full<'_> {
         self.timers.initiator_pings();
         let answer = NopIn { lun: Lun::default(), itt: nop.itt, ttt: Ttt::RESERVED, numbers: Numbers::default() };
         // "up to the first MaxRecvDataSegmentLength bytes of the initiator-provided Ping Data" (§11.19).
-        let echo = data.slice(..data.len().min(self.session.params.initiator_max_recv as usize));
+        // Cut by copying: a slice would keep the memory of all of it while it waits.
+        let echo = match data.get(..self.session.params.initiator_max_recv as usize) {
+            Some(head) => Bytes::copy_from_slice(head),
+            None => data,
+        };
         self.tx.send(Control::new(answer.encode(), echo));
     }
 }

@@ -15,10 +15,15 @@ use crate::types::{SessionType, Tsih};
 
 impl Connection {
     /// Where the data of a PDU before full feature phase goes. The default MaxRecvDataSegmentLength holds (§6.3).
-    pub(super) fn login_sink(&self, head: &Head) -> Result<Sink, Error> {
+    pub(super) fn login_sink(&mut self, head: &Head) -> Result<Sink, Error> {
         let (opcode, len) = (head.prefix.opcode, head.prefix.data_len);
+        let State::Login(login) = &self.state else { return Err(Error::LoginOutOfTurn) };
         if opcode != Opcode::LOGIN_REQUEST {
-            return Ok(Sink::Discard);
+            // The first PDU decides whether this is an iSCSI initiator at all: strangers get no answer.
+            if login.identity().is_some() {
+                self.send_refusal(&LoginRequest::parse(&head.bhs), &LoginStatus::InvalidDuringLogin);
+            }
+            return Err(Error::NotLoggedIn { opcode: opcode.0 });
         }
         if len > DEFAULT_MAX_RECV {
             return Err(Error::SegmentTooLong { opcode: opcode.0, len, max: DEFAULT_MAX_RECV });
@@ -28,15 +33,7 @@ impl Connection {
 
     pub(super) fn on_login_pdu(&mut self, received: &Received) -> Result<(), Error> {
         let request = LoginRequest::parse(&received.head.bhs);
-        let opcode = received.head.prefix.opcode;
         let State::Login(login) = &mut self.state else { return Err(Error::LoginOutOfTurn) };
-        if opcode != Opcode::LOGIN_REQUEST {
-            // The first PDU decides whether this is an iSCSI initiator at all: strangers get no answer.
-            if login.identity().is_some() {
-                self.send_refusal(&request, &LoginStatus::InvalidDuringLogin);
-            }
-            return Err(Error::NotLoggedIn { opcode: opcode.0 });
-        }
         if self.our_turn {
             return Err(Error::LoginOutOfTurn);
         }

@@ -2,13 +2,15 @@
 
 use std::time::Instant;
 
+use bytes::Bytes;
+
 use super::full::Full;
 use crate::error::RejectReason;
 use crate::event::Event;
 use crate::pdu::{LogoutRequest, LogoutResponse, NopIn, Numbers, TmfReply, TmfRequest};
 use crate::receive::Head;
 use crate::task::{Progress, Task};
-use crate::transmit::Control;
+use crate::transmit::{Control, Mark};
 use crate::types::{
     CmdSn, Itt, LogoutReason, Lun, SessionType, TaskId, TmfFunction, TmfId, TmfResponse, Ttt,
 };
@@ -234,7 +236,7 @@ impl Full<'_> {
     /// After every answer that waits: "no responses for the tasks covered [...] after the task management response".
     fn reply_tmf(&mut self, itt: Itt, response: TmfResponse) {
         let reply = TmfReply { response, itt, numbers: Numbers::default() };
-        self.tx.send_fenced(Control::new(reply.encode(), bytes::Bytes::new()));
+        self.tx.send_fenced(Control::new(reply.encode(), Bytes::new()));
     }
 
     pub(super) fn on_logout(&mut self, head: &Head, request: &LogoutRequest) {
@@ -280,7 +282,7 @@ impl Full<'_> {
             time2wait_s: params.time2wait_s,
             time2retain_s: params.time2retain_s,
         };
-        self.tx.send_fenced(Control::new(reply.encode(), bytes::Bytes::new()));
+        self.tx.send_fenced(Control::new(reply.encode(), Bytes::new()));
     }
 
     /// Sends a ping, unless one is on its way already.
@@ -291,7 +293,7 @@ impl Full<'_> {
         let ttt = self.session.new_ttt();
         self.timers.ping_queued(ttt, for_owner);
         let ping = NopIn { lun: Lun::default(), itt: Itt::RESERVED, ttt, numbers: Numbers::default() };
-        self.tx.send(Control::peek(ping.encode()).marked(crate::transmit::Mark::Ping));
+        self.tx.send(Control::peek(ping.encode()).marked(Mark::Ping));
     }
 }
 

@@ -172,6 +172,7 @@ impl Connection {
             State::Full(session) => session,
         };
         let silence = match session.session_type {
+            _ if session.is_logging_out() => None,
             SessionType::Normal => timers.silence(times),
             SessionType::Discovery => Some((timers.last_heard + times.discovery, Due::Silence)),
         };
