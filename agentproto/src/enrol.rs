@@ -153,6 +153,13 @@ pub struct TokenBook {
     waiting: Vec<Waiting>,
 }
 
+/// Shows how many there are, nothing of them.
+impl std::fmt::Debug for TokenBook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TokenBook").field("waiting", &self.waiting.len()).finish_non_exhaustive()
+    }
+}
+
 impl TokenBook {
     /// Remembers a token.
     ///

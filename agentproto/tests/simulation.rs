@@ -230,6 +230,7 @@ impl World {
             on_failure,
             hold: HOLD_DEFAULT,
             sessions: vec![IscsiSession { lun: LUN, initiator: "iqn.h0".into() }],
+            refused: None,
         };
         let mut world = Self {
             dice,

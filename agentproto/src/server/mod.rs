@@ -82,6 +82,8 @@ pub struct Spec {
     pub hold: Duration,
     /// The sessions on the LUNs now.
     pub sessions: Vec<IscsiSession>,
+    /// What the target itself found against it (CHAP, several LUNs …): a failure of the preflight.
+    pub refused: Option<Refusal>,
 }
 
 /// An agent that is allowed on at least one of the LUNs.

@@ -8,6 +8,9 @@ use crate::message::{ExclusionKind, LunIdentity, Mode, Role, Severity};
 
 /// The first rule that is broken once every agent has reported, with the place of the party it is about.
 pub(super) fn preflight(spec: &Spec, parties: &[Party]) -> Result<(), (Option<usize>, Refusal)> {
+    if let Some(refusal) = spec.refused.clone() {
+        return Err((None, refusal));
+    }
     for (at, party) in parties.iter().enumerate() {
         if let Some(refusal) = party.failed.clone().filter(|_| party.is_required()) {
             return Err((Some(at), refusal));

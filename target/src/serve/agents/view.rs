@@ -1,0 +1,94 @@
+//! What the command line shows of agents.
+
+use serde::{Deserialize, Serialize};
+use stillpoint_agentproto::message::{Finding, LunVolumes, Severity};
+
+/// `agent token create`. The token is in here because showing it once is the point of the command.
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct TokenView {
+    /// `SP1-…`.
+    pub(crate) token: String,
+    /// RFC 3339.
+    pub(crate) expires_at: String,
+    /// LUNs that the agent will be allowed on.
+    pub(crate) luns: Vec<String>,
+    /// What to run on the agent's host.
+    pub(crate) enrol: String,
+}
+
+/// How an agent stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum AgentState {
+    /// Registered, heartbeats come, and the target reaches its port.
+    Connected,
+    /// Registered, and the dial-back runs.
+    Checking,
+    /// Registered, but the target does not reach its port.
+    Unreachable,
+    /// Not registered now.
+    Disconnected,
+}
+
+/// `agent list`, `agent show`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct AgentView {
+    pub(crate) id: String,
+    pub(crate) host: String,
+    pub(crate) os: String,
+    pub(crate) version: String,
+    pub(crate) state: AgentState,
+    /// Why it is unreachable.
+    pub(crate) trouble: Option<String>,
+    /// Where the target dials it.
+    pub(crate) address: Option<String>,
+    pub(crate) fingerprint: String,
+    /// LUNs that it is allowed on; one that no longer exists is shown by its NAA id.
+    pub(crate) luns: Vec<String>,
+    /// LUNs that its last report had mounted.
+    pub(crate) mounted: Vec<String>,
+    pub(crate) features: Vec<String>,
+    pub(crate) initiators: Vec<String>,
+    /// State of the session in flight.
+    pub(crate) session_state: Option<String>,
+    /// How long something has been frozen.
+    pub(crate) frozen_ms: Option<u32>,
+    pub(crate) last_freeze: Option<LastFreeze>,
+    /// RFC 3339.
+    pub(crate) enrolled_at: String,
+    pub(crate) registered_at: Option<String>,
+    pub(crate) last_heartbeat_seconds: Option<u64>,
+}
+
+/// How the agent came out of its last snapshot since the daemon's start.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LastFreeze {
+    /// RFC 3339.
+    pub(crate) at: String,
+    /// As in a snapshot's `agents`.
+    pub(crate) outcome: String,
+    pub(crate) held_ms: Option<u32>,
+}
+
+/// `agent test`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct TestView {
+    pub(crate) id: String,
+    pub(crate) host: String,
+    pub(crate) address: Option<String>,
+    /// Time of one Status request, dialling apart.
+    pub(crate) round_trip_ms: u64,
+    /// What the agent sees of its LUNs.
+    pub(crate) volumes: Vec<LunVolumes>,
+    /// What a preflight finds.
+    pub(crate) findings: Vec<Finding>,
+    /// No finding stops a snapshot, and a LUN is mounted.
+    pub(crate) ready: bool,
+}
+
+impl TestView {
+    pub(super) fn is_ready(volumes: &[LunVolumes], findings: &[Finding]) -> bool {
+        let mounted = volumes.iter().any(|lun| lun.role == stillpoint_agentproto::message::Role::Mounted);
+        mounted && findings.iter().all(|finding| finding.severity != Severity::Error)
+    }
+}
