@@ -64,7 +64,6 @@ pub(crate) mod code {
     pub(crate) const VOLUME_GROWN: Code = info(2002);
     pub(crate) const TARGET_ADDED: Code = info(2003);
     pub(crate) const TARGET_REMOVED: Code = info(2004);
-    pub(crate) const TARGET_CHANGED: Code = info(2005);
     pub(crate) const VOLUME_RENAMED: Code = info(2006);
     pub(crate) const VOLUME_DELETED: Code = warning(2007);
     pub(crate) const CLONE_CREATED: Code = info(2008);
@@ -111,7 +110,7 @@ pub(crate) const DAEMON: &str = "stillpoint";
 struct Ring {
     events: VecDeque<Event>,
     last_id: u64,
-    to_disk: Option<SyncSender<Event>>,
+    to_disk: Option<SyncSender<Box<Event>>>,
 }
 
 #[derive(Debug)]
@@ -165,7 +164,7 @@ impl Events {
             ring.events.pop_front();
         }
         ring.events.push_back(event.clone());
-        let written = ring.to_disk.as_ref().map(|to_disk| to_disk.try_send(event.clone()));
+        let written = ring.to_disk.as_ref().map(|to_disk| to_disk.try_send(Box::new(event.clone())));
         // Sent under the lock, so that a follower sees the events in their order. Nobody following is no error.
         let _followers = self.0.follow.send(event.clone());
         drop(ring);
@@ -260,7 +259,7 @@ impl Log {
         Ok(Self { path, file, bytes, failing: false })
     }
 
-    fn run(mut self, events: &Receiver<Event>) {
+    fn run(mut self, events: &Receiver<Box<Event>>) {
         while let Ok(event) = events.recv() {
             match self.append(&event) {
                 Ok(()) => self.failing = false,

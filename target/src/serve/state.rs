@@ -16,6 +16,9 @@ const BIG_BYTES: usize = 1 << 20;
 /// Piece of a large value: fits a value of the store's map.
 const PIECE_BYTES: usize = 4000;
 
+/// A key of the store's map and its new value; None removes it.
+type Put = (String, Option<Vec<u8>>);
+
 /// What can go wrong with the saved state.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StateError {
@@ -289,7 +292,7 @@ impl State {
         Ok(self.0.pool.meta_put_many(&self.big_puts(key, value)?)?)
     }
 
-    fn big_puts(&self, key: &str, value: Option<&[u8]>) -> Result<Vec<(String, Option<Vec<u8>>)>, StateError> {
+    fn big_puts(&self, key: &str, value: Option<&[u8]>) -> Result<Vec<Put>, StateError> {
         let bytes = value.map_or(0, <[u8]>::len);
         if bytes > BIG_BYTES {
             return Err(StateError::TooLarge { what: key.to_owned(), bytes });

@@ -62,11 +62,6 @@ impl Caller {
     async fn left(&self) {
         self.lines.closed().await;
     }
-
-    /// Somebody who waits for nothing: a signal, a test.
-    pub(crate) fn nobody(who: &str) -> Self {
-        Self { who: who.to_owned(), lines: mpsc::channel(1).0 }
-    }
 }
 
 /// Opens the socket and answers on it until the daemon stops.
