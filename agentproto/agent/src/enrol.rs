@@ -121,7 +121,7 @@ pub(crate) async fn enrol(state: &StateDir, invitation: Invitation) -> anyhow::R
         fingerprint,
         host,
         port,
-        enrolled_at: jiff::Timestamp::now(),
+        enrolled_at: jiff::Timestamp::now().to_string(),
     };
     state.add_target(&target)?;
     link.close().await;

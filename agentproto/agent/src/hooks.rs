@@ -12,7 +12,7 @@
 
 use std::collections::VecDeque;
 use std::io::Read;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -126,7 +126,7 @@ pub(crate) enum DirError {
         error: String,
     },
     /// It could be changed by somebody who is not root.
-    #[error("{path}: others than its owner may write it, and it runs as root: chmod go-w it")]
+    #[error("{path}: others than root may write it, and it runs as root: chown root and chmod go-w it")]
     Writable {
         /// The file or the directory.
         path: PathBuf,
@@ -362,14 +362,16 @@ fn with_sidecar(path: PathBuf) -> Result<Hook, DirError> {
 }
 
 fn check_owner_writes(path: &Path) -> Result<(), DirError> {
-    let writable = std::fs::metadata(path).is_ok_and(|meta| meta.permissions().mode() & 0o022 != 0);
-    if writable {
-        Err(DirError::Writable {
+    let me = rustix::process::geteuid().as_raw();
+    let others = |meta: std::fs::Metadata| {
+        meta.permissions().mode() & 0o022 != 0 || (meta.uid() != 0 && meta.uid() != me)
+    };
+    if std::fs::metadata(path).is_ok_and(others) {
+        return Err(DirError::Writable {
             path: path.to_owned(),
-        })
-    } else {
-        Ok(())
+        });
     }
+    Ok(())
 }
 
 /// Ends the whole process group: a hook's children must not outlive the snapshot.
@@ -511,6 +513,12 @@ mod tests {
         let hook = dir.hook("a", "");
         fs::set_permissions(&hook.path, fs::Permissions::from_mode(0o777)).expect("chmod");
         assert!(matches!(read_dir(dir.0.path()), Err(DirError::Writable { .. })));
+        fs::set_permissions(&hook.path, fs::Permissions::from_mode(0o755)).expect("chmod");
+        assert!(read_dir(dir.0.path()).is_ok());
+        // Only root can give a file away.
+        if std::os::unix::fs::chown(&hook.path, Some(65534), None).is_ok() {
+            assert!(matches!(read_dir(dir.0.path()), Err(DirError::Writable { .. })));
+        }
     }
 
     #[test]

@@ -17,13 +17,23 @@ pub(crate) enum LinkError {
     Closed,
     /// The network.
     #[error(transparent)]
-    Io(#[from] std::io::Error),
+    Io(std::io::Error),
     /// The peer broke the protocol.
     #[error(transparent)]
     Protocol(#[from] ChannelError),
     /// The peer does not read.
     #[error("the peer did not take a byte within {} s", WRITE_TIME_MAX.as_secs())]
     WriteTimeout,
+}
+
+impl From<std::io::Error> for LinkError {
+    /// A peer that was killed says no goodbye on the level of TLS: that is a closed connection like any other.
+    fn from(error: std::io::Error) -> Self {
+        if error.kind() == std::io::ErrorKind::UnexpectedEof {
+            return Self::Closed;
+        }
+        Self::Io(error)
+    }
 }
 
 /// The sans-IO half of a connection.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use socket2::{SockRef, TcpKeepalive};
 use stillpoint_agentproto::channel::{Channel, ChannelEvent, HELLO_TIMEOUT};
 use stillpoint_agentproto::client::Asked;
 use stillpoint_agentproto::frame::MAX_BODY;
@@ -98,6 +99,7 @@ impl Listener {
         stream: TcpStream,
     ) -> anyhow::Result<(TlsStream<TcpStream>, Arc<Engine>, CancellationToken)> {
         stream.set_nodelay(true)?;
+        keep_alive(&stream)?;
         let stream = tokio::time::timeout(HANDSHAKE_TIME_MAX, self.acceptor.accept(stream)).await??;
         let (_, session) = stream.get_ref();
         let certificate = session
@@ -182,6 +184,16 @@ fn take(channel: &mut Channel, id: u64, engine: &Arc<Engine>, event: ChannelEven
         | ChannelEvent::Reply { .. }
         | ChannelEvent::Progress { .. } => {}
     }
+}
+
+/// A target that vanished without a word must not keep its channels: the kernel asks after 30 s of silence, and gives up a
+/// minute later. (What is frozen over such a channel has thawed after 3 s.)
+fn keep_alive(stream: &TcpStream) -> std::io::Result<()> {
+    let keepalive = TcpKeepalive::new()
+        .with_time(Duration::from_secs(30))
+        .with_interval(Duration::from_secs(15))
+        .with_retries(4);
+    SockRef::from(stream).set_tcp_keepalive(&keepalive)
 }
 
 /// A place among the connections that have not proved their key; given back when it goes.

@@ -54,8 +54,8 @@ pub(crate) struct Target {
     pub(crate) host: String,
     /// TCP port of its registration channel.
     pub(crate) port: u16,
-    /// When.
-    pub(crate) enrolled_at: jiff::Timestamp,
+    /// When (RFC 3339).
+    pub(crate) enrolled_at: String,
 }
 
 impl Target {
@@ -265,7 +265,7 @@ mod tests {
             fingerprint: Fingerprint([byte; 32]),
             host: "san1".to_owned(),
             port: 11169,
-            enrolled_at: jiff::Timestamp::UNIX_EPOCH,
+            enrolled_at: jiff::Timestamp::UNIX_EPOCH.to_string(),
         }
     }
 
