@@ -52,17 +52,17 @@ pub(crate) struct Plan {
     pub(crate) apps_may_fail: bool,
     /// What is left out.
     pub(crate) exclusions: Vec<Exclusion>,
-    /// Every file system on the LUNs that the survey saw.
-    seen: BTreeSet<DeviceNumber>,
+    /// Every file system on the LUNs that the survey saw, and whether it was read-only (a remount makes it another one).
+    seen: BTreeSet<(DeviceNumber, bool)>,
 }
 
 impl Plan {
-    /// A file system on the LUNs that was mounted after the survey: it is not held, and no label may hide that.
+    /// A file system on the LUNs that was mounted (or remounted) after the survey: it is not held, and no label may hide that.
     pub(crate) fn newcomer(&self, inventory: &Inventory) -> Option<String> {
         let names: BTreeSet<String> = self.luns.iter().copied().map(naa).collect();
         let now = inventory.freeze_order(&names);
         now.into_iter()
-            .find(|volume| !self.seen.contains(&volume.dev))
+            .find(|volume| !self.seen.contains(&(volume.dev, volume.read_only)))
             .map(Volume::name)
     }
 
@@ -164,7 +164,11 @@ impl Survey {
         let left_out: Vec<_> = errors
             .filter_map(|found| Some((found.volume.clone()?, found.finding.text.clone())))
             .collect();
-        let seen = self.volumes.iter().map(|volume| volume.dev).collect();
+        let seen = self
+            .volumes
+            .iter()
+            .map(|volume| (volume.dev, volume.read_only))
+            .collect();
         let names: BTreeSet<&String> = left_out.iter().map(|((_, name), _)| name).collect();
         let volumes: Vec<Volume> = self
             .volumes

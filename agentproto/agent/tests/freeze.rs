@@ -53,7 +53,7 @@ async fn a_writer_stands_still_from_frozen_to_release() {
         volume,
         writer,
         mut agent,
-    }) = stage("")
+    }) = stage("min_interval_s = 10")
     else {
         return;
     };
@@ -84,7 +84,7 @@ async fn a_writer_stands_still_from_frozen_to_release() {
         .await
         .expect("prepared");
     assert!(prepared.apps.is_empty() && prepared.exclusions.is_empty());
-    assert!(!writer.stands_still(), "Prepare freezes nothing");
+    assert!(writer.moves(), "Prepare freezes nothing");
     let frozen = wire.freeze(one, HOLD_MS).await.expect("frozen");
     assert!(frozen.volumes.len() == 1 && frozen.volumes[0].frozen);
     assert!(frozen.remaining_ms > 3000 && frozen.remaining_ms <= HOLD_MS);
@@ -94,7 +94,7 @@ async fn a_writer_stands_still_from_frozen_to_release() {
     assert!(thawed.hold_ok && thawed.reason.is_none(), "{thawed:?}");
     assert!(thawed.held_ms >= 200 && thawed.held_ms < 4000);
     writer
-        .wait_moving(Duration::from_secs(1))
+        .wait_moving(Duration::from_secs(2))
         .expect("it writes again");
     assert_eq!((agent.journals(), agent.guards().len()), (0, 0));
 
@@ -104,7 +104,7 @@ async fn a_writer_stands_still_from_frozen_to_release() {
         .await
         .expect_err("too soon");
     assert_eq!(refusal.code, ErrorCode::Busy);
-    assert!(refusal.retry_after_ms.is_some_and(|ms| ms <= 1001));
+    assert!(refusal.retry_after_ms.is_some_and(|ms| ms > 1000 && ms <= 10_001));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -131,7 +131,7 @@ async fn an_agent_killed_while_frozen_leaves_nothing_frozen() {
         .wait_moving(Duration::from_millis(u64::from(HOLD_MS)))
         .expect("the guard thaws within the hold");
     assert!(
-        took < Duration::from_secs(1),
+        took < Duration::from_secs(2),
         "the guard saw the agent's end after {took:?}"
     );
     tokio::time::sleep(Duration::from_millis(1500)).await;
@@ -159,7 +159,7 @@ async fn an_agent_stopped_while_frozen_is_thawed_by_its_guard() {
     agent.signal("STOP");
     assert!(writer.stands_still());
     writer
-        .wait_moving(Duration::from_millis(2200))
+        .wait_moving(Duration::from_secs(4))
         .expect("the guard's own timer");
     agent.signal("CONT");
     let thawed = wire.release(one, CutOutcome::Taken).await;
@@ -200,7 +200,7 @@ async fn the_hold_ends_by_itself_and_proves_nothing() {
         "{:?}",
         began.elapsed()
     );
-    assert!(!writer.stands_still());
+    assert!(writer.moves());
     let thawed = wire.release(one, CutOutcome::Taken).await;
     assert!(
         !thawed.hold_ok
@@ -233,7 +233,7 @@ async fn a_lost_channel_thaws_at_once_and_the_target_can_still_ask() {
     assert!(writer.stands_still());
     drop(wire);
     writer
-        .wait_moving(Duration::from_secs(1))
+        .wait_moving(Duration::from_secs(2))
         .expect("thawed when the channel went");
     let mut wire = target.dial(agent.port).await.expect("a second channel");
     let thawed = wire.release(one, CutOutcome::Taken).await;
@@ -260,7 +260,7 @@ async fn silence_on_the_channel_thaws_after_three_seconds() {
     wire.freeze(one, 20_000).await.expect("frozen");
     assert!(writer.stands_still());
     writer
-        .wait_moving(Duration::from_millis(3500))
+        .wait_moving(Duration::from_secs(5))
         .expect("three pings missed");
 }
 
@@ -390,7 +390,7 @@ async fn the_verb_thaw_helps_without_an_agent() {
         output.status.success() && String::from_utf8_lossy(&output.stdout).contains(": thawed"),
         "{output:?}"
     );
-    writer.wait_moving(Duration::from_secs(1)).expect("thawed");
+    writer.wait_moving(Duration::from_secs(2)).expect("thawed");
     let output = agent.verb(&["thaw"]);
     assert!(
         String::from_utf8_lossy(&output.stdout).contains("nothing is frozen"),
@@ -417,7 +417,7 @@ async fn a_stopping_agent_thaws_first() {
         .expect("prepared");
     wire.freeze(one, HOLD_MS).await.expect("frozen");
     agent.signal("TERM");
-    writer.wait_moving(Duration::from_secs(1)).expect("thawed");
+    writer.wait_moving(Duration::from_secs(2)).expect("thawed");
     agent.wait();
     assert_eq!(agent.journals(), 0);
 }
@@ -591,7 +591,7 @@ async fn a_failing_hook_fails_the_freeze_and_nothing_stays() {
         refusal.text.contains("20-bad") && refusal.text.contains("no such database"),
         "{refusal}"
     );
-    assert!(!writer.stands_still());
+    assert!(writer.moves());
     wire.abort(one).await;
     let said = fs::read_to_string(&calls).expect("calls");
     let expected = "10-good freeze\n20-bad freeze\n20-bad abort\n20-bad thaw\n10-good abort\n10-good thaw\n";
@@ -673,7 +673,7 @@ async fn what_is_mounted_after_prepare_is_not_passed_over() {
         "{refusal}"
     );
     writer
-        .wait_moving(Duration::from_secs(1))
+        .wait_moving(Duration::from_secs(2))
         .expect("nothing stays frozen");
     wire.abort(one).await;
     drop(inner);
@@ -707,7 +707,7 @@ async fn what_the_agent_needs_is_never_frozen() {
         .await
         .expect_err("refused");
     assert!(refusal.text.contains("stop the agent itself"), "{refusal}");
-    assert!(!writer.stands_still());
+    assert!(writer.moves());
     let output = agent.verb(&["preflight"]);
     assert_eq!(output.status.code(), Some(3), "{output:?}");
 }

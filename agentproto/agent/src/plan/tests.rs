@@ -190,6 +190,21 @@ fn a_read_only_file_system_of_any_kind_is_in_order() {
 }
 
 #[test]
+fn a_later_mount_and_a_remount_are_newcomers() {
+    let host = healthy();
+    let plan = look(&host, &[lun(7)], Mode::Filesystem, None)
+        .plan(Require::All)
+        .expect("a plan");
+    assert_eq!(plan.newcomer(&host.read()), None);
+    host.mounts("2 1 0:40 / /proc rw - btrfs /dev/sda rw\n3 1 8:1 / /new rw - ext4 /dev/sda1 rw\n");
+    assert_eq!(plan.newcomer(&host.read()).as_deref(), Some("/new"));
+    host.mounts("2 1 0:40 / /proc rw - btrfs /dev/sda ro\n");
+    assert_eq!(plan.newcomer(&host.read()).as_deref(), Some("/proc"));
+    host.mounts("");
+    assert_eq!(plan.newcomer(&host.read()), None, "an unmount hides no writer");
+}
+
+#[test]
 fn suspended_and_hidden_volumes_are_named() {
     let host = Host::new();
     host.lun("sda", 0, 1, 7);

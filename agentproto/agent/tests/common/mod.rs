@@ -134,6 +134,11 @@ impl Writer {
         self.count.load(Ordering::Relaxed) <= before + 1
     }
 
+    /// Does it write?
+    pub fn moves(&self) -> bool {
+        self.wait_moving(Duration::from_secs(5)).is_some()
+    }
+
     /// How long until it moves again.
     pub fn wait_moving(&self, limit: Duration) -> Option<Duration> {
         let (began, before) = (Instant::now(), self.count.load(Ordering::Relaxed));
@@ -182,12 +187,15 @@ impl Agent {
             text.push_str(&format!("state_dir = \"{}\"\n", at("state")));
         }
         text.push_str(&format!(
-            "listen = \"127.0.0.1:{}\"\nrun_dir = \"{}\"\nhooks_dir = \"{}\"\nmin_interval_s = 1\nlog = \"debug\"\n\
+            "listen = \"127.0.0.1:{}\"\nrun_dir = \"{}\"\nhooks_dir = \"{}\"\nlog = \"debug\"\n\
              initiators = [\"iqn.2026-01.test:host\"]\n{more}\n",
             self.port,
             at("run"),
             at("hooks.d"),
         ));
+        if !more.contains("min_interval_s") {
+            text.insert_str(0, "min_interval_s = 1\n");
+        }
         for (path, lun) in luns {
             text.push_str(&format!(
                 "[[test_lun]]\npath = \"{}\"\nnaa = \"{lun}\"\n",
