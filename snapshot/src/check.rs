@@ -394,25 +394,20 @@ impl Checker<'_> {
     }
 
     fn job(&mut self, records: &Records, id: u64, job: &JobRecord) {
-        let known = match job.kind {
+        // A job whose object has gone meanwhile ends at its next step; one on something in use would destroy it.
+        let in_use = match job.kind {
             JobKind::DropSnapshot(snapshot) => records
                 .snapshots
                 .get(&snapshot)
-                .is_some_and(|found| found.state == SnapshotState::Dying),
-            JobKind::DropHead(branch) => records.branches.get(&branch).is_some_and(|found| !found.head),
-            JobKind::Collapse { from, into } => {
-                records.snapshots.contains_key(&from)
-                    && records
-                        .branches
-                        .get(&into)
-                        .is_some_and(|found| found.parent == Some(from))
-            }
+                .is_some_and(|found| found.state != SnapshotState::Dying),
+            JobKind::DropHead(branch) => records.branches.get(&branch).is_some_and(|found| found.head),
+            JobKind::Collapse { from, .. } => records
+                .snapshots
+                .get(&from)
+                .is_some_and(|found| found.state == SnapshotState::Live),
         };
-        if !known {
-            self.wrong(format!(
-                "job {id} works on something that is gone or in use: {:?}",
-                job.kind
-            ));
+        if in_use {
+            self.wrong(format!("job {id} works on something in use: {:?}", job.kind));
         }
         if id >= self.system.next_job {
             self.wrong(format!("job {id} is above the next free number"));

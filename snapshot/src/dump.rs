@@ -56,10 +56,17 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 fn unhex(text: &str) -> Option<Vec<u8>> {
-    let digits: Option<Vec<u8>> =
-        text.chars().map(|c| c.to_digit(16).and_then(|digit| u8::try_from(digit).ok())).collect();
+    let digits: Option<Vec<u8>> = text
+        .chars()
+        .map(|c| c.to_digit(16).and_then(|digit| u8::try_from(digit).ok()))
+        .collect();
     let digits = digits.filter(|digits| digits.len() % 2 == 0)?;
-    Some(digits.chunks_exact(2).filter_map(|pair| Some(pair.first()? << 4 | pair.last()?)).collect())
+    Some(
+        digits
+            .chunks_exact(2)
+            .filter_map(|pair| Some(pair.first()? << 4 | pair.last()?))
+            .collect(),
+    )
 }
 
 /// One line.
@@ -151,30 +158,51 @@ pub fn dump(dir: &Path, out: &mut dyn Write) -> Result<()> {
 pub fn dump_meta(meta: &mut dyn MetaStore, out: &mut dyn Write) -> Result<()> {
     let mut out = Lines { out, lines: 0 };
     let system = offline::system(meta)?;
-    out.put(&Line::Stillpoint { dump: DUMP, format: record::FORMAT })?;
+    out.put(&Line::Stillpoint {
+        dump: DUMP,
+        format: record::FORMAT,
+    })?;
     out.put(&pool_line(&system))?;
     let mut parents = Parents::new();
     for table in [table::BRANCH, table::SNAPSHOT, table::JOB, table::VALUE] {
         each(meta, table, |_, (key, value)| {
             let line = record_line(&Key::parse(&key)?, &value)?;
-            if let Line::Branch { id, parent: Some((branch, epoch)), .. } = &line {
-                parents.insert(BranchId(*id), SnapshotId { branch: BranchId(*branch), epoch: Epoch(*epoch) });
+            if let Line::Branch {
+                id,
+                parent: Some((branch, epoch)),
+                ..
+            } = &line
+            {
+                parents.insert(
+                    BranchId(*id),
+                    SnapshotId {
+                        branch: BranchId(*branch),
+                        epoch: Epoch(*epoch),
+                    },
+                );
             }
             out.put(&line)
         })?;
     }
     if parents.iter().any(|(child, parent)| parent.branch >= *child) {
-        return Err(Error::corrupt("volume records", "a branch stands on a younger one"));
+        return Err(Error::corrupt(
+            "volume records",
+            "a branch stands on a younger one",
+        ));
     }
     dump_pages(meta, &system, &parents, &mut out)?;
     each(meta, table::BITMAP, |_, (key, value)| {
-        let Key::Bitmap(chunk) = Key::parse(&key)? else { return Ok(()) };
+        let Key::Bitmap(chunk) = Key::parse(&key)? else {
+            return Ok(());
+        };
         let grains = ranges_text(&record::decode_bitmap(chunk, &value)?);
         out.put(&Line::Used { chunk, grains })
     })?;
     let lines = out.lines;
     out.put(&Line::End { lines })?;
-    out.out.flush().map_err(|error| Error::io("write", "the dump", error))
+    out.out
+        .flush()
+        .map_err(|error| Error::io("write", "the dump", error))
 }
 
 struct Lines<'a> {
@@ -184,31 +212,51 @@ struct Lines<'a> {
 
 impl Lines<'_> {
     fn put(&mut self, line: &Line) -> Result<()> {
-        let mut text = serde_json::to_string(line).map_err(|error| Error::corrupt("dump line", error.to_string()))?;
+        let mut text =
+            serde_json::to_string(line).map_err(|error| Error::corrupt("dump line", error.to_string()))?;
         text.push('\n');
         self.lines += 1;
-        self.out.write_all(text.as_bytes()).map_err(|error| Error::io("write", "the dump", error))
+        self.out
+            .write_all(text.as_bytes())
+            .map_err(|error| Error::io("write", "the dump", error))
     }
 }
 
-fn dump_pages(meta: &mut dyn MetaStore, system: &SystemRecord, parents: &Parents, out: &mut Lines<'_>) -> Result<()> {
+fn dump_pages(
+    meta: &mut dyn MetaStore,
+    system: &SystemRecord,
+    parents: &Parents,
+    out: &mut Lines<'_>,
+) -> Result<()> {
     let mut damage = None;
     let overlay = Overlay::read(meta, system, |error| damage = Some(error))?;
     if let Some(error) = damage {
         return Err(error);
     }
-    let pages = Pages { overlay: &overlay, parents };
+    let pages = Pages {
+        overlay: &overlay,
+        parents,
+    };
     let damage = std::cell::RefCell::new(None);
-    pages.each(meta, &mut |error| drop(damage.borrow_mut().replace(error)), |versions| {
-        if let Some(error) = damage.borrow_mut().take() {
-            return Err(error);
-        }
-        for (epoch, page) in &versions.versions {
-            let (branch, no) = (versions.branch.0, versions.page);
-            out.put(&Line::Page { branch, page: no, epoch: epoch.0, entries: entries_text(page) })?;
-        }
-        Ok(())
-    })
+    pages.each(
+        meta,
+        &mut |error| drop(damage.borrow_mut().replace(error)),
+        |versions| {
+            if let Some(error) = damage.borrow_mut().take() {
+                return Err(error);
+            }
+            for (epoch, page) in &versions.versions {
+                let (branch, no) = (versions.branch.0, versions.page);
+                out.put(&Line::Page {
+                    branch,
+                    page: no,
+                    epoch: epoch.0,
+                    entries: entries_text(page),
+                })?;
+            }
+            Ok(())
+        },
+    )
 }
 
 fn pool_line(system: &SystemRecord) -> Line {
@@ -229,10 +277,22 @@ fn record_line(key: &Key, value: &[u8]) -> Result<Line> {
         Key::Snapshot(id) => snapshot_line(*id, SnapshotRecord::decode(*id, value)?),
         Key::Job(id) => {
             let job = JobRecord::decode(*id, value)?;
-            Line::Job { id: *id, kind: job.kind, cursor: job.cursor }
+            Line::Job {
+                id: *id,
+                kind: job.kind,
+                cursor: job.cursor,
+            }
         }
-        Key::Value(name) => Line::Value { name: name.clone(), value: record::decode_value(name, value)?.into() },
-        other => return Err(Error::corrupt("metadata key", format!("{other:?} in the wrong table"))),
+        Key::Value(name) => Line::Value {
+            name: name.clone(),
+            value: record::decode_value(name, value)?.into(),
+        },
+        other => {
+            return Err(Error::corrupt(
+                "metadata key",
+                format!("{other:?} in the wrong table"),
+            ));
+        }
     })
 }
 
@@ -278,7 +338,10 @@ fn entries_text(page: &Page) -> String {
             _ => runs.push((1, entry)),
         }
     }
-    let text: Vec<String> = runs.iter().map(|(count, first)| format!("{count}*{first:?}")).collect();
+    let text: Vec<String> = runs
+        .iter()
+        .map(|(count, first)| format!("{count}*{first:?}"))
+        .collect();
     text.join(" ")
 }
 
@@ -310,25 +373,39 @@ fn parse_entry(text: &str, n: u64) -> Option<Entry> {
         return Some(Entry::HOLE);
     }
     let (place, birth) = text.split_once('@')?;
-    let birth = birth.parse().ok().map(Epoch).filter(|birth| *birth <= Epoch::MAX)?;
+    let birth = birth
+        .parse()
+        .ok()
+        .map(Epoch)
+        .filter(|birth| *birth <= Epoch::MAX)?;
     if place == "zero" {
         return Some(Entry::zero(birth));
     }
-    let grain = place.parse::<u64>().ok()?.checked_add(n).filter(|grain| *grain < crate::page::MAX_GRAINS)?;
+    let grain = place
+        .parse::<u64>()
+        .ok()?
+        .checked_add(n)
+        .filter(|grain| *grain < crate::page::MAX_GRAINS)?;
     Some(Entry::mapped(grain, birth))
 }
 
 fn ranges_text(bits: &Bits) -> String {
     let mut ranges: Vec<(usize, usize)> = Vec::new();
     for grain in 0..CHUNK_GRAINS {
-        if bits.get(grain / 64).is_some_and(|word| word & (1 << (grain % 64)) != 0) {
+        if bits
+            .get(grain / 64)
+            .is_some_and(|word| word & (1 << (grain % 64)) != 0)
+        {
             match ranges.last_mut() {
                 Some((first, count)) if *first + *count == grain => *count += 1,
                 _ => ranges.push((grain, 1)),
             }
         }
     }
-    let text: Vec<String> = ranges.iter().map(|(first, count)| format!("{first}+{count}")).collect();
+    let text: Vec<String> = ranges
+        .iter()
+        .map(|(first, count)| format!("{first}+{count}"))
+        .collect();
     text.join(" ")
 }
 
@@ -344,12 +421,13 @@ fn parse_ranges(text: &str) -> Option<Bits> {
     Some(bits)
 }
 
-/// Makes the metadata of the pool in `dir` anew from the text of [`dump`]. There must be no metadata there (move a
-/// damaged one away first); the data file stays as it is. A failed restore leaves nothing behind that would open.
+/// Makes the metadata of the pool in `dir` anew from the text of [`dump`]. What was there is kept as
+/// `meta.before-restore`; the data file stays as it is. A failed restore changes nothing.
 ///
 /// # Errors
-/// `Exists` when there is metadata, `Corrupt` with the line number when the text is not a whole dump, `Version`,
-/// `Io`.
+/// `Corrupt` with the line number when the text is not a whole dump, `Version`, `NotFound` without a data file,
+/// `LostCommits` when the dump is older than the data file, `Refused` when it is of another pool or the pool is in
+/// use, `Io`.
 pub fn restore(text: &mut dyn BufRead, dir: &Path) -> Result<()> {
     offline::make_new(dir, |meta| restore_meta(text, meta))
 }
@@ -359,7 +437,13 @@ pub fn restore(text: &mut dyn BufRead, dir: &Path) -> Result<()> {
 /// # Errors
 /// As [`restore`].
 pub fn restore_meta(text: &mut dyn BufRead, meta: &mut dyn MetaStore) -> Result<()> {
-    let mut restore = Restore { meta, batch: Batch::default(), system: None, free: BTreeMap::new(), ended: false };
+    let mut restore = Restore {
+        meta,
+        batch: Batch::default(),
+        system: None,
+        free: BTreeMap::new(),
+        ended: false,
+    };
     for (number, line) in (1u64..).zip(text.lines()) {
         let line = line.map_err(|error| Error::io("read", "the dump", error))?;
         let bad = |why: &str| Error::corrupt("dump", format!("line {number}: {why}"));
@@ -371,9 +455,15 @@ pub fn restore_meta(text: &mut dyn BufRead, meta: &mut dyn MetaStore) -> Result<
             (1, Line::Stillpoint { .. }) | (2, Line::Pool { .. }) | (3.., _) => {}
             _ => return Err(bad("not the beginning of a dump")),
         }
-        restore.line(line, number)?.ok_or_else(|| bad("a value is out of range"))?;
+        restore
+            .line(line, number)?
+            .ok_or_else(|| bad("a value is out of range"))?;
     }
-    if restore.ended { restore.finish() } else { Err(Error::corrupt("dump", "the end is missing")) }
+    if restore.ended {
+        restore.finish()
+    } else {
+        Err(Error::corrupt("dump", "the end is missing"))
+    }
 }
 
 struct Restore<'a> {
@@ -396,36 +486,79 @@ impl Restore<'_> {
     /// `None` = a value of the line cannot be.
     fn line(&mut self, line: Line, number: u64) -> Result<Option<()>> {
         match line {
-            Line::Stillpoint { dump: DUMP, format: record::FORMAT } => {}
+            Line::Stillpoint {
+                dump: DUMP,
+                format: record::FORMAT,
+            } => {}
             Line::Stillpoint { dump, format } => {
-                let (found, supported) = if dump == DUMP { (format, record::FORMAT) } else { (dump, DUMP) };
+                let (found, supported) = if dump == DUMP {
+                    (format, record::FORMAT)
+                } else {
+                    (dump, DUMP)
+                };
                 return Err(Error::Version { found, supported });
             }
-            Line::Pool { id, grain_bytes, txg, epoch, next_branch, next_job, chunks } => {
-                let Some(pool_id) = unhex(&id).and_then(|id| id.try_into().ok()) else { return Ok(None) };
+            Line::Pool {
+                id,
+                grain_bytes,
+                txg,
+                epoch,
+                next_branch,
+                next_job,
+                chunks,
+            } => {
+                let Some(pool_id) = unhex(&id).and_then(|id| id.try_into().ok()) else {
+                    return Ok(None);
+                };
                 let epoch = Epoch(epoch);
                 // All deltas of the old store are in the pages of the dump.
                 let checkpoint = txg;
-                let system =
-                    SystemRecord { pool_id, grain_bytes, txg, checkpoint, epoch, next_branch, next_job, chunks };
+                let system = SystemRecord {
+                    pool_id,
+                    grain_bytes,
+                    txg,
+                    checkpoint,
+                    epoch,
+                    next_branch,
+                    next_job,
+                    chunks,
+                };
                 self.system = Some(system);
             }
             line @ (Line::Branch { .. } | Line::Snapshot { .. }) => return self.named(line),
-            Line::Job { id, kind, cursor } => self.put(key::job(id), JobRecord { kind, cursor }.encode(id))?,
+            Line::Job { id, kind, cursor } => {
+                self.put(key::job(id), JobRecord { kind, cursor }.encode(id))?
+            }
             Line::Value { name, value } => {
-                let Some(value) = value.into_bytes() else { return Ok(None) };
+                let Some(value) = value.into_bytes() else {
+                    return Ok(None);
+                };
                 self.put(key::value(&name), record::encode_value(&name, &value))?;
             }
-            Line::Page { branch, page, epoch, entries } => {
-                let Some(content) = parse_entries(&entries) else { return Ok(None) };
-                let place = PageKey { branch: BranchId(branch), page, epoch: Epoch(epoch) };
+            Line::Page {
+                branch,
+                page,
+                epoch,
+                entries,
+            } => {
+                let Some(content) = parse_entries(&entries) else {
+                    return Ok(None);
+                };
+                let place = PageKey {
+                    branch: BranchId(branch),
+                    page,
+                    epoch: Epoch(epoch),
+                };
                 self.put(key::page(place), record::encode_page(place, &content))?;
                 self.put(key::changed(place), Vec::new())?;
             }
             Line::Used { chunk, grains } => {
-                let Some(bits) = parse_ranges(&grains) else { return Ok(None) };
+                let Some(bits) = parse_ranges(&grains) else {
+                    return Ok(None);
+                };
                 let used: u32 = bits.iter().map(|word| word.count_ones()).sum();
-                let free = u16::try_from(CHUNK_GRAINS).unwrap_or(u16::MAX) - u16::try_from(used).unwrap_or(u16::MAX);
+                let free =
+                    u16::try_from(CHUNK_GRAINS).unwrap_or(u16::MAX) - u16::try_from(used).unwrap_or(u16::MAX);
                 self.free.insert(chunk, free);
                 self.put(key::bitmap(chunk), record::encode_bitmap(chunk, &bits))?;
             }
@@ -455,8 +588,13 @@ impl Restore<'_> {
                 mapped_grains,
                 created_ms,
             } => {
-                let Some(attributes) = attributes.into_bytes() else { return Ok(None) };
-                let at = |(branch, epoch)| SnapshotId { branch: BranchId(branch), epoch: Epoch(epoch) };
+                let Some(attributes) = attributes.into_bytes() else {
+                    return Ok(None);
+                };
+                let at = |(branch, epoch)| SnapshotId {
+                    branch: BranchId(branch),
+                    epoch: Epoch(epoch),
+                };
                 let (id, parent) = (BranchId(id), parent.map(at));
                 let (volume, current) = (VolumeId(volume), Epoch(epoch));
                 let record = BranchRecord {
@@ -488,8 +626,13 @@ impl Restore<'_> {
                 mapped_grains,
                 meta,
             } => {
-                let Some(meta) = meta.into_bytes() else { return Ok(None) };
-                let id = SnapshotId { branch: BranchId(branch), epoch: Epoch(epoch) };
+                let Some(meta) = meta.into_bytes() else {
+                    return Ok(None);
+                };
+                let id = SnapshotId {
+                    branch: BranchId(branch),
+                    epoch: Epoch(epoch),
+                };
                 let record = SnapshotRecord {
                     name,
                     created_ms,
@@ -511,10 +654,14 @@ impl Restore<'_> {
 
     /// Free counts, and last of all the pool record: without it nothing opens.
     fn finish(mut self) -> Result<()> {
-        let system = self.system.take().ok_or_else(|| Error::corrupt("dump", "the pool is missing"))?;
+        let system = self
+            .system
+            .take()
+            .ok_or_else(|| Error::corrupt("dump", "the pool is missing"))?;
         let all_free = u16::try_from(CHUNK_GRAINS).unwrap_or(u16::MAX);
-        let counts: Vec<u16> =
-            (0..system.chunks).map(|chunk| self.free.get(&chunk).copied().unwrap_or(all_free)).collect();
+        let counts: Vec<u16> = (0..system.chunks)
+            .map(|chunk| self.free.get(&chunk).copied().unwrap_or(all_free))
+            .collect();
         for (block, counts) in (0u32..).zip(counts.chunks(record::COUNTS_PER_BLOCK)) {
             self.put(key::counts(block), record::encode_counts(block, counts))?;
         }
@@ -538,7 +685,15 @@ mod tests {
         let text = entries_text(&page);
         assert_eq!(text, "3*- 17*1003@7 1*zero@9 1*5@8 18*1022@7 24*-");
         assert_eq!(parse_entries(&text), Some(page));
-        for bad in ["", "63*-", "65*-", "64*x", "1*5", "64*5@999999999999", "99999999999*-"] {
+        for bad in [
+            "",
+            "63*-",
+            "65*-",
+            "64*x",
+            "1*5",
+            "64*5@999999999999",
+            "99999999999*-",
+        ] {
             assert_eq!(parse_entries(bad), None, "{bad}");
         }
         let mut bits = [0; CHUNK_GRAINS / 64];

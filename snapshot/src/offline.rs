@@ -13,9 +13,10 @@ use crate::disk::FileDisk;
 use crate::meta::{Barrier, Batch, MetaStore, Pair};
 use crate::meta_client::Meta;
 use crate::meta_sled::{SledMeta, sync_dir, sync_tree};
-use crate::open::{DATA_FILE, META_DIR};
+use crate::open::{DATA_FILE, LOCK_FILE, META_DIR};
 use crate::page::{Page, PageNo};
 use crate::record::{self, Delta, Key, PageKey, SystemRecord, key, table};
+use crate::superblock::Superblock;
 use crate::types::{BranchId, Epoch, SnapshotId};
 use crate::{Error, Result};
 
@@ -25,6 +26,7 @@ const SLICE: usize = 256;
 const OPEN_TIMEOUT: Duration = Duration::from_secs(120);
 
 const META_DIR_NEW: &str = "meta.new";
+const META_DIR_KEPT: &str = "meta.before-restore";
 
 /// Calls `visit` with every pair of one table, in the order of the keys.
 pub(crate) fn each(
@@ -36,7 +38,9 @@ pub(crate) fn each(
     let below = [table + 1];
     loop {
         let pairs = meta.scan(&from, &below, SLICE)?;
-        let Some((last, _)) = pairs.last() else { return Ok(()) };
+        let Some((last, _)) = pairs.last() else {
+            return Ok(());
+        };
         from.clone_from(last);
         from.push(0);
         for pair in pairs {
@@ -50,7 +54,9 @@ pub(crate) fn each(
 /// # Errors
 /// `Corrupt` when it is damaged or missing.
 pub(crate) fn system(meta: &mut dyn MetaStore) -> Result<SystemRecord> {
-    let value = meta.get(&key::system())?.ok_or_else(|| Error::corrupt("pool record", "key S is missing"))?;
+    let value = meta
+        .get(&key::system())?
+        .ok_or_else(|| Error::corrupt("pool record", "key S is missing"))?;
     SystemRecord::decode(&value)
 }
 
@@ -102,9 +108,18 @@ impl Overlay {
     }
 
     fn first_after(&self, after: Option<(BranchId, PageNo)>) -> Option<(BranchId, PageNo)> {
-        let from = after.map_or(PageKey { branch: BranchId(0), page: 0, epoch: Epoch::ZERO }, |(branch, page)| {
-            PageKey { branch, page, epoch: Epoch(u32::MAX) }
-        });
+        let from = after.map_or(
+            PageKey {
+                branch: BranchId(0),
+                page: 0,
+                epoch: Epoch::ZERO,
+            },
+            |(branch, page)| PageKey {
+                branch,
+                page,
+                epoch: Epoch(u32::MAX),
+            },
+        );
         let mut later = self.deltas.range(from..).map(|(key, _)| (key.branch, key.page));
         later.find(|place| after.is_none_or(|after| *place > after))
     }
@@ -143,10 +158,16 @@ impl Pages<'_> {
         page: PageNo,
         damaged: &mut dyn FnMut(Error),
     ) -> Result<Versions> {
-        let from = key::page(PageKey { branch, page, epoch: Epoch(u32::MAX) });
+        let from = key::page(PageKey {
+            branch,
+            page,
+            epoch: Epoch(u32::MAX),
+        });
         let mut stored: BTreeMap<Epoch, Page> = BTreeMap::new();
         for (key, value) in meta.scan(&from, &key::page_end(branch, page), usize::MAX)? {
-            let Ok(Key::Page(key)) = Key::parse(&key) else { continue };
+            let Ok(Key::Page(key)) = Key::parse(&key) else {
+                continue;
+            };
             let page = record::decode_page(key, &value).unwrap_or_else(|error| {
                 damaged(error);
                 Page::default()
@@ -159,11 +180,19 @@ impl Pages<'_> {
         };
         let mut versions: Vec<(Epoch, Page)> = Vec::new();
         let mut deltas: BTreeMap<Epoch, &Vec<Delta>> = BTreeMap::new();
-        deltas.extend(self.overlay.of(branch, page).map(|(key, deltas)| (key.epoch, deltas)));
+        deltas.extend(
+            self.overlay
+                .of(branch, page)
+                .map(|(key, deltas)| (key.epoch, deltas)),
+        );
         let epochs: std::collections::BTreeSet<Epoch> = stored.keys().chain(deltas.keys()).copied().collect();
         for epoch in epochs {
             // A version that is only in the log so far began as a copy of the one before it.
-            let before = || versions.last().map_or_else(|| inherited.clone(), |(_, page)| page.clone());
+            let before = || {
+                versions
+                    .last()
+                    .map_or_else(|| inherited.clone(), |(_, page)| page.clone())
+            };
             let mut content = stored.remove(&epoch).unwrap_or_else(before);
             for delta in deltas.get(&epoch).into_iter().copied().flatten() {
                 for (index, entry) in delta.changes() {
@@ -172,7 +201,12 @@ impl Pages<'_> {
             }
             versions.push((epoch, content));
         }
-        Ok(Versions { branch, page, inherited, versions })
+        Ok(Versions {
+            branch,
+            page,
+            inherited,
+            versions,
+        })
     }
 
     /// The page as a snapshot sees it.
@@ -184,7 +218,11 @@ impl Pages<'_> {
         damaged: &mut dyn FnMut(Error),
     ) -> Result<Page> {
         let all = self.versions(meta, at.branch, page, damaged)?;
-        let newest = all.versions.into_iter().rev().find(|(epoch, _)| *epoch <= at.epoch);
+        let newest = all
+            .versions
+            .into_iter()
+            .rev()
+            .find(|(epoch, _)| *epoch <= at.epoch);
         Ok(newest.map_or(all.inherited, |(_, page)| page))
     }
 
@@ -198,14 +236,22 @@ impl Pages<'_> {
         let mut after = None;
         loop {
             let stored = Self::first_stored(meta, after)?;
-            let place = [stored, self.overlay.first_after(after)].into_iter().flatten().min();
-            let Some((branch, page)) = place else { return Ok(()) };
+            let place = [stored, self.overlay.first_after(after)]
+                .into_iter()
+                .flatten()
+                .min();
+            let Some((branch, page)) = place else {
+                return Ok(());
+            };
             visit(self.versions(meta, branch, page, damaged)?)?;
             after = place;
         }
     }
 
-    fn first_stored(meta: &mut dyn MetaStore, after: Option<(BranchId, PageNo)>) -> Result<Option<(BranchId, PageNo)>> {
+    fn first_stored(
+        meta: &mut dyn MetaStore,
+        after: Option<(BranchId, PageNo)>,
+    ) -> Result<Option<(BranchId, PageNo)>> {
         let mut from = match after {
             Some((branch, page)) => key::page_end(branch, page),
             None => vec![table::PAGE],
@@ -242,13 +288,19 @@ impl Copy {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let (data, from) = (dir.join(DATA_FILE), dir.join(META_DIR));
         if !data.is_file() || !from.is_dir() {
-            return Err(Error::NotFound { what: format!("a pool in {}", dir.display()) });
+            return Err(Error::NotFound {
+                what: format!("a pool in {}", dir.display()),
+            });
         }
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let scratch = std::env::temp_dir().join(format!("stillpoint-check-{}-{number}", std::process::id()));
         fs::create_dir(&scratch).map_err(io("create directory", &scratch))?;
-        let copy = Self { data, meta: scratch.join(META_DIR), scratch };
-        let _unused = claim(&from.join("db"))?;
+        let copy = Self {
+            data,
+            meta: scratch.join(META_DIR),
+            scratch,
+        };
+        let _unused = claim(dir)?;
         copy_tree(&from, &copy.meta)?;
         Ok(copy)
     }
@@ -271,16 +323,24 @@ impl Drop for Copy {
     }
 }
 
-/// Holds sled's own lock, so that nobody opens the store meanwhile.
-fn claim(log: &Path) -> Result<fs::File> {
-    let file = fs::File::open(log).map_err(io("open", log))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            Err(Error::refused("the pool is in use: stop the daemon that has it open first"))
+/// Holds the pool's lock and sled's own, so that nobody opens the store meanwhile.
+fn claim(dir: &Path) -> Result<Vec<fs::File>> {
+    let mut held = Vec::new();
+    for path in [dir.join(LOCK_FILE), dir.join(META_DIR).join("db")] {
+        let file = match fs::File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(io("open", &path)(error)),
+        };
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => held.push(file),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(Error::refused("the pool is in use: stop the daemon that has it open first"));
+            }
+            Err(error) => return Err(io("lock", &path)(error.into())),
         }
-        Err(error) => Err(Error::io("lock", log.display().to_string(), error.into())),
     }
+    Ok(held)
 }
 
 fn copy_tree(from: &Path, to: &Path) -> Result<()> {
@@ -350,15 +410,22 @@ impl MetaStore for Threaded {
     }
 }
 
-/// Makes the metadata store of the pool in `dir`, filled by `fill`. It appears under its name only when it is whole
-/// and durable.
+/// Makes the metadata store of the pool in `dir` anew, filled by `fill`. It appears under its name only when it is
+/// whole and durable; the one that was there is kept beside it.
 ///
 /// # Errors
-/// `Exists` when there is one, what `fill` says, `Io`.
+/// `NotFound` without a data file; `Refused` when the pool is in use, when the new metadata is of another pool, or when
+/// one was kept before; `LostCommits` when it is older than the data file; what `fill` says; `Io`.
 pub(crate) fn make_new(dir: &Path, fill: impl FnOnce(&mut dyn MetaStore) -> Result<()>) -> Result<()> {
-    let (place, building) = (dir.join(META_DIR), dir.join(META_DIR_NEW));
-    if place.exists() {
-        return Err(Error::Exists { what: format!("metadata in {}", place.display()) });
+    let [place, building, kept] = [META_DIR, META_DIR_NEW, META_DIR_KEPT].map(|name| dir.join(name));
+    let data = dir.join(DATA_FILE);
+    if !data.is_file() {
+        return Err(Error::NotFound { what: format!("the data file {}", data.display()) });
+    }
+    let _unused = claim(dir)?;
+    if place.exists() && kept.exists() {
+        let both = (place.display(), kept.display());
+        return Err(Error::refused(format!("{} is kept as {}, which exists: move that away first", both.0, both.1)));
     }
     if building.exists() {
         // What an interrupted restore left.
@@ -366,6 +433,7 @@ pub(crate) fn make_new(dir: &Path, fill: impl FnOnce(&mut dyn MetaStore) -> Resu
     }
     let filled = open_guarded(&building).and_then(|mut meta| {
         fill(&mut *meta)?;
+        fits(&data, &mut *meta)?;
         meta.barrier().sync()
     });
     if let Err(error) = filled.and_then(|()| sync_tree(&building)) {
@@ -374,6 +442,22 @@ pub(crate) fn make_new(dir: &Path, fill: impl FnOnce(&mut dyn MetaStore) -> Resu
         }
         return Err(error);
     }
+    if place.exists() {
+        fs::rename(&place, &kept).map_err(io("rename", &place))?;
+    }
     fs::rename(&building, &place).map_err(io("rename", &building))?;
     sync_dir(dir)
+}
+
+/// Whether metadata belongs to a data file and is not older.
+fn fits(data: &Path, meta: &mut dyn MetaStore) -> Result<()> {
+    let disk = FileDisk::open_read_only(data).map_err(io("open", data))?;
+    let (superblock, system) = (Superblock::newest(&disk)?, system(meta)?);
+    if superblock.pool_id != system.pool_id || superblock.grain_bytes != system.grain_bytes {
+        return Err(Error::refused(format!("this is not the metadata of {}", data.display())));
+    }
+    if superblock.txg > system.txg {
+        return Err(Error::LostCommits { superblock: superblock.txg, metadata: system.txg });
+    }
+    Ok(())
 }

@@ -137,14 +137,20 @@ impl Medium {
     /// Reads as `pread` does; returns how many bytes lie before the end of the file.
     #[must_use]
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> usize {
-        let there = usize::try_from(self.len.saturating_sub(offset)).unwrap_or(usize::MAX).min(buf.len());
+        let there = usize::try_from(self.len.saturating_sub(offset))
+            .unwrap_or(usize::MAX)
+            .min(buf.len());
         let mut at = offset;
         let mut rest = buf.get_mut(..there).unwrap_or_default();
         while !rest.is_empty() {
             let start = in_page(at);
             let n = (PAGE_LEN - start).min(rest.len());
             let (part, tail) = std::mem::take(&mut rest).split_at_mut(n);
-            match self.pages.get(&(at / PAGE)).and_then(|page| page.get(start..start + n)) {
+            match self
+                .pages
+                .get(&(at / PAGE))
+                .and_then(|page| page.get(start..start + n))
+            {
                 Some(bytes) => part.copy_from_slice(bytes),
                 None => part.fill(0),
             }
@@ -184,7 +190,11 @@ impl Medium {
         if offset >= end {
             return;
         }
-        let known: Vec<u64> = self.pages.range(offset / PAGE..end.div_ceil(PAGE)).map(|(&index, _)| index).collect();
+        let known: Vec<u64> = self
+            .pages
+            .range(offset / PAGE..end.div_ceil(PAGE))
+            .map(|(&index, _)| index)
+            .collect();
         for index in known {
             let mut page = self.page(index);
             let from = usize::try_from(offset.saturating_sub(index * PAGE).min(PAGE)).unwrap_or(PAGE_LEN);
@@ -239,7 +249,11 @@ impl Medium {
     /// A range written with `RWF_DSYNC` is on the disk.
     pub fn make_range_durable(&mut self, offset: u64, len: u64) {
         for index in offset / PAGE..offset.saturating_add(len).div_ceil(PAGE) {
-            if let Some((_, page)) = self.pending.remove(&index).and_then(|versions| versions.last().cloned()) {
+            if let Some((_, page)) = self
+                .pending
+                .remove(&index)
+                .and_then(|versions| versions.last().cloned())
+            {
                 self.durable.insert(index, page);
             }
         }
@@ -255,23 +269,40 @@ impl Medium {
     pub fn after_cut(&self, loss: Loss, rng: &mut Rng) -> Self {
         let mut pages = self.durable.clone();
         for (&index, versions) in &self.pending {
-            if let Some((_, page)) = rng.kept(versions.len(), loss).checked_sub(1).and_then(|last| versions.get(last)) {
+            if let Some((_, page)) = rng
+                .kept(versions.len(), loss)
+                .checked_sub(1)
+                .and_then(|last| versions.get(last))
+            {
                 pages.insert(index, Arc::clone(page));
             }
         }
         let lens = rng.kept(self.pending_len.len(), loss).checked_sub(1);
-        let len = lens.and_then(|last| self.pending_len.get(last)).map_or(self.durable_len, |(_, len)| *len);
+        let len = lens
+            .and_then(|last| self.pending_len.get(last))
+            .map_or(self.durable_len, |(_, len)| *len);
         pages.retain(|&index, _| index * PAGE < len);
         if let Some(page) = pages.get_mut(&(len / PAGE)) {
             // The rest of the last page lies beyond the end: it must read as zeroes if the file grows again.
-            Arc::make_mut(page).get_mut(in_page(len)..).unwrap_or_default().fill(0);
+            Arc::make_mut(page)
+                .get_mut(in_page(len)..)
+                .unwrap_or_default()
+                .fill(0);
         }
-        Self { pages: pages.clone(), len, durable: pages, durable_len: len, ..Self::default() }
+        Self {
+            pages: pages.clone(),
+            len,
+            durable: pages,
+            durable_len: len,
+            ..Self::default()
+        }
     }
 
     /// The pages that are not holes, as (offset in bytes, bytes); the last may reach beyond the length.
     pub fn extents(&self) -> impl Iterator<Item = (u64, &[u8])> {
-        self.pages.iter().map(|(&index, page)| (index * PAGE, page.as_slice()))
+        self.pages
+            .iter()
+            .map(|(&index, page)| (index * PAGE, page.as_slice()))
     }
 }
 
@@ -300,8 +331,9 @@ mod tests {
         assert_eq!(byte(&medium, 5), 2);
         assert_eq!(byte(&medium.after_cut(Loss::All, &mut rng), 5), 1);
         assert_eq!(byte(&medium.after_cut(Loss::Nothing, &mut rng), 5), 2);
-        let seen: std::collections::BTreeSet<u8> =
-            (0..50).map(|_| byte(&medium.after_cut(Loss::Random, &mut rng), 5)).collect();
+        let seen: std::collections::BTreeSet<u8> = (0..50)
+            .map(|_| byte(&medium.after_cut(Loss::Random, &mut rng), 5))
+            .collect();
         assert_eq!(seen.into_iter().collect::<Vec<_>>(), [1, 2]);
     }
 
@@ -313,10 +345,18 @@ mod tests {
         let mut seen = std::collections::BTreeSet::new();
         for _ in 0..200 {
             let cut = medium.after_cut(Loss::Random, &mut rng);
-            seen.insert((cut.len(), byte(&cut, 0) == 7, byte(&cut, 4096) == 7, byte(&cut, 8192) == 7));
+            seen.insert((
+                cut.len(),
+                byte(&cut, 0) == 7,
+                byte(&cut, 4096) == 7,
+                byte(&cut, 8192) == 7,
+            ));
         }
         assert!(seen.contains(&(3 * 4096, true, false, true)), "{seen:?}");
-        assert!(seen.contains(&(0, false, false, false)) && !seen.contains(&(0, true, true, true)), "{seen:?}");
+        assert!(
+            seen.contains(&(0, false, false, false)) && !seen.contains(&(0, true, true, true)),
+            "{seen:?}"
+        );
     }
 
     #[test]
@@ -325,9 +365,15 @@ mod tests {
         medium.write(100, &[9; 9000]);
         medium.set_len(5000);
         medium.set_len(10_000);
-        assert_eq!((byte(&medium, 4999), byte(&medium, 5000), byte(&medium, 9000)), (9, 0, 0));
+        assert_eq!(
+            (byte(&medium, 4999), byte(&medium, 5000), byte(&medium, 9000)),
+            (9, 0, 0)
+        );
         medium.punch(0, 4096);
-        assert_eq!((byte(&medium, 200), byte(&medium, 4500), medium.len()), (0, 9, 10_000));
+        assert_eq!(
+            (byte(&medium, 200), byte(&medium, 4500), medium.len()),
+            (0, 9, 10_000)
+        );
         let mut rng = Rng::new(3);
         medium.make_durable(medium.mark());
         let cut = medium.after_cut(Loss::All, &mut rng);

@@ -13,7 +13,9 @@
 
 mod common;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
+use std::sync::{Mutex, Once};
 
 use stillpoint_snapshot::sim::{Call, Failure, Fault, Loss, Rng, World};
 use stillpoint_snapshot::{
@@ -175,6 +177,8 @@ struct Rig {
     model: Model,
     stamp: Stamp,
     names: u64,
+    /// What each step did, for the message of a failure.
+    story: Vec<String>,
 }
 
 /// Why a step did not go well.
@@ -276,10 +280,15 @@ impl Rig {
             model: Model::default(),
             stamp: 0,
             names: 0,
+            story: Vec::new(),
         };
         rig.create(SECTORS)?;
         rig.create(SECTORS)?;
         Ok(rig)
+    }
+
+    fn tell(&mut self, what: String) {
+        self.story.push(what);
     }
 
     fn name(&mut self, prefix: &str) -> String {
@@ -461,6 +470,7 @@ impl Rig {
             return Ok(());
         };
         let (sector, count) = self.range(rng, &name);
+        self.tell(format!("write {name} {sector}+{count} with {}", self.stamp + 1));
         let fua = rng.chance(10);
         self.stamp += 1;
         let stamp = self.stamp;
@@ -481,6 +491,10 @@ impl Rig {
             return Ok(());
         };
         let (sector, count) = self.range(rng, &name);
+        self.tell(format!(
+            "try to write {name} {sector}+{count} with {}",
+            self.stamp + 1
+        ));
         let (offset, stamp) = (sector * SECTOR as u64, self.stamp + 1);
         self.stamp = stamp;
         let clock = self.model.tick();
@@ -504,6 +518,7 @@ impl Rig {
             return Ok(());
         };
         let (sector, count) = self.range(rng, &name);
+        self.tell(format!("zero {name} {sector}+{count}"));
         let clock = self.model.tick();
         self.model_of(&name).set(clock, sector, count, 0);
         volume
@@ -519,6 +534,7 @@ impl Rig {
         let clock = self.model.tick();
         for _ in 0..1 + rng.below(4) {
             let (sector, count) = self.range(rng, &name);
+            self.tell(format!("unmap {name} {sector}+{count}"));
             ranges.push((sector * SECTOR as u64, count * SECTOR as u64));
             self.model_of(&name).set(clock, sector, count, 0);
         }
@@ -531,6 +547,10 @@ impl Rig {
         };
         let (sector, count) = self.range(rng, &name);
         let count = count.min(8);
+        self.tell(format!(
+            "compare and write {name} {sector}+{count} with {}",
+            self.stamp + 1
+        ));
         let now = self.model.volumes[&name].now();
         let range = sector as usize..(sector + count) as usize;
         let mut compare: Vec<u8> = (sector..)
@@ -567,6 +587,7 @@ impl Rig {
 
     fn create(&mut self, sectors: u64) -> Verdict {
         let name = self.name("v");
+        self.tell(format!("create {name} of {sectors}"));
         let spec = VolumeSpec {
             name: name.clone(),
             size_bytes: sectors * SECTOR as u64,
@@ -597,6 +618,7 @@ impl Rig {
             ..SnapshotSpec::default()
         };
         let when = self.model.tick();
+        self.tell(format!("snapshot {} of {names:?}", spec.name));
         for name in &names {
             let volume = &self.model.volumes[name];
             self.model.snapshots.push(ModelSnapshot {
@@ -638,6 +660,10 @@ impl Rig {
             read_only: rng.chance(30),
             attributes: Vec::new(),
         };
+        self.tell(format!(
+            "clone {}@{} as {}",
+            snapshot.volume, snapshot.name, spec.name
+        ));
         let clock = self.model.tick();
         self.model.volumes.insert(
             spec.name.clone(),
@@ -654,6 +680,7 @@ impl Rig {
         let Some(snapshot) = self.any_snapshot(rng) else {
             return Ok(());
         };
+        self.tell(format!("revert to {}@{}", snapshot.volume, snapshot.name));
         let volume = self.pool.volume(&snapshot.volume).unwrap();
         if self.model.volumes[&snapshot.volume].read_only {
             return Ok(());
@@ -678,6 +705,7 @@ impl Rig {
         let Some(snapshot) = self.any_snapshot(rng) else {
             return Ok(());
         };
+        self.tell(format!("delete snapshot {}@{}", snapshot.volume, snapshot.name));
         let result = self.pool.delete_snapshot(self.id(&snapshot));
         if snapshot.hold {
             return match result {
@@ -695,6 +723,7 @@ impl Rig {
         let Some((name, handle)) = self.any_volume(rng, false) else {
             return Ok(());
         };
+        self.tell(format!("delete {name}"));
         if self.model.snapshots_of(&name).any(|snapshot| snapshot.hold) {
             return Ok(());
         }
@@ -717,6 +746,7 @@ impl Rig {
         };
         let len = self.model.volumes[&name].len();
         let more = rng.below((MOST_SECTORS - len).min(200) + 1);
+        self.tell(format!("grow {name} by {more}"));
         self.model_of(&name).sectors.extend(vec![vec![0]; more as usize]);
         volume
             .grow((len + more) * SECTOR as u64)
@@ -729,6 +759,7 @@ impl Rig {
             return Ok(());
         };
         let new = self.name("r");
+        self.tell(format!("rename {old} to {new}"));
         let volume = self.model.volumes.remove(&old).unwrap();
         self.model.volumes.insert(new.clone(), volume);
         for snapshot in self
@@ -886,15 +917,21 @@ impl Rig {
 }
 
 fn play(steps: &[Step]) -> Result<(), String> {
+    let story = Mutex::new(Vec::new());
     let run = || -> Verdict {
         let mut rig = Rig::new()?;
         for (number, step) in steps.iter().enumerate() {
-            rig.step(*step)
-                .map_err(|trouble| trouble.at(&format!("step {number} {:?}", step.kind)))?;
+            let result = rig.step(*step);
+            story.lock().unwrap().append(&mut rig.story);
+            story
+                .lock()
+                .unwrap()
+                .push(format!("{number}: {:?} {:?}", step.kind, step.trouble));
+            result.map_err(|trouble| trouble.at(&format!("step {number} {:?}", step.kind)))?;
         }
         rig.empty().map_err(|trouble| trouble.at("at the end"))
     };
-    match catch_unwind(AssertUnwindSafe(run)) {
+    let verdict = match catch_unwind(AssertUnwindSafe(run)) {
         Ok(verdict) => verdict.map_err(|trouble| trouble.to_string()),
         Err(panic) => {
             let text = panic.downcast_ref::<String>().map(String::as_str);
@@ -904,11 +941,29 @@ fn play(steps: &[Step]) -> Result<(), String> {
                     .unwrap_or("?")
             ))
         }
-    }
+    };
+    verdict.map_err(|what| format!("{what}\nafter:\n{}", story.lock().unwrap().join("\n")))
+}
+
+thread_local! {
+    static SHRINKING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Keeps the hundreds of failures of a shrink out of the output; the last one is told.
+fn quiet_while_shrinking() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let usual = take_hook();
+        set_hook(Box::new(move |info| {
+            if !SHRINKING.get() {
+                usual(info);
+            }
+        }));
+    });
 }
 
 /// Leaves out what is not needed for a failure, larger pieces first.
-fn shrink(mut steps: Vec<Step>, mut failure: String) -> (Vec<Step>, String) {
+fn shrink(mut steps: Vec<Step>, mut failure: String) -> String {
     let mut piece = steps.len() / 2;
     while piece > 0 {
         let mut at = 0;
@@ -929,7 +984,7 @@ fn shrink(mut steps: Vec<Step>, mut failure: String) -> (Vec<Step>, String) {
             (steps, failure) = (calmer, what);
         }
     }
-    (steps, failure)
+    failure
 }
 
 fn run_seeds(quick: u64, trouble: impl Fn(&mut Rng) -> Planned + Copy) {
@@ -941,8 +996,11 @@ fn run_seeds(quick: u64, trouble: impl Fn(&mut Rng) -> Planned + Copy) {
         let all = steps(seed, trouble);
         if let Err(what) = play(&all) {
             println!("seed {seed} failed ({what}); shrinking");
-            let (few, what) = shrink(all, what);
-            panic!("STILLPOINT_SEED={seed}: {what}\nsteps: {few:#?}");
+            quiet_while_shrinking();
+            SHRINKING.set(true);
+            let what = shrink(all, what);
+            SHRINKING.set(false);
+            panic!("STILLPOINT_SEED={seed}: {what}");
         }
     }
 }

@@ -373,21 +373,29 @@ fn the_tools_work_on_real_files_change_nothing_and_refuse_a_pool_in_use() {
     let mut text = Vec::new();
     dump(&dir, &mut text).unwrap();
     assert!(bytes_of(&dir) == files, "check and dump change nothing");
-    assert!(
-        matches!(restore(&mut &text[..], &dir), Err(Error::Exists { .. })),
-        "never over what is there"
-    );
     let copy = scratch.path().join("copy");
     copy_of(&dir, &copy);
-    fs::remove_dir_all(copy.join("meta")).unwrap();
+    let untouched = bytes_of(&copy);
     assert!(restore(&mut &text[..text.len() / 2], &copy).is_err());
-    assert!(
-        !copy.join("meta").exists(),
-        "a failed restore leaves nothing that would open"
-    );
+    assert!(bytes_of(&copy) == untouched, "a failed restore changes nothing");
+    // The metadata is damaged: it is replaced and kept.
+    fs::write(copy.join("meta/db"), b"nothing of use").unwrap();
+    assert!(check(&copy).map_or(true, |report| !report.is_clean()));
     restore(&mut &text[..], &copy).unwrap();
+    assert_eq!(fs::read(copy.join("meta.before-restore/db")).unwrap(), b"nothing of use");
     assert!(check(&copy).unwrap().is_clean());
+    assert!(matches!(restore(&mut &text[..], &copy), Err(Error::Refused { .. })), "one is kept already");
     let pool = Pool::open(&copy, &options()).unwrap();
     assert!(content(&pool).unwrap() == before);
+    assert!(matches!(restore(&mut &text[..], &copy), Err(Error::Refused { .. })), "in use");
+    // A dump that the data file has left behind would give grains away twice.
+    pool.meta_put("later", Some(b"1")).unwrap();
     pool.shutdown().unwrap();
+    drop(pool);
+    fs::remove_dir_all(copy.join("meta.before-restore")).unwrap();
+    assert!(matches!(restore(&mut &text[..], &copy), Err(Error::LostCommits { .. })));
+    let other = scratch.path().join("other");
+    Pool::create(&other, &options()).unwrap().shutdown().unwrap();
+    assert!(matches!(restore(&mut &text[..], &other), Err(Error::Refused { .. })), "of another pool");
+    assert!(matches!(restore(&mut &text[..], scratch.path()), Err(Error::NotFound { .. })));
 }

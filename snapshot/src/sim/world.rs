@@ -116,7 +116,11 @@ impl Meta {
         for batch in self.pending.iter().take(rng.kept(self.pending.len(), loss)) {
             change(&mut left, batch);
         }
-        Self { applied: left.clone(), durable: left, ..Self::default() }
+        Self {
+            applied: left.clone(),
+            durable: left,
+            ..Self::default()
+        }
     }
 }
 
@@ -143,7 +147,10 @@ impl State {
         }
         self.calls += 1;
         *self.count.entry(call).or_default() += 1;
-        let due = self.faults.iter().position(|fault| fault.call == call && fault.nth == 0);
+        let due = self
+            .faults
+            .iter()
+            .position(|fault| fault.call == call && fault.nth == 0);
         for fault in self.faults.iter_mut().filter(|fault| fault.call == call) {
             fault.nth = fault.nth.saturating_sub(1);
         }
@@ -157,7 +164,9 @@ impl State {
     }
 
     fn has_room(&self, offset: u64, len: usize) -> bool {
-        let Some(capacity) = self.capacity else { return true };
+        let Some(capacity) = self.capacity else {
+            return true;
+        };
         let more = self.disk.would_allocate(offset, len as u64);
         more == 0 || self.disk.allocated() + more <= capacity
     }
@@ -217,7 +226,11 @@ impl World {
 
     fn left(of: (&Medium, &Meta), loss: (Loss, Loss), rng: &mut Rng) -> Self {
         let (disk, meta) = (of.0.after_cut(loss.0, rng), of.1.after_cut(loss.1, rng));
-        Self(Arc::new(Mutex::new(State { disk, meta, ..State::default() })))
+        Self(Arc::new(Mutex::new(State {
+            disk,
+            meta,
+            ..State::default()
+        })))
     }
 
     /// Takes a picture right before the `after`-th call from now on (0 = the next one).
@@ -291,7 +304,12 @@ impl World {
     /// All keys and values of the metadata store, for looking and for damaging.
     #[must_use]
     pub fn pairs(&self) -> Vec<Pair> {
-        self.lock().meta.applied.iter().map(|(key, value)| (key.clone(), value.clone())).collect()
+        self.lock()
+            .meta
+            .applied
+            .iter()
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect()
     }
 
     /// Changes the metadata behind the store's back.
@@ -364,7 +382,9 @@ impl Disk for SimDisk {
 
     fn free_bytes(&self) -> io::Result<u64> {
         let state = self.0.lock();
-        Ok(state.capacity.map_or(u64::MAX >> 8, |capacity| capacity.saturating_sub(state.disk.allocated())))
+        Ok(state.capacity.map_or(u64::MAX >> 8, |capacity| {
+            capacity.saturating_sub(state.disk.allocated())
+        }))
     }
 }
 
@@ -388,7 +408,10 @@ impl MetaStore for SimMeta {
             return Ok(Vec::new());
         }
         let range = state.meta.applied.range(from.to_vec()..below.to_vec());
-        Ok(range.take(limit).map(|(key, value)| (key.clone(), value.clone())).collect())
+        Ok(range
+            .take(limit)
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect())
     }
 
     fn last(&mut self, from: &[u8], below: &[u8]) -> Result<Option<Pair>> {
@@ -401,7 +424,11 @@ impl MetaStore for SimMeta {
     }
 
     fn apply(&mut self, batch: &Batch) -> Result<()> {
-        self.0.enter(Call::MetaApply).map_err(meta_error)?.meta.apply(batch);
+        self.0
+            .enter(Call::MetaApply)
+            .map_err(meta_error)?
+            .meta
+            .apply(batch);
         Ok(())
     }
 
@@ -417,7 +444,12 @@ impl MetaStore for SimMeta {
 
     fn size_on_disk(&mut self) -> Result<u64> {
         let state = self.0.lock();
-        Ok(state.meta.applied.iter().map(|(key, value)| (key.len() + value.len()) as u64).sum())
+        Ok(state
+            .meta
+            .applied
+            .iter()
+            .map(|(key, value)| (key.len() + value.len()) as u64)
+            .sum())
     }
 }
 
@@ -452,12 +484,22 @@ mod tests {
         put(&mut meta, b"b");
         meta.barrier().sync().unwrap();
         put(&mut meta, b"c");
-        let keys = |world: &World| world.pairs().into_iter().map(|(key, _)| key.len()).collect::<Vec<_>>();
+        let keys = |world: &World| {
+            world
+                .pairs()
+                .into_iter()
+                .map(|(key, _)| key.len())
+                .collect::<Vec<_>>()
+        };
         let mut rng = Rng::new(4);
         assert_eq!(keys(&world.after_cut(Loss::All, &mut rng)), [1, 2]);
-        assert_eq!(keys(&world.after_cut(Loss::Nothing, &mut rng)), [1, 2, 1, 2, 1, 2]);
-        let lens: std::collections::BTreeSet<usize> =
-            (0..100).map(|_| keys(&world.after_cut(Loss::Random, &mut rng)).len()).collect();
+        assert_eq!(
+            keys(&world.after_cut(Loss::Nothing, &mut rng)),
+            [1, 2, 1, 2, 1, 2]
+        );
+        let lens: std::collections::BTreeSet<usize> = (0..100)
+            .map(|_| keys(&world.after_cut(Loss::Random, &mut rng)).len())
+            .collect();
         assert_eq!(lens.into_iter().collect::<Vec<_>>(), [2, 4, 6]);
     }
 
@@ -465,10 +507,18 @@ mod tests {
     fn faults_come_when_asked_and_pictures_are_of_their_moment() {
         let world = World::new();
         let disk = world.disk();
-        world.fail(Fault { call: Call::Write, nth: 1, failure: Failure::NoSpace, sticky: false });
+        world.fail(Fault {
+            call: Call::Write,
+            nth: 1,
+            failure: Failure::NoSpace,
+            sticky: false,
+        });
         world.capture(1);
         disk.write_at(0, b"one").unwrap();
-        assert_eq!(disk.write_at(0, b"two").unwrap_err().kind(), io::ErrorKind::StorageFull);
+        assert_eq!(
+            disk.write_at(0, b"two").unwrap_err().kind(),
+            io::ErrorKind::StorageFull
+        );
         disk.write_at(0, b"two").unwrap();
         disk.sync_data().unwrap();
         let mut buf = [0; 3];
@@ -477,7 +527,10 @@ mod tests {
         assert_eq!(&buf, b"one");
         world.set_capacity(Some(4096));
         disk.write_at(10, b"fits").unwrap();
-        assert_eq!(disk.write_at(4096, b"does not").unwrap_err().kind(), io::ErrorKind::StorageFull);
+        assert_eq!(
+            disk.write_at(4096, b"does not").unwrap_err().kind(),
+            io::ErrorKind::StorageFull
+        );
         world.set_reluctant(true);
         assert!(!disk.try_write_at(0, b"half").unwrap() && !disk.try_read_at(0, &mut buf).unwrap());
         disk.read_at(0, &mut buf).unwrap();
