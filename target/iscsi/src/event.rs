@@ -114,7 +114,7 @@ pub enum Event {
         function: TmfFunction,
         /// The LUN it concerns (not for target resets).
         lun: Lun,
-        /// Tasks of this connection that the owner still runs and that the function ends.
+        /// Tasks of this connection that the owner runs and that the function ends; some it may have completed since.
         affected: Vec<TaskId>,
     },
     /// The initiator logged out. Every task that the owner still runs is over: complete it all the same.

@@ -132,9 +132,14 @@ impl Transmitter {
         self.bulk.push_back(Bulk::Answer(Box::new(outbound)));
     }
 
-    /// Drops answers to commands, whole or half sent: their session is over.
+    /// Drops answers, whole or half sent, and what waits behind them: their session is over. A task management response
+    /// must not leave without the answers that it follows.
     pub(crate) fn drop_answers(&mut self) {
-        self.bulk.retain(|bulk| matches!(bulk, Bulk::Fenced(_)));
+        for bulk in self.bulk.drain(..) {
+            if let Bulk::Fenced(control) = bulk {
+                self.control_bytes -= control.weight();
+            }
+        }
     }
 
     /// Drops everything: the peer does not read.

@@ -292,8 +292,8 @@ impl Connection {
 
     /// Ends the session without a word. Answers that wait are dropped.
     pub fn close(&mut self) {
-        self.tx.drop_answers();
         if !matches!(self.state, State::Closing { .. }) {
+            self.tx.drop_answers();
             self.state = State::Closing { logged_out: false };
         }
         self.settle();
