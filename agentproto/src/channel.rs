@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use crate::error::{ErrorCode, Refusal};
 use crate::frame::{Decoded, Decoder, Frame, FrameError};
-use crate::message::{Capabilities, EncodeError, Hello, LogEvent, Message, MessageType, Progress, Reply, Request};
+use crate::message::{
+    Capabilities, EncodeError, Hello, LogEvent, Message, MessageType, Progress, Reply, Request,
+};
 
 /// The first frame of either side has to come in this time.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -105,11 +107,18 @@ pub enum ChannelEvent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// Dialler, Hello sent.
-    HelloSent { deadline: Instant },
+    HelloSent {
+        deadline: Instant,
+    },
     /// Acceptor, nothing heard.
-    Waiting { deadline: Instant },
+    Waiting {
+        deadline: Instant,
+    },
     /// Acceptor, Hello heard, the owner decides.
-    Asked { id: u32, deadline: Instant },
+    Asked {
+        id: u32,
+        deadline: Instant,
+    },
     Open,
     Closed,
 }
@@ -137,7 +146,9 @@ impl Channel {
     /// The dialling side: its Hello is the first thing to send. `body_limit` is one of the limits of [`crate::frame`].
     #[must_use]
     pub fn dial(now: Instant, hello: Hello, generation: u32, body_limit: u32) -> Self {
-        let state = State::HelloSent { deadline: now + HELLO_TIMEOUT };
+        let state = State::HelloSent {
+            deadline: now + HELLO_TIMEOUT,
+        };
         let mut channel = Self::new(state, hello, generation, body_limit);
         let hello = Message::Request(Request::Hello(channel.hello.clone()));
         // A Hello is a few short fields: it always fits. Were it otherwise the peer's silence would end the channel.
@@ -148,7 +159,14 @@ impl Channel {
     /// The accepting side: waits for the peer's Hello.
     #[must_use]
     pub fn accepting(now: Instant, hello: Hello, generation: u32, body_limit: u32) -> Self {
-        Self::new(State::Waiting { deadline: now + HELLO_TIMEOUT }, hello, generation, body_limit)
+        Self::new(
+            State::Waiting {
+                deadline: now + HELLO_TIMEOUT,
+            },
+            hello,
+            generation,
+            body_limit,
+        )
     }
 
     fn new(state: State, hello: Hello, generation: u32, body_limit: u32) -> Self {
@@ -187,7 +205,12 @@ impl Channel {
             self.frame_deadline = None;
             match decoded {
                 Decoded::Frame(frame) => self.frame(frame)?,
-                Decoded::BadBody { request_id, message, is_request, error } => {
+                Decoded::BadBody {
+                    request_id,
+                    message,
+                    is_request,
+                    error,
+                } => {
                     if self.state != State::Open {
                         self.state = State::Closed;
                     }
@@ -211,7 +234,11 @@ impl Channel {
     }
 
     fn frame(&mut self, frame: Frame) -> Result<(), ChannelError> {
-        let Frame { request_id: id, generation, message } = frame;
+        let Frame {
+            request_id: id,
+            generation,
+            message,
+        } = frame;
         match (self.state, message) {
             (State::Open, message) => self.open_frame(id, generation, message),
             (State::Waiting { deadline }, Message::Request(Request::Hello(hello))) => {
@@ -235,13 +262,17 @@ impl Channel {
     fn hello_asked(&mut self, id: u32, generation: u32, hello: Hello, deadline: Instant) {
         if hello.min_version > crate::VERSION || hello.max_version < crate::VERSION {
             let (min, max) = (hello.min_version, hello.max_version);
-            let text = format!("no common protocol version: {min} to {max} there, {} here", crate::VERSION);
+            let text = format!(
+                "no common protocol version: {min} to {max} there, {} here",
+                crate::VERSION
+            );
             self.send_refusal(id, MessageType(1), Refusal::new(ErrorCode::Unsupported, text));
             self.state = State::Closed;
             return;
         }
         self.state = State::Asked { id, deadline };
-        self.events.push_back(ChannelEvent::HelloAsked { hello, generation });
+        self.events
+            .push_back(ChannelEvent::HelloAsked { hello, generation });
     }
 
     fn open_frame(&mut self, id: u32, generation: u32, message: Message) -> Result<(), ChannelError> {
@@ -250,12 +281,18 @@ impl Channel {
             Message::Request(request) => self.incoming(id, generation, request)?,
             Message::Reply(reply) => {
                 if self.answers(id, reply.message_type()) {
-                    self.events.push_back(ChannelEvent::Reply { id, result: Ok(reply) });
+                    self.events.push_back(ChannelEvent::Reply {
+                        id,
+                        result: Ok(reply),
+                    });
                 }
             }
             Message::Refused(message, refusal) => {
                 if self.answers(id, message) {
-                    self.events.push_back(ChannelEvent::Reply { id, result: Err(refusal) });
+                    self.events.push_back(ChannelEvent::Reply {
+                        id,
+                        result: Err(refusal),
+                    });
                 }
             }
             Message::Progress(message, progress) => {
@@ -288,7 +325,11 @@ impl Channel {
             return Ok(());
         }
         self.serving.insert(id, message);
-        self.events.push_back(ChannelEvent::Request { id, generation, request });
+        self.events.push_back(ChannelEvent::Request {
+            id,
+            generation,
+            request,
+        });
         Ok(())
     }
 
@@ -313,7 +354,12 @@ impl Channel {
     ///
     /// # Errors
     /// Nothing was sent.
-    pub fn request(&mut self, now: Instant, request: Request, agent: Capabilities) -> Result<u32, RequestError> {
+    pub fn request(
+        &mut self,
+        now: Instant,
+        request: Request,
+        agent: Capabilities,
+    ) -> Result<u32, RequestError> {
         if self.state != State::Open {
             return Err(RequestError::NotOpen);
         }
@@ -333,7 +379,9 @@ impl Channel {
     /// Answers a request of the peer. An id that is not waiting is ignored; an answer that does not fit the limits
     /// becomes the refusal `TooLarge`.
     pub fn reply(&mut self, id: u32, result: Result<Reply, Refusal>) {
-        let Some(message) = self.serving.remove(&id) else { return };
+        let Some(message) = self.serving.remove(&id) else {
+            return;
+        };
         let content = match result {
             Ok(reply) => Message::Reply(reply),
             Err(refusal) => Message::Refused(message, refusal),
@@ -419,12 +467,19 @@ impl Channel {
             self.state = State::Closed;
             return Err(ChannelError::FrameTimeout);
         }
-        let over: BTreeSet<u32> =
-            self.asked.iter().filter(|(_, (deadline, _))| *deadline <= now).map(|(id, _)| *id).collect();
+        let over: BTreeSet<u32> = self
+            .asked
+            .iter()
+            .filter(|(_, (deadline, _))| *deadline <= now)
+            .map(|(id, _)| *id)
+            .collect();
         self.asked.retain(|id, _| !over.contains(id));
         for id in over {
             let refusal = Refusal::new(ErrorCode::Deadline, "no answer in time");
-            self.events.push_back(ChannelEvent::Reply { id, result: Err(refusal) });
+            self.events.push_back(ChannelEvent::Reply {
+                id,
+                result: Err(refusal),
+            });
         }
         Ok(())
     }
@@ -435,7 +490,12 @@ impl Channel {
     }
 
     fn send(&mut self, request_id: u32, message: Message) -> Result<(), EncodeError> {
-        let bytes = Frame { request_id, generation: self.generation, message }.encode()?;
+        let bytes = Frame {
+            request_id,
+            generation: self.generation,
+            message,
+        }
+        .encode()?;
         self.output_bytes += bytes.len();
         self.output.push_back(bytes);
         Ok(())
@@ -450,7 +510,13 @@ mod tests {
 
     fn hello(product: &str) -> Hello {
         let capabilities = Capabilities::default();
-        Hello { min_version: 1, max_version: 1, agent_id: None, product: product.into(), capabilities }
+        Hello {
+            min_version: 1,
+            max_version: 1,
+            agent_id: None,
+            product: product.into(),
+            capabilities,
+        }
     }
 
     fn carry(now: Instant, from: &mut Channel, to: &mut Channel) {
@@ -463,10 +529,22 @@ mod tests {
         let mut a = Channel::dial(now, hello("a"), 7, MAX_BODY);
         let mut b = Channel::accepting(now, hello("b"), 0, MAX_BODY);
         carry(now, &mut a, &mut b);
-        assert_eq!(b.poll_event(), Some(ChannelEvent::HelloAsked { hello: hello("a"), generation: 7 }));
+        assert_eq!(
+            b.poll_event(),
+            Some(ChannelEvent::HelloAsked {
+                hello: hello("a"),
+                generation: 7
+            })
+        );
         b.accept();
         carry(now, &mut b, &mut a);
-        assert_eq!(a.poll_event(), Some(ChannelEvent::Opened { hello: hello("b"), generation: 0 }));
+        assert_eq!(
+            a.poll_event(),
+            Some(ChannelEvent::Opened {
+                hello: hello("b"),
+                generation: 0
+            })
+        );
         (a, b)
     }
 
@@ -481,15 +559,32 @@ mod tests {
         let first = a.request(now, status(), Capabilities::default()).unwrap();
         let second = a.request(now, status(), Capabilities::default()).unwrap();
         carry(now, &mut a, &mut b);
-        let Some(ChannelEvent::Request { id, generation: 7, .. }) = b.poll_event() else { panic!() };
+        let Some(ChannelEvent::Request {
+            id, generation: 7, ..
+        }) = b.poll_event()
+        else {
+            panic!()
+        };
         let refusal = Refusal::new(ErrorCode::Internal, "no");
         b.reply(id, Err(refusal.clone()));
         carry(now, &mut b, &mut a);
-        assert_eq!(a.poll_event(), Some(ChannelEvent::Reply { id: first, result: Err(refusal.clone()) }));
+        assert_eq!(
+            a.poll_event(),
+            Some(ChannelEvent::Reply {
+                id: first,
+                result: Err(refusal.clone())
+            })
+        );
         let late = a.poll_timeout().unwrap();
         assert_eq!(late, now + Duration::from_secs(5));
         a.handle_timeout(late).unwrap();
-        let Some(ChannelEvent::Reply { id, result: Err(refused) }) = a.poll_event() else { panic!() };
+        let Some(ChannelEvent::Reply {
+            id,
+            result: Err(refused),
+        }) = a.poll_event()
+        else {
+            panic!()
+        };
         assert_eq!((id, refused.code), (second, ErrorCode::Deadline));
         b.reply(second, Err(refusal));
         carry(late, &mut b, &mut a);
@@ -503,15 +598,25 @@ mod tests {
         for _ in 0..MAX_IN_FLIGHT {
             a.request(now, status(), Capabilities::default()).unwrap();
         }
-        assert_eq!(a.request(now, status(), Capabilities::default()), Err(RequestError::TooManyInFlight));
+        assert_eq!(
+            a.request(now, status(), Capabilities::default()),
+            Err(RequestError::TooManyInFlight)
+        );
         carry(now, &mut a, &mut b);
-        let ninth = Frame { request_id: 99, generation: 0, message: Message::Request(status()) };
+        let ninth = Frame {
+            request_id: 99,
+            generation: 0,
+            message: Message::Request(status()),
+        };
         b.receive(now, &ninth.encode().unwrap()).unwrap();
         assert_eq!(std::iter::from_fn(|| b.poll_event()).count(), MAX_IN_FLIGHT);
         let mut decoder = Decoder::new(MAX_BODY);
         decoder.feed(&b.poll_transmit().unwrap());
-        let Some(Decoded::Frame(Frame { request_id: 99, message: Message::Refused(_, refusal), .. })) =
-            decoder.next_frame().unwrap()
+        let Some(Decoded::Frame(Frame {
+            request_id: 99,
+            message: Message::Refused(_, refusal),
+            ..
+        })) = decoder.next_frame().unwrap()
         else {
             panic!()
         };
@@ -523,37 +628,63 @@ mod tests {
         let now = Instant::now();
         let mut waiting = Channel::accepting(now, hello("b"), 0, MAX_BODY_UNAUTHENTICATED);
         assert_eq!(waiting.poll_timeout(), Some(now + HELLO_TIMEOUT));
-        assert_eq!(waiting.handle_timeout(now + HELLO_TIMEOUT), Err(ChannelError::HelloTimeout));
+        assert_eq!(
+            waiting.handle_timeout(now + HELLO_TIMEOUT),
+            Err(ChannelError::HelloTimeout)
+        );
         assert!(waiting.is_closed());
         let (mut a, _) = open(now);
         a.receive(now, b"SPA1").unwrap();
         // More bytes of the same frame do not buy more time (slow loris).
         a.receive(now + Duration::from_secs(9), b"\x01").unwrap();
         assert_eq!(a.poll_timeout(), Some(now + FRAME_TIMEOUT));
-        assert_eq!(a.handle_timeout(now + FRAME_TIMEOUT), Err(ChannelError::FrameTimeout));
+        assert_eq!(
+            a.handle_timeout(now + FRAME_TIMEOUT),
+            Err(ChannelError::FrameTimeout)
+        );
     }
 
     #[test]
     fn anything_before_hello_and_a_second_hello_are_errors() {
         let now = Instant::now();
         let mut b = Channel::accepting(now, hello("b"), 0, MAX_BODY);
-        let early = Frame { request_id: 1, generation: 0, message: Message::Request(status()) };
-        assert_eq!(b.receive(now, &early.encode().unwrap()), Err(ChannelError::HelloOrder));
+        let early = Frame {
+            request_id: 1,
+            generation: 0,
+            message: Message::Request(status()),
+        };
+        assert_eq!(
+            b.receive(now, &early.encode().unwrap()),
+            Err(ChannelError::HelloOrder)
+        );
         let (_, mut b) = open(now);
-        let again = Frame { request_id: 1, generation: 0, message: Message::Request(Request::Hello(hello("a"))) };
-        assert_eq!(b.receive(now, &again.encode().unwrap()), Err(ChannelError::HelloOrder));
+        let again = Frame {
+            request_id: 1,
+            generation: 0,
+            message: Message::Request(Request::Hello(hello("a"))),
+        };
+        assert_eq!(
+            b.receive(now, &again.encode().unwrap()),
+            Err(ChannelError::HelloOrder)
+        );
     }
 
     #[test]
     fn no_common_version_is_told() {
         let now = Instant::now();
-        let new = Hello { min_version: 2, max_version: 3, ..hello("a") };
+        let new = Hello {
+            min_version: 2,
+            max_version: 3,
+            ..hello("a")
+        };
         let mut a = Channel::dial(now, new, 0, MAX_BODY);
         let mut b = Channel::accepting(now, hello("b"), 0, MAX_BODY);
         carry(now, &mut a, &mut b);
         assert!(b.is_closed() && b.poll_event().is_none());
         carry(now, &mut b, &mut a);
-        let Some(ChannelEvent::HelloRefused(refusal)) = a.poll_event() else { panic!() };
+        let Some(ChannelEvent::HelloRefused(refusal)) = a.poll_event() else {
+            panic!()
+        };
         assert_eq!(refusal.code, ErrorCode::Unsupported);
     }
 
@@ -561,10 +692,17 @@ mod tests {
     fn unknown_requests_are_refused_and_the_connection_stays() {
         let now = Instant::now();
         let (mut a, mut b) = open(now);
-        b.receive(now, b"SPA1\x01\0\0\x20\0\0\0\x07\0\0\0\0\0\0\0\0").unwrap();
+        b.receive(now, b"SPA1\x01\0\0\x20\0\0\0\x07\0\0\0\0\0\0\0\0")
+            .unwrap();
         a.asked.insert(7, (now + FRAME_TIMEOUT, MessageType(32)));
         carry(now, &mut b, &mut a);
-        let Some(ChannelEvent::Reply { id: 7, result: Err(refusal) }) = a.poll_event() else { panic!() };
+        let Some(ChannelEvent::Reply {
+            id: 7,
+            result: Err(refusal),
+        }) = a.poll_event()
+        else {
+            panic!()
+        };
         assert_eq!(refusal.code, ErrorCode::UnknownMessage);
         assert!(b.is_open());
     }

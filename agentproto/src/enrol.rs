@@ -32,7 +32,9 @@ const PIN_LEN: usize = 16;
 
 /// A text that is no token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not an enrolment token: it begins with `SP1-` and has 56 characters (create one with `stillpoint agent token create`)")]
+#[error(
+    "not an enrolment token: it begins with `SP1-` and has 56 characters (create one with `stillpoint agent token create`)"
+)]
 pub struct BadToken;
 
 /// A one-time token. Has no `Debug` and no `Display`; the bytes are wiped when it goes.
@@ -45,7 +47,10 @@ impl Token {
     /// The token of 16 random bytes for a target with this key.
     #[must_use]
     pub fn new(secret: [u8; SECRET_LEN], target: &Fingerprint) -> Self {
-        Self { secret: Zeroizing::new(secret), pin: first(&target.0) }
+        Self {
+            secret: Zeroizing::new(secret),
+            pin: first(&target.0),
+        }
     }
 
     /// Reads a token as the operator pasted it: case and surrounding blanks do not matter.
@@ -55,11 +60,16 @@ impl Token {
     pub fn parse(text: &str) -> Result<Self, BadToken> {
         let text = Zeroizing::new(text.trim().to_ascii_uppercase());
         let digits = text.strip_prefix(PREFIX).ok_or(BadToken)?;
-        let bytes = data_encoding::BASE32_NOPAD.decode(digits.as_bytes()).map_err(|_| BadToken)?;
+        let bytes = data_encoding::BASE32_NOPAD
+            .decode(digits.as_bytes())
+            .map_err(|_| BadToken)?;
         let bytes = Zeroizing::new(bytes);
         let (secret, pin) = bytes.split_at_checked(SECRET_LEN).ok_or(BadToken)?;
         let pin = pin.try_into().map_err(|_| BadToken)?;
-        Ok(Self { secret: Zeroizing::new(first(secret)), pin })
+        Ok(Self {
+            secret: Zeroizing::new(first(secret)),
+            pin,
+        })
     }
 
     /// The text to hand to the agent's administrator. The only way out of the wrapper.
@@ -156,7 +166,9 @@ pub struct TokenBook {
 /// Shows how many there are, nothing of them.
 impl std::fmt::Debug for TokenBook {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("TokenBook").field("waiting", &self.waiting.len()).finish_non_exhaustive()
+        f.debug_struct("TokenBook")
+            .field("waiting", &self.waiting.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -165,13 +177,24 @@ impl TokenBook {
     ///
     /// # Errors
     /// 64 tokens wait already.
-    pub fn add(&mut self, now: Instant, token: Token, luns: Vec<LunId>, ttl: Duration) -> Result<(), Refusal> {
+    pub fn add(
+        &mut self,
+        now: Instant,
+        token: Token,
+        luns: Vec<LunId>,
+        ttl: Duration,
+    ) -> Result<(), Refusal> {
         self.expire(now);
         if self.waiting.len() >= MAX_TOKENS {
             let text = format!("{MAX_TOKENS} enrolment tokens wait already: use them or let them expire");
             return Err(Refusal::new(ErrorCode::Busy, text));
         }
-        self.waiting.push(Waiting { token, luns, expires: now + ttl, failures: 0 });
+        self.waiting.push(Waiting {
+            token,
+            luns,
+            expires: now + ttl,
+            failures: 0,
+        });
         Ok(())
     }
 
@@ -198,11 +221,18 @@ impl TokenBook {
             let text = "this token is not valid (used, expired or mistyped): make a new one with `stillpoint agent token create`";
             Refusal::new(ErrorCode::NotEnrolled, text)
         };
-        let found = self.waiting.iter().position(|waiting| waiting.token.id() == token_id).ok_or_else(refused)?;
+        let found = self
+            .waiting
+            .iter()
+            .position(|waiting| waiting.token.id() == token_id)
+            .ok_or_else(refused)?;
         let waiting = self.waiting.get_mut(found).ok_or_else(refused)?;
         if waiting.token.verify_agent(agent, exporter, mac) {
             let used = self.waiting.swap_remove(found);
-            return Ok(Grant { luns: used.luns, mac: used.token.target_mac(agent, exporter) });
+            return Ok(Grant {
+                luns: used.luns,
+                mac: used.token.target_mac(agent, exporter),
+            });
         }
         waiting.failures += 1;
         if waiting.failures >= MAX_FAILURES {
@@ -231,7 +261,10 @@ mod tests {
     #[test]
     fn the_text_form_reads_back() {
         let text = token().reveal();
-        assert_eq!(&**text, "SP1-CEIRCEIRCEIRCEIRCEIRCEIRCGV2XK5LVOV2XK5LVOV2XK5LVOVQ");
+        assert_eq!(
+            &**text,
+            "SP1-CEIRCEIRCEIRCEIRCEIRCEIRCGV2XK5LVOV2XK5LVOV2XK5LVOVQ"
+        );
         let again = Token::parse(&format!(" {} ", text.to_lowercase())).ok().unwrap();
         assert_eq!(again.id(), token().id());
         assert!(again.is_for(&TARGET));
@@ -245,7 +278,10 @@ mod tests {
     #[test]
     fn the_mac_is_hmac_sha256_of_role_id_exporter() {
         let mac = token().agent_mac(AGENT, &EXPORTER);
-        assert_eq!(data_encoding::HEXLOWER.encode(&mac), "22ce9733f2fa5b2a0b78e161a9f1fa9ccc919cd153004ad1846eebe2dc259895");
+        assert_eq!(
+            data_encoding::HEXLOWER.encode(&mac),
+            "22ce9733f2fa5b2a0b78e161a9f1fa9ccc919cd153004ad1846eebe2dc259895"
+        );
         assert_ne!(mac, token().target_mac(AGENT, &EXPORTER));
     }
 
@@ -253,7 +289,8 @@ mod tests {
     fn success_burns_the_token() {
         let now = Instant::now();
         let mut book = TokenBook::default();
-        book.add(now, token(), vec![LunId([5; 16])], TOKEN_TTL_DEFAULT).unwrap();
+        book.add(now, token(), vec![LunId([5; 16])], TOKEN_TTL_DEFAULT)
+            .unwrap();
         let mac = token().agent_mac(AGENT, &EXPORTER);
         let grant = book.enrol(now, AGENT, token().id(), &mac, &EXPORTER).unwrap();
         assert_eq!(grant.luns, [LunId([5; 16])]);
@@ -283,9 +320,15 @@ mod tests {
         let mut book = TokenBook::default();
         for n in 0..MAX_TOKENS {
             let secret = [u8::try_from(n).unwrap(); 16];
-            book.add(now, Token::new(secret, &TARGET), vec![], TOKEN_TTL_DEFAULT).unwrap();
+            book.add(now, Token::new(secret, &TARGET), vec![], TOKEN_TTL_DEFAULT)
+                .unwrap();
         }
-        assert_eq!(book.add(now, token(), vec![], TOKEN_TTL_DEFAULT).unwrap_err().code, ErrorCode::Busy);
+        assert_eq!(
+            book.add(now, token(), vec![], TOKEN_TTL_DEFAULT)
+                .unwrap_err()
+                .code,
+            ErrorCode::Busy
+        );
         assert_eq!(book.len(now + TOKEN_TTL_DEFAULT), 0);
     }
 }

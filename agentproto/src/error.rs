@@ -126,7 +126,13 @@ impl Refusal {
     /// A refusal with a text and no subject.
     #[must_use]
     pub fn new(code: ErrorCode, text: impl Into<String>) -> Self {
-        Self { code, text: text.into(), subject: None, retry_after_ms: None, session: None }
+        Self {
+            code,
+            text: text.into(),
+            subject: None,
+            retry_after_ms: None,
+            session: None,
+        }
     }
 
     /// The same, about something.

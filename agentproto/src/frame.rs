@@ -132,7 +132,10 @@ impl Decoder {
     /// A decoder that allows bodies of `limit` bytes.
     #[must_use]
     pub fn new(limit: u32) -> Self {
-        Self { buffer: Vec::new(), limit }
+        Self {
+            buffer: Vec::new(),
+            limit,
+        }
     }
 
     /// Allows bodies of `limit` bytes from the next frame on.
@@ -156,9 +159,15 @@ impl Decoder {
     /// # Errors
     /// The stream is no SPA stream: drop the connection.
     pub fn next_frame(&mut self) -> Result<Option<Decoded>, FrameError> {
-        let Some(header) = self.header()? else { return Ok(None) };
+        let Some(header) = self.header()? else {
+            return Ok(None);
+        };
         let body_len = usize::try_from(header.body_len).unwrap_or(usize::MAX);
-        let Some(body) = self.buffer.get(HEADER_LEN..).and_then(|rest| rest.get(..body_len)) else {
+        let Some(body) = self
+            .buffer
+            .get(HEADER_LEN..)
+            .and_then(|rest| rest.get(..body_len))
+        else {
             return Ok(None);
         };
         let decoded = decode(header, body);
@@ -171,9 +180,17 @@ impl Decoder {
         if !self.buffer.iter().zip(MAGIC).all(|(got, want)| got == want) {
             return Err(FrameError::Magic);
         }
-        let Ok((_, (version, flags, message, request_id, body_len, generation))) = raw_header(&self.buffer) else {
+        let Ok((_, raw)) = raw_header(&self.buffer) else {
             return Ok(None);
         };
+        let RawHeader {
+            version,
+            flags,
+            message,
+            request_id,
+            body_len,
+            generation,
+        } = raw;
         if version != crate::VERSION {
             return Err(FrameError::Version(version));
         }
@@ -185,29 +202,76 @@ impl Decoder {
             other => return Err(FrameError::Flags(other)),
         };
         if body_len > self.limit {
-            return Err(FrameError::BodyTooLong { len: body_len, limit: self.limit });
+            return Err(FrameError::BodyTooLong {
+                len: body_len,
+                limit: self.limit,
+            });
         }
-        Ok(Some(Header { kind, message: MessageType(message), request_id, body_len, generation }))
+        Ok(Some(Header {
+            kind,
+            message: MessageType(message),
+            request_id,
+            body_len,
+            generation,
+        }))
     }
 }
 
-fn raw_header(i: &[u8]) -> IResult<&[u8], (u8, u8, u16, u32, u32, u32)> {
-    let (i, _) = tag(MAGIC).parse(i)?;
-    (be_u8, be_u8, be_u16, be_u32, be_u32, be_u32).parse(i)
+/// A header as it stands on the wire.
+struct RawHeader {
+    version: u8,
+    flags: u8,
+    message: u16,
+    request_id: u32,
+    body_len: u32,
+    generation: u32,
+}
+
+fn raw_header(i: &[u8]) -> IResult<&[u8], RawHeader> {
+    let (i, (_magic, version, flags, message)) = (tag(MAGIC), be_u8, be_u8, be_u16).parse(i)?;
+    let (i, (request_id, body_len, generation)) = (be_u32, be_u32, be_u32).parse(i)?;
+    Ok((
+        i,
+        RawHeader {
+            version,
+            flags,
+            message,
+            request_id,
+            body_len,
+            generation,
+        },
+    ))
 }
 
 fn decode(header: Header, body: &[u8]) -> Decoded {
-    let Header { kind, message, request_id, generation, .. } = header;
+    let Header {
+        kind,
+        message,
+        request_id,
+        generation,
+        ..
+    } = header;
     let content = match kind {
         Kind::Request => Request::from_body(message, body).map(Message::Request),
         Kind::Reply => Reply::from_body(message, body).map(Message::Reply),
         Kind::Refused => refusal_from_body(body).map(|refusal| Message::Refused(message, refusal)),
         Kind::Event if message == LOG_EVENT => record_from_body::<LogEvent>(body).map(Message::Log),
-        Kind::Event => record_from_body::<Progress>(body).map(|progress| Message::Progress(message, progress)),
+        Kind::Event => {
+            record_from_body::<Progress>(body).map(|progress| Message::Progress(message, progress))
+        }
     };
     match content {
-        Ok(message) => Decoded::Frame(Frame { request_id, generation, message }),
-        Err(error) => Decoded::BadBody { request_id, message, is_request: kind == Kind::Request, error },
+        Ok(message) => Decoded::Frame(Frame {
+            request_id,
+            generation,
+            message,
+        }),
+        Err(error) => Decoded::BadBody {
+            request_id,
+            message,
+            is_request: kind == Kind::Request,
+            error,
+        },
     }
 }
 
@@ -228,7 +292,11 @@ mod tests {
             3 => Message::Progress(MessageType(12), Sample::sample(&mut dice)),
             _ => Message::Log(Sample::sample(&mut dice)),
         };
-        Frame { request_id: Sample::sample(&mut dice), generation: Sample::sample(&mut dice), message }
+        Frame {
+            request_id: Sample::sample(&mut dice),
+            generation: Sample::sample(&mut dice),
+            message,
+        }
     }
 
     fn decode_all(bytes: &[u8]) -> Result<Vec<Decoded>, FrameError> {
@@ -310,20 +378,36 @@ mod tests {
     fn a_long_body_is_refused_before_it_comes() {
         let mut decoder = Decoder::new(MAX_BODY_UNAUTHENTICATED);
         decoder.feed(b"SPA1\x01\0\0\x01\0\0\0\x01\0\0\x10\x01\0\0\0\0");
-        assert_eq!(decoder.next_frame(), Err(FrameError::BodyTooLong { len: 4097, limit: 4096 }));
+        assert_eq!(
+            decoder.next_frame(),
+            Err(FrameError::BodyTooLong {
+                len: 4097,
+                limit: 4096
+            })
+        );
     }
 
     #[test]
     fn unknown_types_and_fields_have_their_refusals() {
         let unknown = b"SPA1\x01\0\0\x14\0\0\0\x07\0\0\0\0\0\0\0\0";
         let frames = decode_all(unknown).unwrap();
-        let [Decoded::BadBody { request_id: 7, message: MessageType(20), is_request: true, error }] = &frames[..] else {
+        let [
+            Decoded::BadBody {
+                request_id: 7,
+                message: MessageType(20),
+                is_request: true,
+                error,
+            },
+        ] = &frames[..]
+        else {
             panic!("{frames:?}");
         };
         assert_eq!(Refusal::from(error.clone()).code, ErrorCode::UnknownMessage);
         let critical = b"SPA1\x01\0\0\x11\0\0\0\x07\0\0\0\x06\0\0\0\0\xff\xff\0\0\0\0";
         let frames = decode_all(critical).unwrap();
-        let [Decoded::BadBody { error, .. }] = &frames[..] else { panic!("{frames:?}") };
+        let [Decoded::BadBody { error, .. }] = &frames[..] else {
+            panic!("{frames:?}")
+        };
         assert_eq!(Refusal::from(error.clone()).code, ErrorCode::UnknownField);
     }
 }

@@ -52,7 +52,10 @@ impl Hold {
     /// Starts a hold: before the first FIFREEZE, after the freeze hooks.
     #[must_use]
     pub fn start(now: Instant, asked: Duration, cap: Duration) -> Self {
-        Self { started: now, deadline: now + asked.min(cap) }
+        Self {
+            started: now,
+            deadline: now + asked.min(cap),
+        }
     }
 
     /// When it ends by itself.
@@ -129,7 +132,10 @@ pub struct Proof {
 
 impl Proof {
     fn crash(why: impl Into<String>) -> Self {
-        Self { level: Level::Crash, shortfalls: vec![why.into()] }
+        Self {
+            level: Level::Crash,
+            shortfalls: vec![why.into()],
+        }
     }
 }
 
@@ -144,15 +150,30 @@ pub fn prove(lun: LunId, evidence: &[Option<Evidence<'_>>]) -> Proof {
         return Proof::crash("an agent gave no answer");
     };
     if let Some(one) = evidence.iter().find(|one| !one.thawed.hold_ok) {
-        return Proof::crash(one.thawed.reason.clone().unwrap_or_else(|| "the hold was not in force".into()));
+        return Proof::crash(
+            one.thawed
+                .reason
+                .clone()
+                .unwrap_or_else(|| "the hold was not in force".into()),
+        );
     }
     let missing: Vec<String> = evidence.iter().filter_map(|one| unfrozen(lun, one)).collect();
     if !missing.is_empty() {
-        return Proof { level: Level::Crash, shortfalls: missing };
+        return Proof {
+            level: Level::Crash,
+            shortfalls: missing,
+        };
     }
     let lacking = applications_lacking(lun, &evidence);
-    let level = if lacking.is_empty() { Level::Application } else { Level::Filesystem };
-    Proof { level, shortfalls: lacking }
+    let level = if lacking.is_empty() {
+        Level::Application
+    } else {
+        Level::Filesystem
+    };
+    Proof {
+        level,
+        shortfalls: lacking,
+    }
 }
 
 /// Why an agent does not prove `filesystem` for a LUN.
@@ -162,12 +183,21 @@ fn unfrozen(lun: LunId, evidence: &Evidence<'_>) -> Option<String> {
     if let Some(left_out) = exclusions.find(|e| e.kind == ExclusionKind::Volume && on_lun(e.lun)) {
         return Some(format!("{} was left out: {}", left_out.subject, left_out.reason));
     }
-    let mut volumes = evidence.frozen.volumes.iter().filter(|volume| volume.lun == lun).peekable();
+    let mut volumes = evidence
+        .frozen
+        .volumes
+        .iter()
+        .filter(|volume| volume.lun == lun)
+        .peekable();
     if volumes.peek().is_none() {
         return Some(format!("no file system of {lun} was frozen"));
     }
     let bad = volumes.find(|volume| !volume.frozen)?;
-    Some(format!("{} was not frozen: {}", bad.path, bad.error.as_deref().unwrap_or("no reason given")))
+    Some(format!(
+        "{} was not frozen: {}",
+        bad.path,
+        bad.error.as_deref().unwrap_or("no reason given")
+    ))
 }
 
 /// Why `application` is not proved for a LUN; empty when it is.
@@ -178,7 +208,12 @@ fn applications_lacking(lun: LunId, evidence: &[Evidence<'_>]) -> Vec<String> {
     for one in evidence {
         let exclusions = one.prepared.exclusions.iter().filter(|e| on_lun(e.lun));
         lacking.extend(exclusions.map(|e| format!("{} was left out: {}", e.subject, e.reason)));
-        let known = one.prepared.apps.iter().chain(&one.frozen.apps).chain(&one.thawed.apps);
+        let known = one
+            .prepared
+            .apps
+            .iter()
+            .chain(&one.frozen.apps)
+            .chain(&one.thawed.apps);
         let mut names: Vec<&App> = known.filter(|app| on_lun(app.lun)).collect();
         names.sort_by_key(|app| name_of(app));
         names.dedup_by_key(|app| name_of(app));
@@ -201,13 +236,20 @@ fn name_of(app: &App) -> (&str, &str, Option<&str>) {
 
 /// Why an application does not count: it must have said `frozen` in Frozen and `thawed` in Thawed.
 fn failure_of(app: &App, evidence: &Evidence<'_>) -> Option<String> {
-    let steps = [(&evidence.frozen.apps, AppState::Frozen), (&evidence.thawed.apps, AppState::Thawed)];
+    let steps = [
+        (&evidence.frozen.apps, AppState::Frozen),
+        (&evidence.thawed.apps, AppState::Thawed),
+    ];
     steps.into_iter().find_map(|(said, wanted)| {
         let Some(said) = said.iter().find(|said| name_of(said) == name_of(app)) else {
             return Some(format!("did not report `{wanted}`"));
         };
         let bad = said.state != wanted;
-        bad.then(|| said.error.clone().unwrap_or_else(|| format!("{} instead of {wanted}", said.state)))
+        bad.then(|| {
+            said.error
+                .clone()
+                .unwrap_or_else(|| format!("{} instead of {wanted}", said.state))
+        })
     })
 }
 
@@ -224,11 +266,24 @@ mod tests {
     const OTHER: LunId = LunId([7; 16]);
 
     fn app(name: &str, state: AppState) -> App {
-        App { kind: "hook".into(), instance: name.into(), component: None, version: None, state, error: None, lun: None }
+        App {
+            kind: "hook".into(),
+            instance: name.into(),
+            component: None,
+            version: None,
+            state,
+            error: None,
+            lun: None,
+        }
     }
 
     fn volume(lun: LunId, frozen: bool) -> FrozenVolume {
-        FrozenVolume { lun, path: "/srv".into(), frozen, error: None }
+        FrozenVolume {
+            lun,
+            path: "/srv".into(),
+            frozen,
+            error: None,
+        }
     }
 
     struct Said(Prepared, Frozen, Thawed);
@@ -237,14 +292,30 @@ mod tests {
         fn good(apps: &[&str]) -> Self {
             let at = |state| apps.iter().map(|name| app(name, state)).collect::<Vec<_>>();
             Self(
-                Prepared { apps: at(AppState::Ready), exclusions: vec![] },
-                Frozen { remaining_ms: 4000, volumes: vec![volume(LUN, true)], apps: at(AppState::Frozen) },
-                Thawed { held_ms: 9, hold_ok: true, apps: at(AppState::Thawed), reason: None },
+                Prepared {
+                    apps: at(AppState::Ready),
+                    exclusions: vec![],
+                },
+                Frozen {
+                    remaining_ms: 4000,
+                    volumes: vec![volume(LUN, true)],
+                    apps: at(AppState::Frozen),
+                },
+                Thawed {
+                    held_ms: 9,
+                    hold_ok: true,
+                    apps: at(AppState::Thawed),
+                    reason: None,
+                },
             )
         }
 
         fn evidence(&self) -> Option<Evidence<'_>> {
-            Some(Evidence { prepared: &self.0, frozen: &self.1, thawed: &self.2 })
+            Some(Evidence {
+                prepared: &self.0,
+                frozen: &self.1,
+                thawed: &self.2,
+            })
         }
     }
 
@@ -278,7 +349,12 @@ mod tests {
             (ExclusionKind::Application, Some(LUN), Level::Filesystem),
         ] {
             let mut left_out = Said::good(&["db"]);
-            left_out.0.exclusions.push(Exclusion { kind, subject: "x".into(), reason: "y".into(), lun: on });
+            left_out.0.exclusions.push(Exclusion {
+                kind,
+                subject: "x".into(),
+                reason: "y".into(),
+                lun: on,
+            });
             assert_eq!(level(&[&left_out]), proved, "{kind} {on:?}");
         }
     }

@@ -98,8 +98,13 @@ impl FromStr for LunId {
     type Err = IdentError;
 
     fn from_str(text: &str) -> Result<Self, IdentError> {
-        let digits = text.strip_prefix("naa.").or_else(|| text.strip_prefix("0x")).unwrap_or(text);
-        parse_hex(digits).map(Self).ok_or_else(|| IdentError::Lun(text.to_owned()))
+        let digits = text
+            .strip_prefix("naa.")
+            .or_else(|| text.strip_prefix("0x"))
+            .unwrap_or(text);
+        parse_hex(digits)
+            .map(Self)
+            .ok_or_else(|| IdentError::Lun(text.to_owned()))
     }
 }
 
@@ -129,7 +134,10 @@ impl Fingerprint {
         let digest = ring::digest::digest(&ring::digest::SHA256, der);
         let mut bytes = [0; 32];
         // SHA-256 yields 32 bytes; zip never reads past either side.
-        bytes.iter_mut().zip(digest.as_ref()).for_each(|(to, from)| *to = *from);
+        bytes
+            .iter_mut()
+            .zip(digest.as_ref())
+            .for_each(|(to, from)| *to = *from);
         Self(bytes)
     }
 }
@@ -150,7 +158,9 @@ impl FromStr for Fingerprint {
     type Err = IdentError;
 
     fn from_str(text: &str) -> Result<Self, IdentError> {
-        parse_hex(text).map(Self).ok_or_else(|| IdentError::Fingerprint(text.to_owned()))
+        parse_hex(text)
+            .map(Self)
+            .ok_or_else(|| IdentError::Fingerprint(text.to_owned()))
     }
 }
 
@@ -184,9 +194,15 @@ mod tests {
     #[test]
     fn lun_identities_read_what_they_write() {
         let lun = LunId([0x60, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]);
-        assert_eq!(lun.to_string(), "naa.600203040506070809" .to_owned() + "0a0b0c0d0e0f10");
+        assert_eq!(
+            lun.to_string(),
+            "naa.600203040506070809".to_owned() + "0a0b0c0d0e0f10"
+        );
         assert_eq!(lun.to_string().parse(), Ok(lun));
-        assert_eq!("naa.600203040506070".parse::<LunId>(), Err(IdentError::Lun("naa.600203040506070".into())));
+        assert_eq!(
+            "naa.600203040506070".parse::<LunId>(),
+            Err(IdentError::Lun("naa.600203040506070".into()))
+        );
         assert!("naa.zz0203040506070809".parse::<LunId>().is_err());
     }
 

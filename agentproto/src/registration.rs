@@ -13,8 +13,8 @@ use crate::error::{ErrorCode, Refusal};
 use crate::frame::{MAX_BODY, MAX_BODY_UNAUTHENTICATED};
 use crate::ident::AgentId;
 use crate::message::{
-    Capabilities, Enrol, EnrolOk, Heartbeat, HeartbeatOk, Hello, LogEvent, LunIdentity, Register, RegisterOk, Reply,
-    Request,
+    Capabilities, Enrol, EnrolOk, Heartbeat, HeartbeatOk, Hello, LogEvent, LunIdentity, Register, RegisterOk,
+    Reply, Request,
 };
 
 /// An agent counts as connected while its last heartbeat is younger than this.
@@ -83,7 +83,12 @@ impl AgentEnd {
     #[must_use]
     pub fn new(now: Instant, hello: Hello, generation: u32, purpose: Purpose) -> Self {
         let channel = Channel::dial(now, hello, generation, MAX_BODY);
-        Self { channel, purpose, lease: None, events: VecDeque::new() }
+        Self {
+            channel,
+            purpose,
+            lease: None,
+            events: VecDeque::new(),
+        }
     }
 
     /// Takes bytes from the connection.
@@ -108,7 +113,8 @@ impl AgentEnd {
                 ChannelEvent::Log(event) => self.events.push_back(AgentEvent::Log(event)),
                 ChannelEvent::Request { id, .. } => {
                     let text = "the registration channel takes no requests from the target";
-                    self.channel.reply(id, Err(Refusal::new(ErrorCode::Unsupported, text)));
+                    self.channel
+                        .reply(id, Err(Refusal::new(ErrorCode::Unsupported, text)));
                 }
                 ChannelEvent::HelloAsked { .. } | ChannelEvent::Progress { .. } => {}
             }
@@ -133,11 +139,21 @@ impl AgentEnd {
     fn replied(&mut self, now: Instant, result: Result<Reply, Refusal>) {
         match result {
             Ok(Reply::Enrol(ok)) => self.events.push_back(AgentEvent::Enrolled(ok)),
-            Ok(Reply::Register(RegisterOk { lease_ms, heartbeat_ms, luns })) => {
+            Ok(Reply::Register(RegisterOk {
+                lease_ms,
+                heartbeat_ms,
+                luns,
+            })) => {
                 let length = Duration::from_millis(u64::from(lease_ms));
                 // The target cannot make us hammer it, nor forget it.
-                let interval = Duration::from_millis(u64::from(heartbeat_ms)).clamp(Duration::from_millis(100), HEARTBEAT);
-                self.lease = Some(Lease { length, interval, ends: now + length, next: now + interval });
+                let interval = Duration::from_millis(u64::from(heartbeat_ms))
+                    .clamp(Duration::from_millis(100), HEARTBEAT);
+                self.lease = Some(Lease {
+                    length,
+                    interval,
+                    ends: now + length,
+                    next: now + interval,
+                });
                 self.events.push_back(AgentEvent::Registered { luns });
             }
             Ok(Reply::Heartbeat(HeartbeatOk { luns })) => {
@@ -196,7 +212,9 @@ impl AgentEnd {
     pub fn handle_timeout(&mut self, now: Instant) -> Result<(), ChannelError> {
         self.channel.handle_timeout(now)?;
         self.pump(now);
-        let Some(lease) = &mut self.lease else { return Ok(()) };
+        let Some(lease) = &mut self.lease else {
+            return Ok(());
+        };
         if lease.ends <= now {
             self.lease = None;
             self.events.push_back(AgentEvent::LeaseLost);
@@ -256,7 +274,11 @@ impl TargetEnd {
     /// Begins on a connection whose TLS handshake is done.
     #[must_use]
     pub fn new(now: Instant, hello: Hello, generation: u32, peer: Peer) -> Self {
-        let limit = if peer == Peer::Unknown { MAX_BODY_UNAUTHENTICATED } else { MAX_BODY };
+        let limit = if peer == Peer::Unknown {
+            MAX_BODY_UNAUTHENTICATED
+        } else {
+            MAX_BODY
+        };
         Self {
             channel: Channel::accepting(now, hello, generation, limit),
             peer,
@@ -291,7 +313,10 @@ impl TargetEnd {
                 self.channel.refuse(Refusal::new(ErrorCode::NotAllowed, text));
             }
             (_, None) => {
-                self.channel.refuse(Refusal::new(ErrorCode::Malformed, "the Hello of an agent carries its agent_id"));
+                self.channel.refuse(Refusal::new(
+                    ErrorCode::Malformed,
+                    "the Hello of an agent carries its agent_id",
+                ));
             }
             _ => {
                 self.channel.accept();
@@ -309,8 +334,10 @@ impl TargetEnd {
         let event = match (request, &self.peer) {
             (Request::Enrol(enrol), _) => TargetEvent::Enrol(enrol),
             (_, Peer::Unknown) => {
-                let text = "this agent is not enrolled (or was revoked): run `stillpoint-agent enrol TOKEN@HOST`";
-                self.channel.reply(id, Err(Refusal::new(ErrorCode::NotEnrolled, text)));
+                let text =
+                    "this agent is not enrolled (or was revoked): run `stillpoint-agent enrol TOKEN@HOST`";
+                self.channel
+                    .reply(id, Err(Refusal::new(ErrorCode::NotEnrolled, text)));
                 return;
             }
             (Request::Register(register), Peer::Known(_)) => TargetEvent::Register(register),
@@ -319,12 +346,17 @@ impl TargetEnd {
                 TargetEvent::Heartbeat(heartbeat)
             }
             (Request::Heartbeat(_), _) => {
-                self.channel.reply(id, Err(Refusal::new(ErrorCode::WrongState, "register first")));
+                self.channel
+                    .reply(id, Err(Refusal::new(ErrorCode::WrongState, "register first")));
                 return;
             }
             (other, _) => {
-                let text = format!("message {} is not for the registration channel", other.message_type().0);
-                self.channel.reply(id, Err(Refusal::new(ErrorCode::Unsupported, text)));
+                let text = format!(
+                    "message {} is not for the registration channel",
+                    other.message_type().0
+                );
+                self.channel
+                    .reply(id, Err(Refusal::new(ErrorCode::Unsupported, text)));
                 return;
             }
         };
@@ -350,7 +382,11 @@ impl TargetEnd {
             self.expires = now + LEASE;
         }
         self.reply(result.map(|luns| {
-            Reply::Register(RegisterOk { lease_ms: ms(LEASE), heartbeat_ms: ms(HEARTBEAT), luns })
+            Reply::Register(RegisterOk {
+                lease_ms: ms(LEASE),
+                heartbeat_ms: ms(HEARTBEAT),
+                luns,
+            })
         }));
     }
 
@@ -395,7 +431,9 @@ impl TargetEnd {
     /// When to call [`Self::handle_timeout`].
     #[must_use]
     pub fn poll_timeout(&self) -> Instant {
-        self.channel.poll_timeout().map_or(self.expires, |channel| channel.min(self.expires))
+        self.channel
+            .poll_timeout()
+            .map_or(self.expires, |channel| channel.min(self.expires))
     }
 
     /// Lets deadlines pass.

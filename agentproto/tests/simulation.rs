@@ -7,6 +7,11 @@
 //! - the coordinator comes to an end, with a verdict, and leaves no session behind on any agent;
 //! - no level is recorded that was not true at the moment of the cut;
 //! - `on_failure = fail` never leaves a snapshot below the level asked for.
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a simulation that goes wrong has to stop"
+)]
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
@@ -15,8 +20,8 @@ use std::time::{Duration, Instant};
 use stillpoint_agentproto::client::{self, Asked, FreezeReport, Output, ThawReport, Work};
 use stillpoint_agentproto::freeze::{HOLD_DEFAULT, HOLD_MAX, Level};
 use stillpoint_agentproto::message::{
-    App, AppState, Capabilities, Exclusion, ExclusionKind, FrozenVolume, LunIdentity, LunVolumes, Mode, Mount,
-    PreflightReport, Prepared, Reply, Request, Role, Volumes,
+    App, AppState, Capabilities, Exclusion, ExclusionKind, FrozenVolume, LunIdentity, LunVolumes, Mode,
+    Mount, PreflightReport, Prepared, Reply, Request, Role, Volumes,
 };
 use stillpoint_agentproto::server::{
     Action, Candidate, Coordinator, IscsiSession, LunSpec, OnFailure, Spec, Verdict,
@@ -62,7 +67,9 @@ struct Weather {
 
 impl Weather {
     fn roll(dice: &mut Dice) -> Self {
-        let pick = |dice: &mut Dice, choices: &[u64]| choices[usize::try_from(dice.below(choices.len() as u64)).unwrap()];
+        let pick = |dice: &mut Dice, choices: &[u64]| {
+            choices[usize::try_from(dice.below(choices.len() as u64)).unwrap()]
+        };
         Self {
             drop: pick(dice, &[0, 0, 40, 12, 5]),
             dial_fails: pick(dice, &[0, 0, 10, 3]),
@@ -79,25 +86,85 @@ impl Weather {
 
 #[derive(Debug)]
 enum Event {
-    ToAgent { agent: usize, channel: u64, call: u64, request: Request },
-    ToTarget { agent: usize, channel: u64, call: u64, result: Result<Reply, Refusal> },
-    Undelivered { call: u64 },
-    TargetSeesLoss { agent: usize, channel: u64 },
-    AgentSeesLoss { agent: usize, channel: u64 },
-    Prepared { agent: usize, life: u64, session: SessionId },
-    HooksDone { agent: usize, life: u64, session: SessionId, app_failed: bool },
-    FsFrozen { agent: usize, life: u64, session: SessionId, app_failed: bool },
-    FreezeFailed { agent: usize, life: u64, session: SessionId },
-    Guard { agent: usize, frozen_no: u64 },
-    ForeignThaw { agent: usize, frozen_no: u64 },
-    ThawDone { agent: usize, life: u64, session: SessionId },
-    Cleaned { agent: usize, life: u64, session: SessionId },
-    Restart { agent: usize },
+    ToAgent {
+        agent: usize,
+        channel: u64,
+        call: u64,
+        request: Request,
+    },
+    ToTarget {
+        agent: usize,
+        channel: u64,
+        call: u64,
+        result: Result<Reply, Refusal>,
+    },
+    Undelivered {
+        call: u64,
+    },
+    TargetSeesLoss {
+        agent: usize,
+        channel: u64,
+    },
+    AgentSeesLoss {
+        agent: usize,
+        channel: u64,
+    },
+    Prepared {
+        agent: usize,
+        life: u64,
+        session: SessionId,
+    },
+    HooksDone {
+        agent: usize,
+        life: u64,
+        session: SessionId,
+        app_failed: bool,
+    },
+    FsFrozen {
+        agent: usize,
+        life: u64,
+        session: SessionId,
+        app_failed: bool,
+    },
+    FreezeFailed {
+        agent: usize,
+        life: u64,
+        session: SessionId,
+    },
+    Guard {
+        agent: usize,
+        frozen_no: u64,
+    },
+    ForeignThaw {
+        agent: usize,
+        frozen_no: u64,
+    },
+    ThawDone {
+        agent: usize,
+        life: u64,
+        session: SessionId,
+    },
+    Cleaned {
+        agent: usize,
+        life: u64,
+        session: SessionId,
+    },
+    Restart {
+        agent: usize,
+    },
     Settled,
-    CutInstant { fails: bool },
-    CutMade { fails: bool },
-    Durable { fails: bool },
-    Recorded { fails: bool },
+    CutInstant {
+        fails: bool,
+    },
+    CutMade {
+        fails: bool,
+    },
+    Durable {
+        fails: bool,
+    },
+    Recorded {
+        fails: bool,
+    },
     Discarded,
     TargetDies,
 }
@@ -178,11 +245,25 @@ struct World {
 const LUN: LunId = LunId([6; 16]);
 
 fn identity() -> LunIdentity {
-    LunIdentity { lun: LUN, serial: None, iqn: None, number: Some(0), size_bytes: Some(1 << 30) }
+    LunIdentity {
+        lun: LUN,
+        serial: None,
+        iqn: None,
+        number: Some(0),
+        size_bytes: Some(1 << 30),
+    }
 }
 
 fn app(state: AppState) -> App {
-    App { kind: "hook".into(), instance: "db".into(), component: None, version: None, state, error: None, lun: None }
+    App {
+        kind: "hook".into(),
+        instance: "db".into(),
+        component: None,
+        version: None,
+        state,
+        error: None,
+        lun: None,
+    }
 }
 
 impl World {
@@ -210,8 +291,16 @@ impl World {
             last_up: 0,
         });
         let hosts: Vec<_> = hosts.collect();
-        let mode = if dice.one_in(2) { Mode::Application } else { Mode::Filesystem };
-        let on_failure = if dice.one_in(2) { OnFailure::Fail } else { OnFailure::CrashConsistent };
+        let mode = if dice.one_in(2) {
+            Mode::Application
+        } else {
+            Mode::Filesystem
+        };
+        let on_failure = if dice.one_in(2) {
+            OnFailure::Fail
+        } else {
+            OnFailure::CrashConsistent
+        };
         let candidates = hosts.iter().map(|host| Candidate {
             agent: host.id,
             host: host.id.to_string(),
@@ -225,11 +314,17 @@ impl World {
         let spec = Spec {
             session: SessionId([9; 16]),
             snapshot: "s".into(),
-            luns: vec![LunSpec { name: "lun".into(), identity: identity() }],
+            luns: vec![LunSpec {
+                name: "lun".into(),
+                identity: identity(),
+            }],
             mode,
             on_failure,
             hold: HOLD_DEFAULT,
-            sessions: vec![IscsiSession { lun: LUN, initiator: "iqn.h0".into() }],
+            sessions: vec![IscsiSession {
+                lun: LUN,
+                initiator: "iqn.h0".into(),
+            }],
             refused: None,
         };
         let mut world = Self {
@@ -267,7 +362,11 @@ impl World {
     }
 
     fn delay(&mut self, usual: u64, slow: u64) -> u64 {
-        let limit = if self.dice.one_in(self.weather.slow) { slow } else { usual };
+        let limit = if self.dice.one_in(self.weather.slow) {
+            slow
+        } else {
+            usual
+        };
         self.dice.below(limit + 1)
     }
 
@@ -276,10 +375,19 @@ impl World {
             self.drain();
             let queued = self.queue.peek().map(|Reverse(queued)| queued.0);
             let timers = self.coordinator.iter().filter_map(Coordinator::poll_timeout);
-            let timers = timers.chain(self.hosts.iter().filter(|h| h.up).filter_map(|host| host.agent.poll_timeout()));
+            let timers = timers.chain(
+                self.hosts
+                    .iter()
+                    .filter(|h| h.up)
+                    .filter_map(|host| host.agent.poll_timeout()),
+            );
             // Up to the next whole millisecond, so that a deadline is never met early.
-            let timer = timers.map(|at| u64::try_from((at - self.base).as_micros().div_ceil(1000)).unwrap()).min();
-            let Some(next) = [queued, timer].into_iter().flatten().min() else { return };
+            let timer = timers
+                .map(|at| u64::try_from((at - self.base).as_micros().div_ceil(1000)).unwrap())
+                .min();
+            let Some(next) = [queued, timer].into_iter().flatten().min() else {
+                return;
+            };
             self.now = self.now.max(next);
             if queued == Some(next) {
                 let Reverse(Queued(_, _, event)) = self.queue.pop().unwrap();
@@ -302,7 +410,11 @@ impl World {
         for host in &self.hosts {
             if let Some(frozen) = &host.frozen {
                 let lasted = self.now - frozen.since;
-                assert!(lasted <= frozen.hold_ms + THAW_MAX, "frozen for {lasted} ms with a hold of {}", frozen.hold_ms);
+                assert!(
+                    lasted <= frozen.hold_ms + THAW_MAX,
+                    "frozen for {lasted} ms with a hold of {}",
+                    frozen.hold_ms
+                );
             }
         }
     }
@@ -337,7 +449,11 @@ impl World {
             }
             Action::Cut => {
                 let slow = self.dice.one_in(self.weather.cut_slow);
-                let ms = if slow { self.dice.below(4000) } else { self.dice.below(100) };
+                let ms = if slow {
+                    self.dice.below(4000)
+                } else {
+                    self.dice.below(100)
+                };
                 let fails = self.dice.one_in(self.weather.cut_fails);
                 self.after(ms, Event::CutInstant { fails });
             }
@@ -373,14 +489,24 @@ impl World {
             let host = &mut self.hosts[at];
             host.channel = Some(channel);
             // The Hello of the new channel is fenced before anything else.
-            host.agent.fence(now, generation).expect("one target, rising generations");
+            host.agent
+                .fence(now, generation)
+                .expect("one target, rising generations");
         }
         let channel = self.hosts[at].channel.unwrap();
         self.hosts[at].calls.insert(call, channel);
         let ms = self.delay(5, 2500);
         let when = (self.now + ms).max(self.hosts[at].last_down);
         self.hosts[at].last_down = when;
-        self.after(when - self.now, Event::ToAgent { agent: at, channel, call, request });
+        self.after(
+            when - self.now,
+            Event::ToAgent {
+                agent: at,
+                channel,
+                call,
+                request,
+            },
+        );
         self.maybe_drop(at, channel);
     }
 
@@ -396,11 +522,18 @@ impl World {
         let life = self.hosts[at].life;
         match output {
             Output::Reply { asked, result } => {
-                let Some(call) = self.asked.remove(&(at, asked)) else { panic!("a reply to nothing") };
+                let Some(call) = self.asked.remove(&(at, asked)) else {
+                    panic!("a reply to nothing")
+                };
                 let ms = self.delay(5, 2500);
                 let when = (self.now + ms).max(self.hosts[at].last_up);
                 self.hosts[at].last_up = when;
-                let event = Event::ToTarget { agent: at, channel: asked.channel, call, result };
+                let event = Event::ToTarget {
+                    agent: at,
+                    channel: asked.channel,
+                    call,
+                    result,
+                };
                 self.after(when - self.now, event);
                 self.maybe_drop(at, asked.channel);
             }
@@ -428,8 +561,16 @@ impl World {
                     cluster: true,
                 };
                 let role = if host.mounted { Role::Mounted } else { Role::None };
-                let luns = vec![LunVolumes { identity: identity(), role, mounts: vec![mount], apps: vec![] }];
-                let reply = Volumes { luns, initiators: vec![format!("iqn.h{at}")] };
+                let luns = vec![LunVolumes {
+                    identity: identity(),
+                    role,
+                    mounts: vec![mount],
+                    apps: vec![],
+                }];
+                let reply = Volumes {
+                    luns,
+                    initiators: vec![format!("iqn.h{at}")],
+                };
                 host.agent.answer(asked, Ok(Reply::ListVolumes(reply)));
             }
             Work::Preflight { asked, .. } => {
@@ -438,25 +579,55 @@ impl World {
             }
             Work::Prepare(prepare) => {
                 let ms = self.delay(100, 8000);
-                self.after(ms, Event::Prepared { agent: at, life, session: prepare.session });
+                self.after(
+                    ms,
+                    Event::Prepared {
+                        agent: at,
+                        life,
+                        session: prepare.session,
+                    },
+                );
             }
             Work::Freeze { session, .. } => {
                 let ms = self.delay(200, 25_000);
                 let failed = self.dice.one_in(self.weather.work_fails);
                 let event = match (failed, self.dice.one_in(2)) {
-                    (true, true) => Event::FreezeFailed { agent: at, life, session },
-                    (app_failed, _) => Event::HooksDone { agent: at, life, session, app_failed },
+                    (true, true) => Event::FreezeFailed {
+                        agent: at,
+                        life,
+                        session,
+                    },
+                    (app_failed, _) => Event::HooksDone {
+                        agent: at,
+                        life,
+                        session,
+                        app_failed,
+                    },
                 };
                 self.after(ms, event);
             }
             Work::Thaw { session, .. } => {
                 self.hosts[at].cancelled.insert(session);
                 let ms = self.dice.below(THAW_MAX);
-                self.after(ms, Event::ThawDone { agent: at, life, session });
+                self.after(
+                    ms,
+                    Event::ThawDone {
+                        agent: at,
+                        life,
+                        session,
+                    },
+                );
             }
             Work::Clean { session, .. } => {
                 let ms = self.delay(50, 5000);
-                self.after(ms, Event::Cleaned { agent: at, life, session });
+                self.after(
+                    ms,
+                    Event::Cleaned {
+                        agent: at,
+                        life,
+                        session,
+                    },
+                );
             }
         }
     }
@@ -480,15 +651,28 @@ impl World {
     fn handle(&mut self, event: Event) {
         let now = self.at();
         match event {
-            Event::ToAgent { agent, channel, call, request } => {
+            Event::ToAgent {
+                agent,
+                channel,
+                call,
+                request,
+            } => {
                 if !self.dead.contains(&channel) && self.hosts[agent].up {
-                    let asked = Asked { channel, id: u32::try_from(call).unwrap() };
+                    let asked = Asked {
+                        channel,
+                        id: u32::try_from(call).unwrap(),
+                    };
                     self.asked.insert((agent, asked), call);
                     let generation = self.generation;
                     self.hosts[agent].agent.request(now, asked, generation, request);
                 }
             }
-            Event::ToTarget { agent, channel, call, result } => {
+            Event::ToTarget {
+                agent,
+                channel,
+                call,
+                result,
+            } => {
                 let known = self.hosts[agent].calls.get(&call) == Some(&channel);
                 if !self.dead.contains(&channel) && known {
                     self.hosts[agent].calls.remove(&call);
@@ -500,8 +684,12 @@ impl World {
                 if self.hosts[agent].channel == Some(channel) {
                     self.hosts[agent].channel = None;
                 }
-                let lost: Vec<u64> =
-                    self.hosts[agent].calls.iter().filter(|(_, on)| **on == channel).map(|(call, _)| *call).collect();
+                let lost: Vec<u64> = self.hosts[agent]
+                    .calls
+                    .iter()
+                    .filter(|(_, on)| **on == channel)
+                    .map(|(call, _)| *call)
+                    .collect();
                 for call in lost {
                     self.hosts[agent].calls.remove(&call);
                     self.undelivered(call);
@@ -525,7 +713,11 @@ impl World {
             Event::CutInstant { fails } => {
                 self.truth = (!fails).then(|| Truth {
                     frozen: self.hosts.iter().map(|host| host.frozen.is_some()).collect(),
-                    apps: self.hosts.iter().map(|host| host.app && host.app_frozen).collect(),
+                    apps: self
+                        .hosts
+                        .iter()
+                        .map(|host| host.app && host.app_frozen)
+                        .collect(),
                 });
                 let ms = self.delay(5, 1500);
                 self.after(ms, Event::CutMade { fails });
@@ -562,36 +754,87 @@ impl World {
                 let refusal = Refusal::new(ErrorCode::HookFailed, "hook");
                 self.hosts[agent].agent.frozen(now, session, Err(refusal));
             }
-            Event::HooksDone { agent, life, session, app_failed } if life == self.hosts[agent].life => {
-                let Some(deadline) = self.hosts[agent].agent.hold_started(now, session) else { return };
+            Event::HooksDone {
+                agent,
+                life,
+                session,
+                app_failed,
+            } if life == self.hosts[agent].life => {
+                let Some(deadline) = self.hosts[agent].agent.hold_started(now, session) else {
+                    return;
+                };
                 let ms = self.delay(100, 7000);
                 let hold_ms = u64::try_from((deadline - now).as_millis()).unwrap();
                 let host = &mut self.hosts[agent];
                 host.frozen_count += 1;
                 let number = host.frozen_count;
-                host.frozen = Some(Frozen { session, since: self.now, number, hold_ms });
+                host.frozen = Some(Frozen {
+                    session,
+                    since: self.now,
+                    number,
+                    hold_ms,
+                });
                 host.app_frozen = host.app && !app_failed;
                 let late = self.dice.below(THAW_MAX);
-                self.after(hold_ms + late, Event::Guard { agent, frozen_no: number });
+                self.after(
+                    hold_ms + late,
+                    Event::Guard {
+                        agent,
+                        frozen_no: number,
+                    },
+                );
                 if self.dice.one_in(self.weather.foreign_thaw) {
                     let ms = self.dice.below(hold_ms);
-                    self.after(ms, Event::ForeignThaw { agent, frozen_no: number });
+                    self.after(
+                        ms,
+                        Event::ForeignThaw {
+                            agent,
+                            frozen_no: number,
+                        },
+                    );
                 }
-                self.after(ms, Event::FsFrozen { agent, life, session, app_failed });
+                self.after(
+                    ms,
+                    Event::FsFrozen {
+                        agent,
+                        life,
+                        session,
+                        app_failed,
+                    },
+                );
             }
-            Event::FsFrozen { agent, life, session, app_failed } if life == self.hosts[agent].life => {
+            Event::FsFrozen {
+                agent,
+                life,
+                session,
+                app_failed,
+            } if life == self.hosts[agent].life => {
                 let host = &mut self.hosts[agent];
                 if host.cancelled.contains(&session) {
                     return;
                 }
-                let state = if app_failed { AppState::Failed } else { AppState::Frozen };
-                let volumes = vec![FrozenVolume { lun: LUN, path: "/srv".into(), frozen: true, error: None }];
+                let state = if app_failed {
+                    AppState::Failed
+                } else {
+                    AppState::Frozen
+                };
+                let volumes = vec![FrozenVolume {
+                    lun: LUN,
+                    path: "/srv".into(),
+                    frozen: true,
+                    error: None,
+                }];
                 let apps = if host.app { vec![app(state)] } else { vec![] };
-                host.agent.frozen(now, session, Ok(FreezeReport { volumes, apps }));
+                host.agent
+                    .frozen(now, session, Ok(FreezeReport { volumes, apps }));
             }
             Event::Guard { agent, frozen_no } | Event::ForeignThaw { agent, frozen_no } => {
                 let host = &mut self.hosts[agent];
-                if host.frozen.as_ref().is_some_and(|frozen| frozen.number == frozen_no) {
+                if host
+                    .frozen
+                    .as_ref()
+                    .is_some_and(|frozen| frozen.number == frozen_no)
+                {
                     host.frozen = None;
                 }
             }
@@ -606,7 +849,15 @@ impl World {
                     (_, _, false) => vec![app(AppState::Thawed)],
                 };
                 host.app_frozen = false;
-                host.agent.thawed(now, session, ThawReport { in_force, apps, reason: None });
+                host.agent.thawed(
+                    now,
+                    session,
+                    ThawReport {
+                        in_force,
+                        apps,
+                        reason: None,
+                    },
+                );
             }
             Event::Cleaned { agent, life, session } if life == self.hosts[agent].life => {
                 self.hosts[agent].agent.cleaned(now, session, None);
@@ -621,9 +872,18 @@ impl World {
         }
         let excluded = self.dice.one_in(self.weather.work_fails);
         let kind = ExclusionKind::Application;
-        let exclusion = Exclusion { kind, subject: "x".into(), reason: "y".into(), lun: None };
+        let exclusion = Exclusion {
+            kind,
+            subject: "x".into(),
+            reason: "y".into(),
+            lun: None,
+        };
         let exclusions = if excluded { vec![exclusion] } else { vec![] };
-        let apps = if self.hosts[at].app { vec![app(AppState::Ready)] } else { vec![] };
+        let apps = if self.hosts[at].app {
+            vec![app(AppState::Ready)]
+        } else {
+            vec![]
+        };
         Ok(Prepared { apps, exclusions })
     }
 
@@ -655,17 +915,27 @@ impl World {
             assert!(host.frozen.is_none(), "left frozen");
             assert!(host.agent.is_idle(), "a session was left behind");
         }
-        let wanted = if mode == Mode::Application { Level::Application } else { Level::Filesystem };
+        let wanted = if mode == Mode::Application {
+            Level::Application
+        } else {
+            Level::Filesystem
+        };
         let recorded = self.promoted.as_ref().map_or(Level::Crash, Verdict::lowest);
         if recorded >= Level::Filesystem {
             let truth = self.truth.as_ref().expect("a level without a cut");
             for (at, host) in self.hosts.iter().enumerate().filter(|(_, host)| host.mounted) {
-                assert!(truth.frozen[at], "host {at} was not frozen at the cut, and {recorded} was recorded");
+                assert!(
+                    truth.frozen[at],
+                    "host {at} was not frozen at the cut, and {recorded} was recorded"
+                );
                 let lied = recorded == Level::Application && host.app && !truth.apps[at];
                 assert!(!lied, "the application of host {at} did not take part");
             }
             let apps = self.hosts.iter().any(|host| host.mounted && host.app);
-            assert!(recorded < Level::Application || apps, "application without an application");
+            assert!(
+                recorded < Level::Application || apps,
+                "application without an application"
+            );
         }
         if self.weather.target_dies_at.is_some() {
             return None;
@@ -678,11 +948,18 @@ impl World {
             if on_failure == OnFailure::Fail {
                 assert!(verdict.lowest() >= wanted, "kept below what was asked for");
             }
-            assert!(verdict.lowest() >= wanted || verdict.failure.is_some(), "less, and no word why");
+            assert!(
+                verdict.lowest() >= wanted || verdict.failure.is_some(),
+                "less, and no word why"
+            );
         } else {
             assert!(verdict.failure.is_some(), "no snapshot, and no word why");
         }
-        Some(if verdict.kept { verdict.lowest() } else { return None })
+        Some(if verdict.kept {
+            verdict.lowest()
+        } else {
+            return None;
+        })
     }
 }
 
@@ -705,9 +982,17 @@ fn no_schedule_leaves_anything_frozen_or_claims_what_is_not_proved() {
         *reached.entry(level).or_default() += 1;
     }
     // The weather must leave room for every end, or the test would prove nothing.
-    for level in [None, Some(Level::Crash), Some(Level::Filesystem), Some(Level::Application)] {
+    for level in [
+        None,
+        Some(Level::Crash),
+        Some(Level::Filesystem),
+        Some(Level::Application),
+    ] {
         let times = reached.get(&level).copied().unwrap_or_default();
-        assert!(times > SCHEDULES / 50, "only {times} schedules ended with {level:?}: {reached:?}");
+        assert!(
+            times > SCHEDULES / 50,
+            "only {times} schedules ended with {level:?}: {reached:?}"
+        );
     }
     println!("{reached:?}");
 }
@@ -719,7 +1004,12 @@ fn a_freeze_beyond_its_hold_is_caught() {
     let (mut world, ..) = World::new(1);
     world.now = 10;
     let hold_ms = u64::try_from(HOLD_MAX.as_millis()).unwrap();
-    world.hosts[0].frozen = Some(Frozen { session: SessionId([0; 16]), since: 10, number: 1, hold_ms });
+    world.hosts[0].frozen = Some(Frozen {
+        session: SessionId([0; 16]),
+        since: 10,
+        number: 1,
+        hold_ms,
+    });
     world.now += hold_ms + THAW_MAX + 1;
     world.check_freezes();
 }

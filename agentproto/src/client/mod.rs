@@ -8,6 +8,8 @@
 //! [`Agent::prepared`], [`Agent::hold_started`], [`Agent::frozen`], [`Agent::thawed`], [`Agent::cleaned`].
 
 mod session;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -16,7 +18,7 @@ use crate::error::{ErrorCode, Refusal};
 use crate::freeze::{HOLD_MAX, KEEPALIVE_LOST, MIN_INTERVAL, PREPARED_IDLE};
 use crate::ident::{LunId, SessionId};
 use crate::message::{
-    App, Aborted, FrozenVolume, Level, LogEvent, Mode, Prepare, Prepared, Reply, Request, Require,
+    Aborted, App, FrozenVolume, Level, LogEvent, Mode, Prepare, Prepared, Reply, Request, Require,
     SessionState, Severity, StatusReport,
 };
 use session::{Ending, Session, State};
@@ -41,7 +43,11 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { min_interval: MIN_INTERVAL, hold_max: HOLD_MAX, idle: PREPARED_IDLE }
+        Self {
+            min_interval: MIN_INTERVAL,
+            hold_max: HOLD_MAX,
+            idle: PREPARED_IDLE,
+        }
     }
 }
 
@@ -208,8 +214,15 @@ impl Agent {
                 let report = self.status(now, status.session);
                 self.answer(asked, Ok(Reply::Status(report)));
             }
-            Request::ListVolumes(list) => self.work(Work::ListVolumes { asked, luns: list.luns }),
-            Request::Preflight(ask) => self.work(Work::Preflight { asked, luns: ask.luns, mode: ask.mode }),
+            Request::ListVolumes(list) => self.work(Work::ListVolumes {
+                asked,
+                luns: list.luns,
+            }),
+            Request::Preflight(ask) => self.work(Work::Preflight {
+                asked,
+                luns: ask.luns,
+                mode: ask.mode,
+            }),
             request => match request.session() {
                 Some(session) => self.step(now, asked, session, request),
                 None => {
@@ -222,14 +235,20 @@ impl Agent {
 
     /// A frame came on a channel: the keepalive of what is frozen over it.
     pub fn heard(&mut self, now: Instant, channel: u64) {
-        for session in self.sessions.values_mut().filter(|session| session.channel == channel) {
+        for session in self
+            .sessions
+            .values_mut()
+            .filter(|session| session.channel == channel)
+        {
             session.heard = now;
         }
     }
 
     /// A snapshot channel is gone: what was frozen over it thaws now.
     pub fn channel_lost(&mut self, now: Instant, channel: u64) {
-        self.end_where(now, "the snapshot channel was lost", Ending::Wait, |session| session.channel == channel);
+        self.end_where(now, "the snapshot channel was lost", Ending::Wait, |session| {
+            session.channel == channel
+        });
         for session in self.sessions.values_mut() {
             session.forget_channel(channel);
         }
@@ -305,7 +324,10 @@ impl Agent {
     /// Tells the target how far a Prepare (or another long step) is: where to send [`crate::message::Progress`].
     #[must_use]
     pub fn waiting_for(&self, session: SessionId) -> Vec<Asked> {
-        self.sessions.get(&session).map(Session::waiters).unwrap_or_default()
+        self.sessions
+            .get(&session)
+            .map(Session::waiters)
+            .unwrap_or_default()
     }
 
     /// What to do next.
@@ -316,7 +338,10 @@ impl Agent {
     /// When to call [`Self::handle_timeout`].
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.sessions.values().filter_map(|session| session.deadline(self.config.idle)).min()
+        self.sessions
+            .values()
+            .filter_map(|session| session.deadline(self.config.idle))
+            .min()
     }
 
     /// Lets deadlines pass: the hold, the keepalive, idle sessions.
@@ -330,7 +355,11 @@ impl Agent {
     /// The session that a heartbeat tells about: state, id, and for how long something has been frozen.
     #[must_use]
     pub fn in_flight(&self, now: Instant) -> (SessionState, Option<SessionId>, Option<u32>) {
-        let busy = self.sessions.values().filter(|session| !session.is_over()).max_by_key(|s| s.urgency());
+        let busy = self
+            .sessions
+            .values()
+            .filter(|session| !session.is_over())
+            .max_by_key(|s| s.urgency());
         busy.map_or((SessionState::Idle, None, None), |session| {
             (session.state(), Some(session.id), session.frozen_ms(now))
         })
@@ -339,11 +368,20 @@ impl Agent {
     fn status(&self, now: Instant, session: Option<SessionId>) -> StatusReport {
         let found = match session {
             Some(id) => self.sessions.get(&id),
-            None => self.sessions.values().filter(|session| !session.is_over()).max_by_key(|s| s.urgency()),
+            None => self
+                .sessions
+                .values()
+                .filter(|session| !session.is_over())
+                .max_by_key(|s| s.urgency()),
         };
         match found {
             Some(session) => session.report(now),
-            None => StatusReport { state: SessionState::Idle, session, held_ms: None, last_result: None },
+            None => StatusReport {
+                state: SessionState::Idle,
+                session,
+                held_ms: None,
+                last_result: None,
+            },
         }
     }
 
@@ -376,10 +414,20 @@ impl Agent {
             Request::Abort(_) => {
                 // Remembered, so that a Prepare that was overtaken by its Abort does not begin afterwards.
                 self.make_room(now);
-                self.sessions.insert(id, Session::aborted(now, id, self.generation));
-                self.answer(asked, Ok(Reply::Abort(Aborted { held_ms: None, reason: None })));
+                self.sessions
+                    .insert(id, Session::aborted(now, id, self.generation));
+                self.answer(
+                    asked,
+                    Ok(Reply::Abort(Aborted {
+                        held_ms: None,
+                        reason: None,
+                    })),
+                );
             }
-            _ => self.answer(asked, Err(Refusal::new(ErrorCode::UnknownSession, "no such session here"))),
+            _ => self.answer(
+                asked,
+                Err(Refusal::new(ErrorCode::UnknownSession, "no such session here")),
+            ),
         }
     }
 
@@ -391,7 +439,9 @@ impl Agent {
         if prepare.luns.is_empty() {
             return Err(Refusal::new(ErrorCode::Malformed, "a session needs a LUN"));
         }
-        let blocks = |session: &&Session| session.holds_luns() && session.luns.iter().any(|l| prepare.luns.contains(l));
+        let blocks = |session: &&Session| {
+            session.holds_luns() && session.luns.iter().any(|l| prepare.luns.contains(l))
+        };
         if let Some(other) = self.sessions.values().find(blocks) {
             let text = format!("session {} is {} on this LUN", other.id, other.state());
             return Err(Refusal::new(ErrorCode::Busy, text).held_by(other.id));
@@ -400,7 +450,10 @@ impl Agent {
             return Err(refusal);
         }
         if !self.make_room(now) {
-            return Err(Refusal::new(ErrorCode::Busy, format!("{MAX_SESSIONS} sessions are under way")));
+            return Err(Refusal::new(
+                ErrorCode::Busy,
+                format!("{MAX_SESSIONS} sessions are under way"),
+            ));
         }
         Ok(())
     }
@@ -412,14 +465,23 @@ impl Agent {
     }
 
     fn too_soon(&self, now: Instant, id: SessionId) -> Option<Refusal> {
-        let session = self.sessions.get(&id).filter(|session| matches!(session.state, State::Prepared { .. }))?;
+        let session = self
+            .sessions
+            .get(&id)
+            .filter(|session| matches!(session.state, State::Prepared { .. }))?;
         self.rate_limit(now, &session.luns)
     }
 
     fn rate_limit(&self, now: Instant, luns: &[LunId]) -> Option<Refusal> {
-        let again = luns.iter().filter_map(|lun| self.frozen_at.get(lun)).max()?.checked_add(self.config.min_interval)?;
+        let again = luns
+            .iter()
+            .filter_map(|lun| self.frozen_at.get(lun))
+            .max()?
+            .checked_add(self.config.min_interval)?;
         let wait = again.checked_duration_since(now).filter(|wait| !wait.is_zero())?;
-        let ms = u32::try_from(wait.as_millis()).unwrap_or(u32::MAX).saturating_add(1);
+        let ms = u32::try_from(wait.as_millis())
+            .unwrap_or(u32::MAX)
+            .saturating_add(1);
         let text = format!("frozen less than {} s ago", self.config.min_interval.as_secs());
         Some(Refusal::new(ErrorCode::Busy, text).retry_after(ms))
     }
@@ -432,7 +494,8 @@ impl Agent {
     }
 
     fn forget_old(&mut self, now: Instant) {
-        self.sessions.retain(|_, session| !session.is_over() || now < session.since + KEEP_RESULTS);
+        self.sessions
+            .retain(|_, session| !session.is_over() || now < session.since + KEEP_RESULTS);
         let interval = self.config.min_interval;
         self.frozen_at.retain(|_, at| now < *at + interval);
     }
@@ -444,14 +507,21 @@ impl Agent {
             return true;
         }
         let over = self.sessions.values().filter(|session| session.is_over());
-        let Some(oldest) = over.min_by_key(|session| session.since).map(|session| session.id) else { return false };
+        let Some(oldest) = over.min_by_key(|session| session.since).map(|session| session.id) else {
+            return false;
+        };
         self.sessions.remove(&oldest);
         true
     }
 }
 
 fn log(severity: Severity, code: ErrorCode, subject: impl Into<String>, text: impl Into<String>) -> Output {
-    Output::Log(LogEvent { severity, code, subject: subject.into(), text: text.into() })
+    Output::Log(LogEvent {
+        severity,
+        code,
+        subject: subject.into(),
+        text: text.into(),
+    })
 }
 
 /// When a session that is frozen has to be thawed because nothing is heard.

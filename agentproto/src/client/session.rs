@@ -8,8 +8,8 @@ use crate::error::{ErrorCode, Refusal};
 use crate::freeze::Hold;
 use crate::ident::{LunId, SessionId};
 use crate::message::{
-    Aborted, AppState, Completed, CutOutcome, Frozen, Level, Mode, Prepare, Prepared, Reply, Request, Require,
-    SessionState, Severity, StatusReport, Thawed,
+    Aborted, AppState, Completed, CutOutcome, Frozen, Level, Mode, Prepare, Prepared, Reply, Request,
+    Require, SessionState, Severity, StatusReport, Thawed,
 };
 
 /// What follows when a session under way is ended.
@@ -25,13 +25,30 @@ pub(super) enum Ending {
 #[derive(Clone, Debug)]
 pub(super) enum State {
     Preparing,
-    Prepared { since: Instant },
+    Prepared {
+        since: Instant,
+    },
     /// Hooks or file systems; `hold` once the first file system is about to be frozen.
-    Freezing { since: Instant, asked: Duration, hold: Option<Hold> },
-    Frozen { hold: Hold },
-    Thawing { hold: Option<Hold>, released: Option<Released>, why: Option<String>, then_clean: bool },
-    Thawed { since: Instant },
-    Cleaning { recorded: Option<Level> },
+    Freezing {
+        since: Instant,
+        asked: Duration,
+        hold: Option<Hold>,
+    },
+    Frozen {
+        hold: Hold,
+    },
+    Thawing {
+        hold: Option<Hold>,
+        released: Option<Released>,
+        why: Option<String>,
+        then_clean: bool,
+    },
+    Thawed {
+        since: Instant,
+    },
+    Cleaning {
+        recorded: Option<Level>,
+    },
     Completed,
     Aborted,
 }
@@ -155,12 +172,22 @@ impl Session {
     }
 
     pub(super) fn report(&self, now: Instant) -> StatusReport {
-        let held_ms = self.frozen_ms(now).or_else(|| self.result.as_ref().map(|thawed| thawed.held_ms));
-        StatusReport { state: self.state(), session: Some(self.id), held_ms, last_result: self.last.clone() }
+        let held_ms = self
+            .frozen_ms(now)
+            .or_else(|| self.result.as_ref().map(|thawed| thawed.held_ms));
+        StatusReport {
+            state: self.state(),
+            session: Some(self.id),
+            held_ms,
+            last_result: self.last.clone(),
+        }
     }
 
     pub(super) fn waiters(&self) -> Vec<Asked> {
-        self.steps.values().flat_map(|step| step.waiters.iter().copied()).collect()
+        self.steps
+            .values()
+            .flat_map(|step| step.waiters.iter().copied())
+            .collect()
     }
 
     pub(super) fn forget_channel(&mut self, channel: u64) {
@@ -171,16 +198,27 @@ impl Session {
 
     /// Handles a request that came before: the stored answer, or the same wait, or `Conflict`.
     pub(super) fn repeats(&mut self, asked: Asked, request: &Request, outputs: &mut Outputs) -> bool {
-        let active = matches!(self.state, State::Preparing | State::Freezing { .. } | State::Frozen { .. });
-        let Some(step) = self.steps.get_mut(&request.message_type().0) else { return false };
+        let active = matches!(
+            self.state,
+            State::Preparing | State::Freezing { .. } | State::Frozen { .. }
+        );
+        let Some(step) = self.steps.get_mut(&request.message_type().0) else {
+            return false;
+        };
         // "valid in any state, idempotent": the reason of an Abort is a text for people, no content.
         if step.content != *request && !matches!(request, Request::Abort(_)) {
             let text = "this session had this request with other content";
-            outputs.push_back(Output::Reply { asked, result: Err(Refusal::new(ErrorCode::Conflict, text)) });
+            outputs.push_back(Output::Reply {
+                asked,
+                result: Err(Refusal::new(ErrorCode::Conflict, text)),
+            });
             return true;
         }
         match &step.answer {
-            Some(answer) => outputs.push_back(Output::Reply { asked, result: answer.clone() }),
+            Some(answer) => outputs.push_back(Output::Reply {
+                asked,
+                result: answer.clone(),
+            }),
             None => step.waiters.push(asked),
         }
         // The target came back over another connection: that one counts from now on.
@@ -193,17 +231,29 @@ impl Session {
     /// Remembers a request as one whose answer is still to come.
     fn wait(&mut self, asked: Asked, request: Request) {
         let number = request.message_type().0;
-        self.steps.insert(number, Step { content: request, waiters: vec![asked], answer: None });
+        self.steps.insert(
+            number,
+            Step {
+                content: request,
+                waiters: vec![asked],
+                answer: None,
+            },
+        );
     }
 
     /// Answers a step, for those who wait and for repeats. A step that nobody asked for stays unanswered.
     fn answer(&mut self, number: u16, answer: Result<Reply, Refusal>, outputs: &mut Outputs) {
-        let Some(step) = self.steps.get_mut(&number) else { return };
+        let Some(step) = self.steps.get_mut(&number) else {
+            return;
+        };
         if step.answer.is_some() {
             return;
         }
         for asked in step.waiters.drain(..) {
-            outputs.push_back(Output::Reply { asked, result: answer.clone() });
+            outputs.push_back(Output::Reply {
+                asked,
+                result: answer.clone(),
+            });
         }
         step.answer = Some(answer);
     }
@@ -224,7 +274,10 @@ impl Session {
                 self.wait(asked, request);
                 self.begin_freeze(now, asked.channel, hold, outputs);
             }
-            (Request::Release(release), State::Freezing { .. } | State::Frozen { .. } | State::Thawing { .. }) => {
+            (
+                Request::Release(release),
+                State::Freezing { .. } | State::Frozen { .. } | State::Thawing { .. },
+            ) => {
                 let taken = release.outcome == CutOutcome::Taken;
                 self.wait(asked, request);
                 self.release(now, taken, outputs);
@@ -253,14 +306,26 @@ impl Session {
     }
 
     fn because(&self) -> String {
-        self.last.as_ref().map(|last| format!(" ({last})")).unwrap_or_default()
+        self.last
+            .as_ref()
+            .map(|last| format!(" ({last})"))
+            .unwrap_or_default()
     }
 
     fn begin_freeze(&mut self, now: Instant, channel: u64, hold: Duration, outputs: &mut Outputs) {
         self.channel = channel;
         self.heard = now;
-        self.state = State::Freezing { since: now, asked: hold, hold: None };
-        outputs.push_back(log(Severity::Info, ErrorCode(0), self.id.to_string(), "freeze begins"));
+        self.state = State::Freezing {
+            since: now,
+            asked: hold,
+            hold: None,
+        };
+        outputs.push_back(log(
+            Severity::Info,
+            ErrorCode(0),
+            self.id.to_string(),
+            "freeze begins",
+        ));
         outputs.push_back(Output::Work(Work::Freeze {
             session: self.id,
             luns: self.luns.clone(),
@@ -296,20 +361,42 @@ impl Session {
         self.answer(13, Err(Refusal::new(code, why)), outputs);
     }
 
-    fn thaw(&mut self, released: Option<Released>, why: Option<&str>, then_clean: bool, outputs: &mut Outputs) {
+    fn thaw(
+        &mut self,
+        released: Option<Released>,
+        why: Option<&str>,
+        then_clean: bool,
+        outputs: &mut Outputs,
+    ) {
         let hold = self.hold().copied();
         let why = why.map(str::to_owned);
         if let Some(why) = &why {
             self.last = Some(why.clone());
-            outputs.push_back(log(Severity::Warning, ErrorCode::HoldExpired, self.id.to_string(), why.clone()));
+            outputs.push_back(log(
+                Severity::Warning,
+                ErrorCode::HoldExpired,
+                self.id.to_string(),
+                why.clone(),
+            ));
         }
-        self.state = State::Thawing { hold, released, why, then_clean };
-        outputs.push_back(Output::Work(Work::Thaw { session: self.id, released: released.is_some() }));
+        self.state = State::Thawing {
+            hold,
+            released,
+            why,
+            then_clean,
+        };
+        outputs.push_back(Output::Work(Work::Thaw {
+            session: self.id,
+            released: released.is_some(),
+        }));
     }
 
     fn clean(&mut self, recorded: Option<Level>, outputs: &mut Outputs) {
         self.state = State::Cleaning { recorded };
-        outputs.push_back(Output::Work(Work::Clean { session: self.id, recorded }));
+        outputs.push_back(Output::Work(Work::Clean {
+            session: self.id,
+            recorded,
+        }));
     }
 
     fn abort(&mut self, now: Instant, why: &str, outputs: &mut Outputs) {
@@ -337,7 +424,12 @@ impl Session {
         }
     }
 
-    pub(super) fn prepared(&mut self, now: Instant, result: Result<Prepared, Refusal>, outputs: &mut Outputs) {
+    pub(super) fn prepared(
+        &mut self,
+        now: Instant,
+        result: Result<Prepared, Refusal>,
+        outputs: &mut Outputs,
+    ) {
         if !matches!(self.state, State::Preparing) {
             return;
         }
@@ -355,23 +447,44 @@ impl Session {
     }
 
     pub(super) fn start_hold(&mut self, now: Instant, cap: Duration) -> Option<Instant> {
-        let State::Freezing { asked, hold, .. } = &mut self.state else { return None };
+        let State::Freezing { asked, hold, .. } = &mut self.state else {
+            return None;
+        };
         let hold = hold.get_or_insert_with(|| Hold::start(now, *asked, cap));
         hold.in_force(now).then(|| hold.deadline())
     }
 
-    pub(super) fn frozen(&mut self, now: Instant, result: Result<FreezeReport, Refusal>, outputs: &mut Outputs) {
-        let State::Freezing { hold, .. } = &self.state else { return };
+    pub(super) fn frozen(
+        &mut self,
+        now: Instant,
+        result: Result<FreezeReport, Refusal>,
+        outputs: &mut Outputs,
+    ) {
+        let State::Freezing { hold, .. } = &self.state else {
+            return;
+        };
         match (result, hold.filter(|hold| hold.in_force(now))) {
             (Ok(report), Some(hold)) => {
                 let FreezeReport { volumes, apps } = report;
                 let remaining_ms = hold.remaining_ms(now);
                 self.state = State::Frozen { hold };
                 outputs.push_back(log(Severity::Info, ErrorCode(0), self.id.to_string(), "frozen"));
-                self.answer(13, Ok(Reply::Freeze(Frozen { remaining_ms, volumes, apps })), outputs);
+                self.answer(
+                    13,
+                    Ok(Reply::Freeze(Frozen {
+                        remaining_ms,
+                        volumes,
+                        apps,
+                    })),
+                    outputs,
+                );
             }
             (Ok(_), None) => {
-                self.fail_freeze(ErrorCode::HoldExpired, "freezing took longer than the hold", outputs);
+                self.fail_freeze(
+                    ErrorCode::HoldExpired,
+                    "freezing took longer than the hold",
+                    outputs,
+                );
                 self.thaw(None, Some("freezing took longer than the hold"), false, outputs);
             }
             (Err(refusal), _) => {
@@ -383,7 +496,15 @@ impl Session {
     }
 
     pub(super) fn thawed(&mut self, now: Instant, report: ThawReport, outputs: &mut Outputs) {
-        let State::Thawing { hold, released, why, then_clean } = &self.state else { return };
+        let State::Thawing {
+            hold,
+            released,
+            why,
+            then_clean,
+        } = &self.state
+        else {
+            return;
+        };
         let failed = report.apps.iter().find(|app| app.state == AppState::Failed);
         let failed = failed.map(|app| format!("{} {} failed", app.kind, app.instance));
         let lost = (!report.in_force).then(|| "somebody else thawed it".to_owned());
@@ -391,10 +512,18 @@ impl Session {
         let hold_ok = released.is_some() && report.in_force && reason.is_none();
         let held_ms = hold.map_or(0, |hold| hold.held_ms(now));
         let then_clean = *then_clean;
-        let text = format!("thawed after {held_ms} ms{}", if hold_ok { "" } else { ", hold not proved" });
+        let text = format!(
+            "thawed after {held_ms} ms{}",
+            if hold_ok { "" } else { ", hold not proved" }
+        );
         outputs.push_back(log(Severity::Info, ErrorCode(0), self.id.to_string(), text));
         self.last = reason.clone().or_else(|| Some("thawed in time".into()));
-        self.result = Some(Thawed { held_ms, hold_ok, apps: report.apps, reason });
+        self.result = Some(Thawed {
+            held_ms,
+            hold_ok,
+            apps: report.apps,
+            reason,
+        });
         self.state = State::Thawed { since: now };
         self.answer_release(outputs);
         if then_clean {
@@ -410,18 +539,42 @@ impl Session {
 
     fn answer_abort(&mut self, left_behind: Option<String>, outputs: &mut Outputs) {
         let held_ms = self.result.as_ref().map(|thawed| thawed.held_ms);
-        self.answer(16, Ok(Reply::Abort(Aborted { held_ms, reason: left_behind })), outputs);
+        self.answer(
+            16,
+            Ok(Reply::Abort(Aborted {
+                held_ms,
+                reason: left_behind,
+            })),
+            outputs,
+        );
     }
 
     pub(super) fn cleaned(&mut self, now: Instant, left_behind: Option<String>, outputs: &mut Outputs) {
-        let State::Cleaning { recorded } = self.state else { return };
+        let State::Cleaning { recorded } = self.state else {
+            return;
+        };
         self.since = now;
-        self.state = if recorded.is_some() { State::Completed } else { State::Aborted };
+        self.state = if recorded.is_some() {
+            State::Completed
+        } else {
+            State::Aborted
+        };
         if let Some(left) = &left_behind {
             let text = format!("left behind: {left}");
-            outputs.push_back(log(Severity::Warning, ErrorCode::Internal, self.id.to_string(), text));
+            outputs.push_back(log(
+                Severity::Warning,
+                ErrorCode::Internal,
+                self.id.to_string(),
+                text,
+            ));
         }
-        self.answer(15, Ok(Reply::Complete(Completed { reason: left_behind.clone() })), outputs);
+        self.answer(
+            15,
+            Ok(Reply::Complete(Completed {
+                reason: left_behind.clone(),
+            })),
+            outputs,
+        );
         self.answer_abort(left_behind, outputs);
     }
 
@@ -447,7 +600,9 @@ impl Session {
             State::Prepared { .. } => ("prepared, and no Freeze came", Ending::Clean),
             State::Thawed { .. } => ("thawed, and no Complete came", Ending::Clean),
             _ if frozen => ("the hold expired", Ending::Wait),
-            _ if now >= keepalive_deadline(self.heard) => ("nothing was heard from the target for 3 s", Ending::Wait),
+            _ if now >= keepalive_deadline(self.heard) => {
+                ("nothing was heard from the target for 3 s", Ending::Wait)
+            }
             _ => ("freezing took too long", Ending::Wait),
         };
         self.end(now, why, ending, outputs);

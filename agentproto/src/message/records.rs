@@ -54,7 +54,11 @@ impl Capabilities {
     /// The names of the known bits, in the order of their numbers.
     #[must_use]
     pub fn names(self) -> Vec<&'static str> {
-        Self::NAMES.iter().filter(|(bit, _)| self.has(*bit)).map(|(_, name)| *name).collect()
+        Self::NAMES
+            .iter()
+            .filter(|(bit, _)| self.has(*bit))
+            .map(|(_, name)| *name)
+            .collect()
     }
 }
 

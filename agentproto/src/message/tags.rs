@@ -2,8 +2,8 @@
 //! and blob messages (types 20-34) of a later version.
 
 use super::{
-    App, AppState, CutOutcome, Exclusion, ExclusionKind, Finding, FrozenVolume, LunIdentity, LunVolumes, Mode, Mount,
-    Require, Role, SessionState, Severity,
+    App, AppState, CutOutcome, Exclusion, ExclusionKind, Finding, FrozenVolume, LunIdentity, LunVolumes,
+    Mode, Mount, Require, Role, SessionState, Severity,
 };
 use crate::error::ErrorCode;
 use crate::freeze::Level;

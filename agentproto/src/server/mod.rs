@@ -22,8 +22,8 @@ use crate::error::{ErrorCode, Refusal};
 use crate::freeze::{CUT_MAX, CutWindow, KEEPALIVE, Level, prove};
 use crate::ident::{AgentId, Fingerprint, LunId, SessionId};
 use crate::message::{
-    Abort, Capabilities, Complete, CutOutcome, Freeze, ListVolumes, LunIdentity, Mode, Preflight, Prepare, Release,
-    Reply, Request, Require, SessionState, Status,
+    Abort, Capabilities, Complete, CutOutcome, Freeze, ListVolumes, LunIdentity, Mode, Preflight, Prepare,
+    Release, Reply, Request, Require, SessionState, Status,
 };
 use party::{Call, Party, Step};
 
@@ -137,8 +137,12 @@ enum Stage {
     Preflight,
     Preparing,
     Settling,
-    Freezing { class: u8 },
-    Cutting { asked: Instant },
+    Freezing {
+        class: u8,
+    },
+    Cutting {
+        asked: Instant,
+    },
     /// No cut after 2 s: the agents thaw, the cut is waited for so that it can be thrown away or kept as `crash`.
     CutLate,
     /// After a failure, with `on_failure = crash-consistent`: nobody is frozen.
@@ -146,7 +150,9 @@ enum Stage {
     Releasing,
     Recording,
     Discarding,
-    Closing { verdict_by: Instant },
+    Closing {
+        verdict_by: Instant,
+    },
     Closed,
 }
 
@@ -219,7 +225,11 @@ impl Coordinator {
         if let Some(at) = self.pings.remove(&call) {
             self.pinged(now, at, &result);
         } else if let Some(at) = self.position(call) {
-            let step = self.parties.get_mut(at).and_then(|party| party.call.take()).map(|call| call.step);
+            let step = self
+                .parties
+                .get_mut(at)
+                .and_then(|party| party.call.take())
+                .map(|call| call.step);
             if let Some(step) = step {
                 self.answered(now, at, step, result);
             }
@@ -229,11 +239,18 @@ impl Coordinator {
 
     /// An agent's channel is gone. Its calls have been answered with `Unreachable` already.
     pub fn channel_lost(&mut self, now: Instant, agent: AgentId) {
-        let Some(at) = self.parties.iter().position(|party| party.who.agent == agent) else { return };
+        let Some(at) = self.parties.iter().position(|party| party.who.agent == agent) else {
+            return;
+        };
         let frozen = self.parties.get(at).is_some_and(|party| party.freeze_sent);
         if matches!(self.stage, Stage::Freezing { .. }) && frozen {
             let text = "the connection was lost while it was frozen: it thaws by itself";
-            self.fail(now, Phase::Freeze, Some(at), Refusal::new(ErrorCode::Unreachable, text));
+            self.fail(
+                now,
+                Phase::Freeze,
+                Some(at),
+                Refusal::new(ErrorCode::Unreachable, text),
+            );
             self.advance(now);
         }
     }
@@ -290,7 +307,10 @@ impl Coordinator {
     /// The commit that holds the cut is durable (or failed).
     pub fn cut_durable(&mut self, now: Instant, result: Result<(), String>) {
         let result = result.map_err(|error| {
-            Refusal::new(ErrorCode::Internal, format!("the snapshot could not be made durable: {error}"))
+            Refusal::new(
+                ErrorCode::Internal,
+                format!("the snapshot could not be made durable: {error}"),
+            )
         });
         self.durable = Some(result);
         self.advance(now);
@@ -309,7 +329,10 @@ impl Coordinator {
             }
             Err(error) => {
                 self.levels.iter_mut().for_each(|lun| lun.level = Level::Crash);
-                let refusal = Refusal::new(ErrorCode::Internal, format!("the level could not be recorded: {error}"));
+                let refusal = Refusal::new(
+                    ErrorCode::Internal,
+                    format!("the level could not be recorded: {error}"),
+                );
                 self.note(Phase::Record, None, refusal);
                 self.conclude_failed(now);
             }
@@ -339,7 +362,12 @@ impl Coordinator {
         );
         if before {
             self.spec.on_failure = OnFailure::Fail;
-            self.fail(now, Phase::Prepare, None, Refusal::new(ErrorCode::WrongState, why));
+            self.fail(
+                now,
+                Phase::Prepare,
+                None,
+                Refusal::new(ErrorCode::WrongState, why),
+            );
             self.advance(now);
         }
     }
@@ -354,8 +382,14 @@ impl Coordinator {
             Stage::Closed => return None,
             _ => None,
         };
-        let calls = self.parties.iter().filter_map(|party| party.call.map(|call| call.deadline));
-        let retries = self.parties.iter().filter_map(|party| party.retry.map(|(at, _)| at));
+        let calls = self
+            .parties
+            .iter()
+            .filter_map(|party| party.call.map(|call| call.deadline));
+        let retries = self
+            .parties
+            .iter()
+            .filter_map(|party| party.retry.map(|(at, _)| at));
         calls.chain(retries).chain(stage).chain(self.next_ping).min()
     }
 
@@ -370,7 +404,12 @@ impl Coordinator {
         match self.stage {
             Stage::Freezing { .. } if self.window.cut_by().is_some_and(|by| by <= now) => {
                 let text = "not every agent was frozen before the first hold came to its end";
-                self.fail(now, Phase::Freeze, None, Refusal::new(ErrorCode::HoldExpired, text));
+                self.fail(
+                    now,
+                    Phase::Freeze,
+                    None,
+                    Refusal::new(ErrorCode::HoldExpired, text),
+                );
             }
             Stage::Cutting { asked } if asked + CUT_MAX <= now => {
                 let text = format!("the store did not cut within {} s", CUT_MAX.as_secs());
@@ -384,7 +423,9 @@ impl Coordinator {
     }
 
     fn party_timeout(&mut self, now: Instant, at: usize) {
-        let Some(party) = self.parties.get_mut(at) else { return };
+        let Some(party) = self.parties.get_mut(at) else {
+            return;
+        };
         if let Some(call) = party.call.filter(|call| call.deadline <= now) {
             party.call = None;
             let refusal = Refusal::new(ErrorCode::Deadline, "no answer in time");
@@ -396,7 +437,9 @@ impl Coordinator {
     }
 
     fn position(&self, number: u64) -> Option<usize> {
-        self.parties.iter().position(|party| party.call.is_some_and(|call| call.number == number))
+        self.parties
+            .iter()
+            .position(|party| party.call.is_some_and(|call| call.number == number))
     }
 
     fn elapsed(&self, now: Instant) -> u64 {
@@ -409,19 +452,34 @@ impl Coordinator {
         let deadline = now + request.deadline(party.who.capabilities) + DIAL_GRACE;
         let number = self.next_call;
         self.next_call += 1;
-        let Some(party) = self.parties.get_mut(at) else { return };
-        party.call = Some(Call { number, step, deadline });
+        let Some(party) = self.parties.get_mut(at) else {
+            return;
+        };
+        party.call = Some(Call {
+            number,
+            step,
+            deadline,
+        });
         party.prepare_sent |= step == Step::Prepare;
         party.freeze_sent |= step == Step::Freeze;
         let agent = party.who.agent;
-        self.actions.push_back(Action::Send { call: number, agent, request });
+        self.actions.push_back(Action::Send {
+            call: number,
+            agent,
+            request,
+        });
     }
 
     fn request(&self, party: &Party, step: Step) -> Request {
         let session = self.spec.session;
         match step {
-            Step::ListVolumes => Request::ListVolumes(ListVolumes { luns: party.who.luns.clone() }),
-            Step::Preflight => Request::Preflight(Preflight { luns: party.required_luns(), mode: self.spec.mode }),
+            Step::ListVolumes => Request::ListVolumes(ListVolumes {
+                luns: party.who.luns.clone(),
+            }),
+            Step::Preflight => Request::Preflight(Preflight {
+                luns: party.required_luns(),
+                mode: self.spec.mode,
+            }),
             Step::Prepare => {
                 let all = self.spec.on_failure == OnFailure::Fail && self.spec.mode == Mode::Application;
                 Request::Prepare(Prepare {
@@ -432,7 +490,10 @@ impl Coordinator {
                     require: if all { Require::All } else { Require::BestEffort },
                 })
             }
-            Step::Freeze => Request::Freeze(Freeze { session, hold_ms: party.hold_ms(self.spec.hold) }),
+            Step::Freeze => Request::Freeze(Freeze {
+                session,
+                hold_ms: party.hold_ms(self.spec.hold),
+            }),
             Step::Release => Request::Release(Release {
                 session,
                 outcome: CutOutcome::Taken,
@@ -440,18 +501,28 @@ impl Coordinator {
                 cut_unix_ms: self.cut_made,
             }),
             Step::Complete => {
-                let level = self.levels.iter().map(|lun| lun.level).min().unwrap_or(Level::Crash);
+                let level = self
+                    .levels
+                    .iter()
+                    .map(|lun| lun.level)
+                    .min()
+                    .unwrap_or(Level::Crash);
                 Request::Complete(Complete { session, level })
             }
             Step::Abort => {
-                let why = self.failure.as_ref().map_or_else(|| "given up".into(), ToString::to_string);
+                let why = self
+                    .failure
+                    .as_ref()
+                    .map_or_else(|| "given up".into(), ToString::to_string);
                 Request::Abort(Abort { session, reason: why })
             }
         }
     }
 
     fn answered(&mut self, now: Instant, at: usize, step: Step, result: Result<Reply, Refusal>) {
-        let Some(party) = self.parties.get_mut(at) else { return };
+        let Some(party) = self.parties.get_mut(at) else {
+            return;
+        };
         match (step, result) {
             (Step::ListVolumes, Ok(Reply::ListVolumes(volumes))) => {
                 party.volumes = Some(volumes);
@@ -477,15 +548,21 @@ impl Coordinator {
     }
 
     fn refused(&mut self, now: Instant, at: usize, step: Step, refusal: Refusal) {
-        let Some(party) = self.parties.get_mut(at) else { return };
+        let Some(party) = self.parties.get_mut(at) else {
+            return;
+        };
         let unreached = matches!(refusal.code, ErrorCode::Unreachable | ErrorCode::Deadline);
         match step {
             // The rules look at these once everybody has answered.
             Step::ListVolumes | Step::Preflight => party.failed = Some(refusal),
             Step::Prepare => {
-                let wait = refusal.retry_after_ms.map(|ms| Duration::from_millis(u64::from(ms)));
+                let wait = refusal
+                    .retry_after_ms
+                    .map(|ms| Duration::from_millis(u64::from(ms)));
                 match wait.filter(|wait| refusal.code == ErrorCode::Busy && *wait <= BUSY_WAIT_MAX) {
-                    Some(wait) if self.stage == Stage::Preparing => party.retry = Some((now + wait, Step::Prepare)),
+                    Some(wait) if self.stage == Stage::Preparing => {
+                        party.retry = Some((now + wait, Step::Prepare))
+                    }
                     _ => self.fail(now, Phase::Prepare, Some(at), refusal),
                 }
             }
@@ -508,7 +585,11 @@ impl Coordinator {
     fn ping(&mut self, now: Instant) {
         let session = Some(self.spec.session);
         for at in 0..self.parties.len() {
-            let Some(party) = self.parties.get(at).filter(|party| party.freeze_sent && party.thawed.is_none()) else {
+            let Some(party) = self
+                .parties
+                .get(at)
+                .filter(|party| party.freeze_sent && party.thawed.is_none())
+            else {
                 continue;
             };
             let agent = party.who.agent;
@@ -519,9 +600,16 @@ impl Coordinator {
             let call = self.next_call;
             self.next_call += 1;
             self.pings.insert(call, at);
-            self.actions.push_back(Action::Send { call, agent, request: Request::Status(Status { session }) });
+            self.actions.push_back(Action::Send {
+                call,
+                agent,
+                request: Request::Status(Status { session }),
+            });
         }
-        let frozen = matches!(self.stage, Stage::Freezing { .. } | Stage::Cutting { .. } | Stage::Releasing);
+        let frozen = matches!(
+            self.stage,
+            Stage::Freezing { .. } | Stage::Cutting { .. } | Stage::Releasing
+        );
         self.next_ping = frozen.then(|| now + KEEPALIVE);
     }
 
@@ -531,7 +619,10 @@ impl Coordinator {
         let frozen = self.parties.get(at).is_some_and(|party| party.frozen.is_some());
         let over = !matches!(report.state, SessionState::Frozen | SessionState::Freezing);
         if matches!(self.stage, Stage::Freezing { .. }) && frozen && over {
-            let why = report.last_result.clone().unwrap_or_else(|| "no reason given".into());
+            let why = report
+                .last_result
+                .clone()
+                .unwrap_or_else(|| "no reason given".into());
             let refusal = Refusal::new(ErrorCode::HoldExpired, format!("the hold is over already: {why}"));
             self.fail(now, Phase::Freeze, Some(at), refusal);
         }
@@ -545,14 +636,21 @@ impl Coordinator {
         let party = at.and_then(|at| self.parties.get(at));
         let agent = party.map(|party| party.who.agent);
         let host = party.map(|party| party.who.host.clone());
-        self.failure.get_or_insert(Failure { phase, agent, host, refusal });
+        self.failure.get_or_insert(Failure {
+            phase,
+            agent,
+            host,
+            refusal,
+        });
     }
 
     /// A failure before the cut.
     fn fail(&mut self, now: Instant, phase: Phase, at: Option<usize>, refusal: Refusal) {
         self.note(phase, at, refusal);
-        let before =
-            matches!(self.stage, Stage::Preflight | Stage::Preparing | Stage::Settling | Stage::Freezing { .. });
+        let before = matches!(
+            self.stage,
+            Stage::Preflight | Stage::Preparing | Stage::Settling | Stage::Freezing { .. }
+        );
         if !before {
             return;
         }
@@ -571,7 +669,9 @@ impl Coordinator {
     fn abort_all(&mut self, now: Instant) {
         self.next_ping = None;
         for at in 0..self.parties.len() {
-            let Some(party) = self.parties.get_mut(at) else { continue };
+            let Some(party) = self.parties.get_mut(at) else {
+                continue;
+            };
             party.retry = None;
             party.call = None;
             party.give_up = None;
@@ -639,18 +739,29 @@ impl Coordinator {
             return;
         };
         for at in 0..self.parties.len() {
-            if self.parties.get(at).is_some_and(|party| waiting(&party) && party.freeze_class() == next) {
+            if self
+                .parties
+                .get(at)
+                .is_some_and(|party| waiting(&party) && party.freeze_class() == next)
+            {
                 self.send(now, at, Step::Freeze);
             }
         }
-        self.stage = Stage::Freezing { class: next.max(class) };
+        self.stage = Stage::Freezing {
+            class: next.max(class),
+        };
     }
 
     fn cut(&mut self, now: Instant) {
         self.times.frozen_ms = Some(self.elapsed(now));
         if !self.window.is_open(now) {
             let text = "no time was left for the cut when the last agent was frozen";
-            self.fail(now, Phase::Freeze, None, Refusal::new(ErrorCode::HoldExpired, text));
+            self.fail(
+                now,
+                Phase::Freeze,
+                None,
+                Refusal::new(ErrorCode::HoldExpired, text),
+            );
             return;
         }
         self.times.cut_asked_ms = Some(self.elapsed(now));
@@ -674,7 +785,8 @@ impl Coordinator {
     }
 
     fn after_release(&mut self, now: Instant) {
-        self.times.thawed_ms.get_or_insert(u64::try_from((now - self.began).as_millis()).unwrap_or(u64::MAX));
+        let elapsed = self.elapsed(now);
+        self.times.thawed_ms.get_or_insert(elapsed);
         if self.durable.is_some() {
             self.prove();
             self.record(now);
@@ -684,7 +796,10 @@ impl Coordinator {
     fn prove(&mut self) {
         for lun in &mut self.levels {
             let id = lun.lun;
-            let required = self.parties.iter().filter(|party| party.required_luns().contains(&id));
+            let required = self
+                .parties
+                .iter()
+                .filter(|party| party.required_luns().contains(&id));
             let evidence: Vec<_> = required.map(Party::evidence).collect();
             let proof = prove(id, &evidence);
             (lun.level, lun.shortfalls) = (proof.level, proof.shortfalls);
@@ -749,9 +864,17 @@ impl Coordinator {
     /// Complete to those who thawed; those who are being aborted hear that already.
     fn finish_agents(&mut self, now: Instant) {
         for at in 0..self.parties.len() {
-            if self.parties.get(at).is_some_and(|party| party.thawed.is_some() && party.is_settled()) {
+            if self
+                .parties
+                .get(at)
+                .is_some_and(|party| party.thawed.is_some() && party.is_settled())
+            {
                 self.send(now, at, Step::Complete);
-            } else if self.parties.get(at).is_some_and(|party| party.prepare_sent && party.is_settled() && !party.aborted) {
+            } else if self
+                .parties
+                .get(at)
+                .is_some_and(|party| party.prepare_sent && party.is_settled() && !party.aborted)
+            {
                 self.send(now, at, Step::Abort);
             }
         }
@@ -759,7 +882,9 @@ impl Coordinator {
 
     fn close(&mut self, now: Instant) {
         self.next_ping = None;
-        self.stage = Stage::Closing { verdict_by: now + VERDICT_WAIT };
+        self.stage = Stage::Closing {
+            verdict_by: now + VERDICT_WAIT,
+        };
     }
 
     fn closing(&mut self, now: Instant, verdict_by: Instant) {

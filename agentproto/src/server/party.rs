@@ -6,9 +6,7 @@ use super::Candidate;
 use crate::error::{ErrorCode, Refusal};
 use crate::freeze::{Evidence, HOLD_VSS};
 use crate::ident::LunId;
-use crate::message::{
-    Capabilities, Finding, Frozen, LunVolumes, Prepared, Role, Thawed, Volumes,
-};
+use crate::message::{Capabilities, Finding, Frozen, LunVolumes, Prepared, Role, Thawed, Volumes};
 use crate::server::verdict::{AgentReport, Outcome};
 
 /// The steps that wait for an answer.
@@ -92,7 +90,11 @@ impl Party {
     }
 
     pub(super) fn volumes_of(&self, lun: LunId) -> Option<&LunVolumes> {
-        self.volumes.as_ref()?.luns.iter().find(|volumes| volumes.identity.lun == lun)
+        self.volumes
+            .as_ref()?
+            .luns
+            .iter()
+            .find(|volumes| volumes.identity.lun == lun)
     }
 
     pub(super) fn role(&self, lun: LunId) -> Role {
@@ -110,7 +112,12 @@ impl Party {
 
     /// The LUNs for which this agent has to freeze.
     pub(super) fn required_luns(&self) -> Vec<LunId> {
-        self.who.luns.iter().copied().filter(|lun| self.role(*lun) == Role::Mounted).collect()
+        self.who
+            .luns
+            .iter()
+            .copied()
+            .filter(|lun| self.role(*lun) == Role::Mounted)
+            .collect()
     }
 
     pub(super) fn is_required(&self) -> bool {
@@ -118,7 +125,10 @@ impl Party {
     }
 
     pub(super) fn has_initiator(&self, initiator: &str) -> bool {
-        let known = self.volumes.as_ref().map_or(&[][..], |volumes| &volumes.initiators);
+        let known = self
+            .volumes
+            .as_ref()
+            .map_or(&[][..], |volumes| &volumes.initiators);
         known.iter().any(|known| known.eq_ignore_ascii_case(initiator))
     }
 
@@ -144,9 +154,11 @@ impl Party {
     }
 
     pub(super) fn report(&self) -> AgentReport {
-        let said = self.thawed.as_ref().map(|thawed| &thawed.apps);
-        let said = said.or(self.frozen.as_ref().map(|frozen| &frozen.apps));
-        let apps = said.or(self.prepared.as_ref().map(|prepared| &prepared.apps));
+        let apps = match (&self.thawed, &self.frozen, &self.prepared) {
+            (Some(Thawed { apps, .. }), ..) | (_, Some(Frozen { apps, .. }), _) => apps.clone(),
+            (_, _, Some(Prepared { apps, .. })) => apps.clone(),
+            _ => Vec::new(),
+        };
         let reason = self.thawed.as_ref().and_then(|thawed| thawed.reason.clone());
         AgentReport {
             id: self.who.agent,
@@ -156,8 +168,12 @@ impl Party {
             outcome: self.outcome(),
             detail: self.failed.as_ref().map(ToString::to_string).or(reason),
             findings: self.findings.clone(),
-            apps: apps.cloned().unwrap_or_default(),
-            exclusions: self.prepared.as_ref().map(|prepared| prepared.exclusions.clone()).unwrap_or_default(),
+            apps,
+            exclusions: self
+                .prepared
+                .as_ref()
+                .map(|prepared| prepared.exclusions.clone())
+                .unwrap_or_default(),
             held_ms: self.thawed.as_ref().map(|thawed| thawed.held_ms),
         }
     }

@@ -15,7 +15,11 @@ pub(super) fn preflight(spec: &Spec, parties: &[Party]) -> Result<(), (Option<us
         if let Some(refusal) = party.failed.clone().filter(|_| party.is_required()) {
             return Err((Some(at), refusal));
         }
-        if let Some(finding) = party.findings.iter().find(|finding| finding.severity == Severity::Error) {
+        if let Some(finding) = party
+            .findings
+            .iter()
+            .find(|finding| finding.severity == Severity::Error)
+        {
             let refusal = Refusal::new(finding.code, finding.text.clone()).about(finding.subject.clone());
             return Err((Some(at), refusal));
         }
@@ -32,8 +36,14 @@ fn of_lun(spec: &Spec, lun: &LunSpec, parties: &[Party]) -> Result<(), (Option<u
         if let Some(seen) = party.volumes_of(id).map(|volumes| &volumes.identity)
             && let Some(difference) = mismatch(&lun.identity, seen)
         {
-            let text = format!("the agent sees LUN {} with {difference}: is it the same disk?", lun.name);
-            return Err((Some(at), Refusal::new(ErrorCode::IdentityMismatch, text).about(lun.name.clone())));
+            let text = format!(
+                "the agent sees LUN {} with {difference}: is it the same disk?",
+                lun.name
+            );
+            return Err((
+                Some(at),
+                Refusal::new(ErrorCode::IdentityMismatch, text).about(lun.name.clone()),
+            ));
         }
     }
     if !parties.iter().any(|party| party.role(id) == Role::Mounted) {
@@ -42,10 +52,16 @@ fn of_lun(spec: &Spec, lun: &LunSpec, parties: &[Party]) -> Result<(), (Option<u
              the agent of its host, or take the snapshot with --consistency crash",
             lun.name
         );
-        return Err((None, Refusal::new(ErrorCode::NotMounted, text).about(lun.name.clone())));
+        return Err((
+            None,
+            Refusal::new(ErrorCode::NotMounted, text).about(lun.name.clone()),
+        ));
     }
     if let Some((at, text)) = double_mount(lun, parties) {
-        return Err((Some(at), Refusal::new(ErrorCode::Conflict, text).about(lun.name.clone())));
+        return Err((
+            Some(at),
+            Refusal::new(ErrorCode::Conflict, text).about(lun.name.clone()),
+        ));
     }
     if let Some(refusal) = several_paths(lun, &spec.sessions) {
         return Err((None, refusal));
@@ -74,8 +90,15 @@ fn mismatch(ours: &LunIdentity, seen: &LunIdentity) -> Option<String> {
 /// Two hosts that write to one file system which is not made for it: the second agent's place.
 fn double_mount(lun: &LunSpec, parties: &[Party]) -> Option<(usize, String)> {
     let writes = |party: &Party| {
-        let volumes = party.volumes_of(lun.identity.lun).filter(|volumes| volumes.role == Role::Mounted);
-        volumes.is_some_and(|volumes| volumes.mounts.iter().any(|mount| !mount.read_only && !mount.cluster))
+        let volumes = party
+            .volumes_of(lun.identity.lun)
+            .filter(|volumes| volumes.role == Role::Mounted);
+        volumes.is_some_and(|volumes| {
+            volumes
+                .mounts
+                .iter()
+                .any(|mount| !mount.read_only && !mount.cluster)
+        })
     };
     let mut writers = parties.iter().enumerate().filter(|(_, party)| writes(party));
     let (_, first) = writers.next()?;
@@ -90,9 +113,16 @@ fn double_mount(lun: &LunSpec, parties: &[Party]) -> Option<(usize, String)> {
 
 /// Agents cannot be used with multipath: a second session of one initiator to the LUN is one.
 fn several_paths(lun: &LunSpec, sessions: &[IscsiSession]) -> Option<Refusal> {
-    let of_lun: Vec<_> = sessions.iter().filter(|session| session.lun == lun.identity.lun).collect();
+    let of_lun: Vec<_> = sessions
+        .iter()
+        .filter(|session| session.lun == lun.identity.lun)
+        .collect();
     let doubled = of_lun.iter().find(|one| {
-        of_lun.iter().filter(|other| other.initiator.eq_ignore_ascii_case(&one.initiator)).count() > 1
+        of_lun
+            .iter()
+            .filter(|other| other.initiator.eq_ignore_ascii_case(&one.initiator))
+            .count()
+            > 1
     })?;
     let text = format!(
         "{} has more than one session to LUN {}: agents and multipath cannot be used together, log one out",
@@ -108,7 +138,9 @@ pub(super) fn strangers(lun: &LunSpec, sessions: &[IscsiSession], parties: &[Par
         let speaks = |party: &&Party| party.role(id) != Role::None && party.has_initiator(initiator);
         parties.iter().find(speaks).is_some()
     };
-    let stranger = sessions.iter().find(|session| session.lun == id && !known(&session.initiator))?;
+    let stranger = sessions
+        .iter()
+        .find(|session| session.lun == id && !known(&session.initiator))?;
     let text = format!(
         "{} is logged in to LUN {}, but no agent speaks for it: log it out, or install an agent there and allow it",
         stranger.initiator, lun.name
@@ -121,7 +153,11 @@ pub(super) fn reachable(spec: &Spec, parties: &[Party]) -> Result<(), (Option<us
     let relevant = |kind| spec.mode == Mode::Application || kind == ExclusionKind::Volume;
     for (at, party) in parties.iter().enumerate() {
         let Some(prepared) = &party.prepared else { continue };
-        if let Some(left_out) = prepared.exclusions.iter().find(|exclusion| relevant(exclusion.kind)) {
+        if let Some(left_out) = prepared
+            .exclusions
+            .iter()
+            .find(|exclusion| relevant(exclusion.kind))
+        {
             let text = format!("{} would be left out: {}", left_out.subject, left_out.reason);
             return Err((Some(at), Refusal::new(ErrorCode::NoQuiesce, text)));
         }
@@ -132,16 +168,20 @@ pub(super) fn reachable(spec: &Spec, parties: &[Party]) -> Result<(), (Option<us
     for lun in &spec.luns {
         let id = lun.identity.lun;
         let apps = parties.iter().filter(|party| party.role(id) == Role::Mounted);
-        let mut apps = apps.filter_map(|party| party.prepared.as_ref()).flat_map(|prepared| &prepared.apps);
+        let mut apps = apps
+            .filter_map(|party| party.prepared.as_ref())
+            .flat_map(|prepared| &prepared.apps);
         if !apps.any(|app| app.lun.is_none_or(|on| on == id)) {
             let text = format!(
                 "no agent knows an application on LUN {}, so `filesystem` is the most that can be proved: declare it in a \
                  hook of the agent, or ask for --consistency filesystem",
                 lun.name
             );
-            return Err((None, Refusal::new(ErrorCode::NoQuiesce, text).about(lun.name.clone())));
+            return Err((
+                None,
+                Refusal::new(ErrorCode::NoQuiesce, text).about(lun.name.clone()),
+            ));
         }
     }
     Ok(())
 }
-

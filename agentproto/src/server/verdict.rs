@@ -139,6 +139,10 @@ impl Verdict {
     /// The lowest level of the set.
     #[must_use]
     pub fn lowest(&self) -> Level {
-        self.levels.iter().map(|lun| lun.level).min().unwrap_or(Level::Crash)
+        self.levels
+            .iter()
+            .map(|lun| lun.level)
+            .min()
+            .unwrap_or(Level::Crash)
     }
 }

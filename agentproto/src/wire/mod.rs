@@ -94,7 +94,9 @@ impl From<BodyError> for Refusal {
         let code = match error {
             BodyError::UnknownField { .. } => ErrorCode::UnknownField,
             BodyError::UnknownMessage(_) => ErrorCode::UnknownMessage,
-            BodyError::TooManyFields | BodyError::ListTooLong { .. } | BodyError::StringTooLong => ErrorCode::TooLarge,
+            BodyError::TooManyFields | BodyError::ListTooLong { .. } | BodyError::StringTooLong => {
+                ErrorCode::TooLarge
+            }
             _ => ErrorCode::Malformed,
         };
         Self::new(code, error.to_string())
@@ -121,12 +123,18 @@ pub(crate) struct Tag<T> {
 impl<T> Tag<T> {
     /// A tag that a receiver may skip.
     pub(crate) const fn plain(number: u16) -> Self {
-        Self { number, value: PhantomData }
+        Self {
+            number,
+            value: PhantomData,
+        }
     }
 
     /// A tag that a receiver must know.
     pub(crate) const fn critical(number: u16) -> Self {
-        Self { number: number | CRITICAL, value: PhantomData }
+        Self {
+            number: number | CRITICAL,
+            value: PhantomData,
+        }
     }
 }
 
@@ -156,7 +164,11 @@ impl<'a> Fields<'a> {
                 return Err(BodyError::TooManyFields);
             }
             let (after, (tag, value)) = field(rest).map_err(|_| BodyError::Truncated)?;
-            entries.push(Entry { tag, value, taken: false });
+            entries.push(Entry {
+                tag,
+                value,
+                taken: false,
+            });
             rest = after;
         }
         Ok(Self { entries, depth_left })
@@ -171,7 +183,11 @@ impl<'a> Fields<'a> {
     /// The one value of a tag, if it is there.
     pub(crate) fn optional<T: Value>(&mut self, tag: Tag<T>) -> Result<Option<T>, BodyError> {
         let mut found = None;
-        for entry in self.entries.iter_mut().filter(|entry| same_tag(entry.tag, tag.number)) {
+        for entry in self
+            .entries
+            .iter_mut()
+            .filter(|entry| same_tag(entry.tag, tag.number))
+        {
             if found.is_some() {
                 return Err(BodyError::Repeated { tag: tag.number });
             }
@@ -184,7 +200,11 @@ impl<'a> Fields<'a> {
     /// Every value of a tag, in order.
     pub(crate) fn list<T: Value>(&mut self, tag: Tag<T>) -> Result<Vec<T>, BodyError> {
         let mut list = Vec::new();
-        for entry in self.entries.iter_mut().filter(|entry| same_tag(entry.tag, tag.number)) {
+        for entry in self
+            .entries
+            .iter_mut()
+            .filter(|entry| same_tag(entry.tag, tag.number))
+        {
             if list.len() == MAX_LIST {
                 return Err(BodyError::ListTooLong { tag: tag.number });
             }
@@ -196,7 +216,11 @@ impl<'a> Fields<'a> {
 
     /// Ends the reading: what nobody asked for must not be critical.
     pub(crate) fn finish(self) -> Result<(), BodyError> {
-        match self.entries.iter().find(|entry| !entry.taken && entry.tag & CRITICAL != 0) {
+        match self
+            .entries
+            .iter()
+            .find(|entry| !entry.taken && entry.tag & CRITICAL != 0)
+        {
             Some(entry) => Err(BodyError::UnknownField { tag: entry.tag }),
             None => Ok(()),
         }
@@ -230,7 +254,11 @@ impl Writer {
         value.write(self)?;
         let len = self.out.len() - at - 4;
         let len = u32::try_from(len).map_err(|_| EncodeError::BodyTooLong(len))?;
-        self.out.iter_mut().skip(at).zip(len.to_be_bytes()).for_each(|(to, from)| *to = from);
+        self.out
+            .iter_mut()
+            .skip(at)
+            .zip(len.to_be_bytes())
+            .for_each(|(to, from)| *to = from);
         Ok(())
     }
 
@@ -243,7 +271,9 @@ impl Writer {
             return Err(EncodeError::ListTooLong(values.len()));
         }
         let Tag { number, value } = tag;
-        values.iter().try_for_each(|one| self.required(Tag { number, value }, one))
+        values
+            .iter()
+            .try_for_each(|one| self.required(Tag { number, value }, one))
     }
 
     pub(crate) fn raw(&mut self, bytes: &[u8]) {
@@ -275,7 +305,10 @@ mod tests {
         assert_eq!(fields.required(NUMBER), Ok(1));
         assert_eq!(fields.finish(), Ok(()));
         let bytes = body(&[(0x8063, b"?")]);
-        assert_eq!(Fields::of_body(&bytes).unwrap().finish(), Err(BodyError::UnknownField { tag: 0x8063 }));
+        assert_eq!(
+            Fields::of_body(&bytes).unwrap().finish(),
+            Err(BodyError::UnknownField { tag: 0x8063 })
+        );
     }
 
     #[test]
@@ -286,11 +319,23 @@ mod tests {
         let mut fields = Fields::of_body(&list).unwrap();
         assert_eq!(fields.list(NUMBER), Err(BodyError::ListTooLong { tag: 7 }));
         let long = body(&[(0x8008, &[b'a'; MAX_STRING + 1])]);
-        assert_eq!(Fields::of_body(&long).unwrap().required(NAME), Err(BodyError::StringTooLong));
+        assert_eq!(
+            Fields::of_body(&long).unwrap().required(NAME),
+            Err(BodyError::StringTooLong)
+        );
         let twice = body(&[(7, &[0, 0, 0, 1]), (7, &[0, 0, 0, 2])]);
-        assert_eq!(Fields::of_body(&twice).unwrap().required(NUMBER), Err(BodyError::Repeated { tag: 7 }));
-        assert_eq!(Fields::of_body(&[0, 7, 0, 0, 0, 9, 1]).err(), Some(BodyError::Truncated));
+        assert_eq!(
+            Fields::of_body(&twice).unwrap().required(NUMBER),
+            Err(BodyError::Repeated { tag: 7 })
+        );
+        assert_eq!(
+            Fields::of_body(&[0, 7, 0, 0, 0, 9, 1]).err(),
+            Some(BodyError::Truncated)
+        );
         let utf8 = body(&[(8, &[0xff])]);
-        assert_eq!(Fields::of_body(&utf8).unwrap().required(NAME), Err(BodyError::NotUtf8));
+        assert_eq!(
+            Fields::of_body(&utf8).unwrap().required(NAME),
+            Err(BodyError::NotUtf8)
+        );
     }
 }

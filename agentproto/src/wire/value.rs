@@ -34,7 +34,10 @@ pub(crate) trait Record: Sized {
 }
 
 fn exactly<const N: usize>(bytes: &[u8]) -> Result<[u8; N], BodyError> {
-    bytes.try_into().map_err(|_| BodyError::Length { expected: N, got: bytes.len() })
+    bytes.try_into().map_err(|_| BodyError::Length {
+        expected: N,
+        got: bytes.len(),
+    })
 }
 
 macro_rules! integers {
@@ -85,7 +88,10 @@ impl Value for bool {
         match exactly::<1>(bytes)? {
             [0] => Ok(false),
             [1] => Ok(true),
-            [value] => Err(BodyError::OutOfTable { what: "boolean", value }),
+            [value] => Err(BodyError::OutOfTable {
+                what: "boolean",
+                value,
+            }),
         }
     }
 
@@ -110,12 +116,17 @@ impl Value for String {
         if bytes.len() > MAX_STRING {
             return Err(BodyError::StringTooLong);
         }
-        std::str::from_utf8(bytes).map(str::to_owned).map_err(|_| BodyError::NotUtf8)
+        std::str::from_utf8(bytes)
+            .map(str::to_owned)
+            .map_err(|_| BodyError::NotUtf8)
     }
 
     /// Longer texts are cut: they are for people (a hook's complaint), and the peer would refuse the whole message.
     fn write(&self, out: &mut Writer) -> Result<(), EncodeError> {
-        let end = (0..=MAX_STRING.min(self.len())).rev().find(|&end| self.is_char_boundary(end)).unwrap_or(0);
+        let end = (0..=MAX_STRING.min(self.len()))
+            .rev()
+            .find(|&end| self.is_char_boundary(end))
+            .unwrap_or(0);
         out.raw(self.get(..end).unwrap_or_default().as_bytes());
         Ok(())
     }

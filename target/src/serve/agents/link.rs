@@ -46,7 +46,10 @@ pub(super) fn hello() -> Hello {
 pub(super) async fn dial(shared: &Shared, record: &Record) -> Result<Link, Refusal> {
     let port = record.listen_port;
     let Some(address) = record.address.map(|ip| SocketAddr::new(ip, port)) else {
-        let text = format!("the agent on {} has not registered yet: start stillpoint-agent there", record.host);
+        let text = format!(
+            "the agent on {} has not registered yet: start stillpoint-agent there",
+            record.host
+        );
         return Err(Refusal::new(ErrorCode::Unreachable, text));
     };
     let unreachable = |cause: String| {
@@ -60,19 +63,35 @@ pub(super) async fn dial(shared: &Shared, record: &Record) -> Result<Link, Refus
     let stream = match tokio::time::timeout(DIAL_TIMEOUT, TcpStream::connect(address)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => return Err(unreachable(error.to_string())),
-        Err(_) => return Err(unreachable(format!("no answer within {} s", DIAL_TIMEOUT.as_secs()))),
+        Err(_) => {
+            return Err(unreachable(format!(
+                "no answer within {} s",
+                DIAL_TIMEOUT.as_secs()
+            )));
+        }
     };
     // A Freeze must not wait for a full segment.
-    stream.set_nodelay(true).map_err(|error| unreachable(error.to_string()))?;
-    let config = tls::client(&shared.identity, record.fingerprint).map_err(|error| unreachable(error.to_string()))?;
+    stream
+        .set_nodelay(true)
+        .map_err(|error| unreachable(error.to_string()))?;
+    let config =
+        tls::client(&shared.identity, record.fingerprint).map_err(|error| unreachable(error.to_string()))?;
     let handshake = TlsConnector::from(config).connect(tls::server_name(), stream);
     let stream = match tokio::time::timeout(DIAL_TIMEOUT, handshake).await {
         Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => return Err(unreachable(format!("no TLS connection with the enrolled agent ({error})"))),
+        Ok(Err(error)) => {
+            return Err(unreachable(format!(
+                "no TLS connection with the enrolled agent ({error})"
+            )));
+        }
         Err(_) => return Err(unreachable("the TLS handshake was not completed".to_owned())),
     };
     let channel = Channel::dial(Instant::now(), hello(), shared.generation(), MAX_BODY);
-    let mut link = Link { pipe: Pipe::new(stream), channel, capabilities: record.features };
+    let mut link = Link {
+        pipe: Pipe::new(stream),
+        channel,
+        capabilities: record.features,
+    };
     match link.event().await {
         Ok(ChannelEvent::Opened { hello, .. }) if hello.agent_id.is_none_or(|id| id == record.id) => {
             link.capabilities = hello.capabilities;
@@ -98,7 +117,10 @@ impl Link {
             if let Some(event) = self.channel.poll_event() {
                 // Agents ask nothing here; an answer keeps them from waiting.
                 if let ChannelEvent::Request { id, .. } = event {
-                    let refusal = Refusal::new(ErrorCode::Unsupported, "the target answers no requests on a snapshot channel");
+                    let refusal = Refusal::new(
+                        ErrorCode::Unsupported,
+                        "the target answers no requests on a snapshot channel",
+                    );
                     self.channel.reply(id, Err(refusal));
                     continue;
                 }
@@ -110,11 +132,20 @@ impl Link {
             if self.channel.is_closed() {
                 return Err("the connection was closed".to_owned());
             }
-            let turn = self.pipe.turn(self.channel.wants_receive(), self.channel.poll_timeout()).await;
+            let turn = self
+                .pipe
+                .turn(self.channel.wants_receive(), self.channel.poll_timeout())
+                .await;
             let now = Instant::now();
             match turn.map_err(|error| lost(&error))? {
-                Turn::Read(count) => self.channel.receive(now, self.pipe.bytes(count)).map_err(|error| error.to_string())?,
-                Turn::Time => self.channel.handle_timeout(now).map_err(|error| error.to_string())?,
+                Turn::Read(count) => self
+                    .channel
+                    .receive(now, self.pipe.bytes(count))
+                    .map_err(|error| error.to_string())?,
+                Turn::Time => self
+                    .channel
+                    .handle_timeout(now)
+                    .map_err(|error| error.to_string())?,
             }
         }
     }

@@ -49,7 +49,10 @@ impl Gate {
             return None;
         }
         *count += 1;
-        Some(Permit { gate: Arc::clone(self), source })
+        Some(Permit {
+            gate: Arc::clone(self),
+            source,
+        })
     }
 }
 
@@ -72,7 +75,12 @@ impl Drop for Permit {
 }
 
 /// Accepts agents until the shutdown.
-pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener, config: Arc<ServerConfig>, shutdown: CancellationToken) {
+pub(super) async fn serve(
+    shared: Arc<Shared>,
+    listener: TcpListener,
+    config: Arc<ServerConfig>,
+    shutdown: CancellationToken,
+) {
     let tasks = tokio_util::task::TaskTracker::new();
     loop {
         let (stream, peer) = tokio::select! {
@@ -121,7 +129,12 @@ async fn connection(
     };
     let (fingerprint, exporter) = identify(&stream)?;
     let known = shared.records.by_fingerprint(fingerprint).map(|record| record.id);
-    let end = TargetEnd::new(Instant::now(), hello(), shared.generation(), known.map_or(Peer::Unknown, Peer::Known));
+    let end = TargetEnd::new(
+        Instant::now(),
+        hello(),
+        shared.generation(),
+        known.map_or(Peer::Unknown, Peer::Known),
+    );
     let (notes, from_tasks) = mpsc::channel(4);
     let mut connection = Connection {
         shared,
@@ -147,7 +160,10 @@ async fn connection(
 /// Who is there, and the keying material that binds an enrolment to this TLS session.
 fn identify(stream: &TlsStream<TcpStream>) -> anyhow::Result<(Fingerprint, Zeroizing<[u8; EXPORTER_LEN]>)> {
     let (_, session) = stream.get_ref();
-    let certificate = session.peer_certificates().and_then(<[_]>::first).context("no certificate was shown")?;
+    let certificate = session
+        .peer_certificates()
+        .and_then(<[_]>::first)
+        .context("no certificate was shown")?;
     let fingerprint = tls::fingerprint(certificate).context("its certificate is no X.509 certificate")?;
     let exporter = session.export_keying_material([0; EXPORTER_LEN], EXPORTER_LABEL, None)?;
     Ok((fingerprint, Zeroizing::new(exporter)))
@@ -247,15 +263,27 @@ impl Connection<'_> {
         let agent = enrol.agent_id;
         if self.known.is_some() || self.shared.records.get(agent).is_some() {
             // "no token replaces a pin silently"
-            let text = format!("agent {agent} is enrolled here already: run `stillpoint agent revoke {agent}` on the target first");
+            let text = format!(
+                "agent {agent} is enrolled here already: run `stillpoint agent revoke {agent}` on the target first"
+            );
             return Err(Refusal::new(ErrorCode::NotAllowed, text));
         }
         if self.said != Some(agent) {
-            return Err(Refusal::new(ErrorCode::Malformed, "Enrol and Hello name different agents"));
+            return Err(Refusal::new(
+                ErrorCode::Malformed,
+                "Enrol and Hello name different agents",
+            ));
         }
-        let grant = self.shared.tokens().enrol(Instant::now(), agent, enrol.token_id, &enrol.mac, &self.exporter);
+        let grant =
+            self.shared
+                .tokens()
+                .enrol(Instant::now(), agent, enrol.token_id, &enrol.mac, &self.exporter);
         let grant = grant.inspect_err(|_| {
-            let text = format!("an enrolment from {} ({}) was refused: wrong, used or expired token", Record::clip(&enrol.host), self.peer);
+            let text = format!(
+                "an enrolment from {} ({}) was refused: wrong, used or expired token",
+                Record::clip(&enrol.host),
+                self.peer
+            );
             self.shared.event(code::AGENT_TROUBLE, agent.to_string(), text);
         })?;
         let record = Record {
@@ -272,8 +300,13 @@ impl Connection<'_> {
             enrolled_at: jiff::Timestamp::now().to_string(),
             registered_at: None,
         };
-        let text = format!("enrolled on {} from {}, key {}", record.host, self.peer, record.fingerprint);
-        self.shared.blocking(move |shared| shared.records.add(record)).await?;
+        let text = format!(
+            "enrolled on {} from {}, key {}",
+            record.host, self.peer, record.fingerprint
+        );
+        self.shared
+            .blocking(move |shared| shared.records.add(record))
+            .await?;
         self.shared.event(code::AGENT_CHANGED, agent.to_string(), text);
         Ok(grant.mac)
     }
@@ -281,9 +314,21 @@ impl Connection<'_> {
     async fn register(&mut self, register: Register) -> Result<Vec<LunIdentity>, Refusal> {
         let gone = || Refusal::new(ErrorCode::NotEnrolled, "this agent was revoked");
         let id = self.known.ok_or_else(gone)?;
-        let Register { host, os, agent_version, listen_port, features, initiators, mounted, .. } = register;
+        let Register {
+            host,
+            os,
+            agent_version,
+            listen_port,
+            features,
+            initiators,
+            mounted,
+            ..
+        } = register;
         if listen_port == 0 {
-            return Err(Refusal::new(ErrorCode::Malformed, "listen_port is 0: say on which TCP port the agent listens"));
+            return Err(Refusal::new(
+                ErrorCode::Malformed,
+                "listen_port is 0: say on which TCP port the agent listens",
+            ));
         }
         let address = self.peer.ip();
         let changed = self.shared.blocking(move |shared| {
@@ -299,11 +344,14 @@ impl Connection<'_> {
             })
         });
         let record = changed.await?.ok_or_else(gone)?;
-        let live = Live::new(self.number, self.peer, self.kick.clone(), initiators);
+        let live = Live::new(self.number, self.kick.clone(), initiators);
         if let Some(before) = self.shared.live().insert(id, live) {
             before.kick.cancel();
         }
-        let text = format!("registered: {} ({}, agent {}) from {}", record.host, record.os, record.version, self.peer);
+        let text = format!(
+            "registered: {} ({}, agent {}) from {}",
+            record.host, record.os, record.version, self.peer
+        );
         self.shared.event(code::AGENT_CHANGED, id.to_string(), text);
         self.dial_back(&record);
         Ok(self.shared.grants(&record))
@@ -313,7 +361,9 @@ impl Connection<'_> {
         let Some(id) = self.known else { return Vec::new() };
         let mounted = heartbeat.mounted.clone();
         let change = self.shared.blocking(move |shared| {
-            shared.records.change(id, |record| record.mounted = own(&record.luns, &mounted))
+            shared
+                .records
+                .change(id, |record| record.mounted = own(&record.luns, &mounted))
         });
         let record = match change.await {
             Ok(Some(record)) => record,
@@ -329,7 +379,11 @@ impl Connection<'_> {
         let limit = u32::try_from(HOLD_MAX.as_millis()).unwrap_or(u32::MAX);
         if frozen > limit && !self.warned_frozen {
             self.warned_frozen = true;
-            let text = format!("{} has had file systems frozen for {} s: look at that host now", record.host, frozen / 1000);
+            let text = format!(
+                "{} has had file systems frozen for {} s: look at that host now",
+                record.host,
+                frozen / 1000
+            );
             self.shared.event(code::AGENT_TROUBLE, id.to_string(), text);
         }
         if unreached {
@@ -340,7 +394,12 @@ impl Connection<'_> {
 
     /// Tells the operator, and the agent, at once whether the target gets through to the agent's port.
     fn dial_back(&self, record: &Record) {
-        let (shared, record, number, notes) = (Arc::clone(self.shared), record.clone(), self.number, self.notes.clone());
+        let (shared, record, number, notes) = (
+            Arc::clone(self.shared),
+            record.clone(),
+            self.number,
+            self.notes.clone(),
+        );
         self.shared.spawn(async move {
             let outcome = match dial(&shared, &record).await {
                 Ok(link) => {
@@ -362,7 +421,12 @@ impl Connection<'_> {
                 },
                 Some(text) => {
                     shared.event(code::AGENT_TROUBLE, record.id.to_string(), text.clone());
-                    LogEvent { severity: Severity::Error, code: ErrorCode::Unreachable, subject: record.host.clone(), text }
+                    LogEvent {
+                        severity: Severity::Error,
+                        code: ErrorCode::Unreachable,
+                        subject: record.host.clone(),
+                        text,
+                    }
                 }
             };
             // A connection that is gone, or busy with older notes, needs none.
@@ -377,8 +441,16 @@ impl Connection<'_> {
         if self.log_lines > MAX_LOG_LINES {
             return;
         }
-        let kind = if line.severity == Severity::Info { code::AGENT_CHANGED } else { code::AGENT_TROUBLE };
-        let text = format!("the agent says: {}: {}", Record::clip(&line.subject), Record::clip(&line.text));
+        let kind = if line.severity == Severity::Info {
+            code::AGENT_CHANGED
+        } else {
+            code::AGENT_TROUBLE
+        };
+        let text = format!(
+            "the agent says: {}: {}",
+            Record::clip(&line.subject),
+            Record::clip(&line.text)
+        );
         self.shared.event(kind, id.to_string(), text);
     }
 
@@ -388,14 +460,20 @@ impl Connection<'_> {
         if live.get(&id).is_some_and(|live| live.number == self.number) {
             live.remove(&id);
             drop(live);
-            self.shared.event(code::AGENT_CHANGED, id.to_string(), "disconnected".to_owned());
+            self.shared
+                .event(code::AGENT_CHANGED, id.to_string(), "disconnected".to_owned());
         }
     }
 }
 
 /// The LUNs of a report that the agent is allowed on.
 fn own(allowed: &[LunId], reported: &[LunId]) -> Vec<LunId> {
-    allowed.iter().copied().filter(|lun| reported.contains(lun)).take(MAX_LUNS).collect()
+    allowed
+        .iter()
+        .copied()
+        .filter(|lun| reported.contains(lun))
+        .take(MAX_LUNS)
+        .collect()
 }
 
 #[cfg(test)]
@@ -418,6 +496,9 @@ mod tests {
         assert!(gate.enter(source(99)).is_none());
         drop(permits);
         assert!(gate.enter(source(99)).is_some());
-        assert!(gate.0.lock().expect("not poisoned").is_empty(), "an empty source is forgotten");
+        assert!(
+            gate.0.lock().expect("not poisoned").is_empty(),
+            "an empty source is forgotten"
+        );
     }
 }

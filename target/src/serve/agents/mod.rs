@@ -100,7 +100,11 @@ impl Site for Daemon {
                 portal_groups: rules.portal_groups.len(),
             }
         });
-        Some(LunFacts { name: name.to_owned(), identity, targets: targets.collect() })
+        Some(LunFacts {
+            name: name.to_owned(),
+            identity,
+            targets: targets.collect(),
+        })
     }
 
     fn lun_by_id(&self, lun: LunId) -> Option<LunFacts> {
@@ -110,7 +114,11 @@ impl Site for Daemon {
     }
 
     fn initiators(&self, lun: &str) -> Vec<String> {
-        self.registry.sessions_of_lun(lun).into_iter().map(|session| session.initiator).collect()
+        self.registry
+            .sessions_of_lun(lun)
+            .into_iter()
+            .map(|session| session.initiator)
+            .collect()
     }
 
     fn event(&self, code: Code, subject: String, text: String, who: &str) {
@@ -126,24 +134,35 @@ fn limits(lun: &LunFacts) -> Result<(), WireRefusal> {
     let [target] = lun.targets.as_slice() else {
         let text = match lun.targets.len() {
             0 => format!("LUN {name} is served by no target: give it one with `agents = true`"),
-            _ => format!("LUN {name} is served by several targets: a LUN with agents has one path, remove the others"),
+            _ => format!(
+                "LUN {name} is served by several targets: a LUN with agents has one path, remove the others"
+            ),
         };
         return refuse(ErrorCode::LimitMpio, text);
     };
     let iqn = &target.iqn;
     if !target.agents {
-        let text = format!("target {iqn} of LUN {name} is not used with agents: write `agents = true` there, then `config apply`");
+        let text = format!(
+            "target {iqn} of LUN {name} is not used with agents: write `agents = true` there, then `config apply`"
+        );
         return refuse(ErrorCode::NotAllowed, text);
     }
     if target.chap {
-        return refuse(ErrorCode::LimitChap, format!("target {iqn} uses CHAP, which cannot be used with agents: remove one of them"));
+        return refuse(
+            ErrorCode::LimitChap,
+            format!("target {iqn} uses CHAP, which cannot be used with agents: remove one of them"),
+        );
     }
     if target.luns > 1 {
-        let text = format!("target {iqn} carries {} LUNs: a LUN with agents has a target of its own", target.luns);
+        let text = format!(
+            "target {iqn} carries {} LUNs: a LUN with agents has a target of its own",
+            target.luns
+        );
         return refuse(ErrorCode::LimitMultiLun, text);
     }
     if target.portal_groups > 1 {
-        let text = format!("target {iqn} is reached through several portal groups: a LUN with agents has one path");
+        let text =
+            format!("target {iqn} is reached through several portal groups: a LUN with agents has one path");
         return refuse(ErrorCode::LimitMpio, text);
     }
     Ok(())
@@ -154,7 +173,6 @@ fn limits(lun: &LunFacts) -> Result<(), WireRefusal> {
 struct Live {
     /// Which connection this is.
     number: u64,
-    peer: SocketAddr,
     heard: Instant,
     /// What the last dial-back came to.
     reachable: Option<Result<(), String>>,
@@ -165,10 +183,9 @@ struct Live {
 }
 
 impl Live {
-    fn new(number: u64, peer: SocketAddr, kick: CancellationToken, initiators: Vec<String>) -> Self {
+    fn new(number: u64, kick: CancellationToken, initiators: Vec<String>) -> Self {
         Self {
             number,
-            peer,
             heard: Instant::now(),
             reachable: None,
             initiators,
@@ -267,7 +284,9 @@ impl Shared {
     /// Takes a heartbeat. True when the agent's port was not reached the last time: try again.
     fn heard(&self, id: AgentId, number: u64, heartbeat: &Heartbeat) -> bool {
         let mut live = self.live();
-        let Some(live) = live.get_mut(&id).filter(|live| live.number == number) else { return false };
+        let Some(live) = live.get_mut(&id).filter(|live| live.number == number) else {
+            return false;
+        };
         live.heard = Instant::now();
         live.state = heartbeat.state;
         live.frozen_ms = heartbeat.frozen_ms;
@@ -277,7 +296,9 @@ impl Shared {
     /// Notes what a dial-back came to; true when that is news.
     fn dialled_back(&self, id: AgentId, number: u64, outcome: Result<(), String>) -> bool {
         let mut live = self.live();
-        let Some(live) = live.get_mut(&id).filter(|live| live.number == number) else { return false };
+        let Some(live) = live.get_mut(&id).filter(|live| live.number == number) else {
+            return false;
+        };
         let news = live.reachable.as_ref().map(Result::is_ok) != Some(outcome.is_ok());
         live.reachable = Some(outcome);
         news
@@ -285,18 +306,32 @@ impl Shared {
 
     /// The LUNs that an agent is allowed on and that are served.
     fn grants(&self, record: &Record) -> Vec<LunIdentity> {
-        let Some(site) = self.site() else { return Vec::new() };
-        record.luns.iter().filter_map(|lun| site.lun_by_id(*lun)).map(|lun| lun.identity).collect()
+        let Some(site) = self.site() else {
+            return Vec::new();
+        };
+        record
+            .luns
+            .iter()
+            .filter_map(|lun| site.lun_by_id(*lun))
+            .map(|lun| lun.identity)
+            .collect()
     }
 
     fn lun_name(&self, lun: LunId) -> String {
-        self.site().and_then(|site| site.lun_by_id(lun)).map_or_else(|| lun.to_string(), |lun| lun.name)
+        self.site()
+            .and_then(|site| site.lun_by_id(lun))
+            .map_or_else(|| lun.to_string(), |lun| lun.name)
     }
 
     fn view(&self, record: &Record) -> AgentView {
         let names = |luns: &[LunId]| luns.iter().map(|lun| self.lun_name(*lun)).collect::<Vec<_>>();
         let (luns, mounted) = (names(&record.luns), names(&record.mounted));
-        let last_freeze = self.last_freeze.lock().unwrap_or_else(PoisonError::into_inner).get(&record.id).cloned();
+        let last_freeze = self
+            .last_freeze
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&record.id)
+            .cloned();
         let live = self.live();
         let live = live.get(&record.id).filter(|live| live.heard.elapsed() < LEASE);
         let (state, trouble) = match live.map(|live| &live.reachable) {
@@ -313,7 +348,9 @@ impl Shared {
             version: record.version.clone(),
             state,
             trouble,
-            address: record.address.map(|ip| SocketAddr::new(ip, record.listen_port).to_string()),
+            address: record
+                .address
+                .map(|ip| SocketAddr::new(ip, record.listen_port).to_string()),
             fingerprint: record.fingerprint.to_string(),
             luns,
             mounted,
@@ -340,7 +377,8 @@ impl Agents {
     }
 
     fn open_at(listen: Option<SocketAddr>, data_dir: &Path, pool: &Pool) -> anyhow::Result<Self> {
-        let identity = tls::Identity::open(&data_dir.join("agents")).context("the key for the snapshot agents")?;
+        let identity =
+            tls::Identity::open(&data_dir.join("agents")).context("the key for the snapshot agents")?;
         let generation = records::raise_generation(pool, 0)?;
         Ok(Self(Arc::new(Shared {
             identity,
@@ -362,14 +400,24 @@ impl Agents {
     }
 
     /// Binds the registration listener and serves it until the shutdown.
-    async fn start(&self, site: Weak<dyn Site>, tracker: TaskTracker, shutdown: CancellationToken) -> anyhow::Result<()> {
-        let once = self.0.site.set(site).is_ok() && self.0.tasks.set((tracker.clone(), shutdown.clone())).is_ok();
+    async fn start(
+        &self,
+        site: Weak<dyn Site>,
+        tracker: TaskTracker,
+        shutdown: CancellationToken,
+    ) -> anyhow::Result<()> {
+        let once =
+            self.0.site.set(site).is_ok() && self.0.tasks.set((tracker.clone(), shutdown.clone())).is_ok();
         anyhow::ensure!(once, "the agents are served already");
-        let Some(listen) = self.0.listen else { return Ok(()) };
+        let Some(listen) = self.0.listen else {
+            return Ok(());
+        };
         let listener = tokio::net::TcpListener::bind(listen).await.with_context(|| {
             format!("[agents] listen = \"{listen}\" cannot be opened: is another stillpoint running? Choose another address or port")
         })?;
-        let bound = listener.local_addr().context("the agents' listener has no address")?;
+        let bound = listener
+            .local_addr()
+            .context("the agents' listener has no address")?;
         let config = tls::server(&self.0.identity)?;
         if self.0.bound.set(bound).is_ok() {
             tracker.spawn(listen::serve(Arc::clone(&self.0), listener, config, shutdown));
@@ -383,13 +431,25 @@ impl Agents {
     }
 
     fn site(&self) -> Result<Arc<dyn Site>, Refusal> {
-        let stops = || Refusal::failed("stopping", "the daemon is starting or stopping", "try again in a moment");
+        let stops = || {
+            Refusal::failed(
+                "stopping",
+                "the daemon is starting or stopping",
+                "try again in a moment",
+            )
+        };
         self.0.site().ok_or_else(stops)
     }
 
     /// The facts of a LUN that may be used with agents.
     fn usable(&self, name: &str) -> Result<LunFacts, Refusal> {
-        let unknown = || Refusal::failed("not_found", format!("there is no LUN {name}"), "`stillpoint lun list` shows them");
+        let unknown = || {
+            Refusal::failed(
+                "not_found",
+                format!("there is no LUN {name}"),
+                "`stillpoint lun list` shows them",
+            )
+        };
         let lun = self.site()?.lun(name).ok_or_else(unknown)?;
         limits(&lun).map_err(|refusal| snapshot::wire_refusal(&refusal))?;
         Ok(lun)
@@ -399,10 +459,19 @@ impl Agents {
     ///
     /// # Errors
     /// No listener, an unknown LUN, a LUN that cannot be used with agents, too many tokens.
-    pub(crate) fn token_create(&self, luns: &[String], ttl: Duration, who: &str) -> Result<TokenView, Refusal> {
+    pub(crate) fn token_create(
+        &self,
+        luns: &[String],
+        ttl: Duration,
+        who: &str,
+    ) -> Result<TokenView, Refusal> {
         let Some(listening) = self.listening() else {
             let message = "this daemon takes no agents: the configuration has no [agents] section";
-            return Err(Refusal::refused("no_agents", message, "add [agents] with listen = \"0.0.0.0:11169\" and restart"));
+            return Err(Refusal::refused(
+                "no_agents",
+                message,
+                "add [agents] with listen = \"0.0.0.0:11169\" and restart",
+            ));
         };
         if luns.len() > MAX_LUNS {
             let message = format!("{} LUNs for one agent: {MAX_LUNS} are possible", luns.len());
@@ -415,24 +484,52 @@ impl Agents {
         ids.sort_unstable();
         ids.dedup();
         let mut secret = zeroize::Zeroizing::new([0; 16]);
-        getrandom::fill(&mut *secret)
-            .map_err(|error| Refusal::failed("random", format!("no random numbers: {error}"), "look at the system's log"))?;
+        getrandom::fill(&mut *secret).map_err(|error| {
+            Refusal::failed(
+                "random",
+                format!("no random numbers: {error}"),
+                "look at the system's log",
+            )
+        })?;
         let token = Token::new(*secret, &self.0.identity.fingerprint);
         let text = token.reveal();
         let expires = jiff::Timestamp::now() + ttl;
         let added = self.0.tokens().add(Instant::now(), token, ids, ttl);
         added.map_err(|refusal| Refusal::refused("limit", refusal.text, ""))?;
-        let said = format!("enrolment token made, good for {} s, LUNs: {}", ttl.as_secs(), luns.join(", "));
-        self.0.event_by(code::AGENT_CHANGED, "agents".to_owned(), said, who);
-        let host = if listening.ip().is_unspecified() { "THIS-HOST".to_owned() } else { listening.ip().to_string() };
-        let host = if host.contains(':') { format!("[{host}]") } else { host };
+        let said = format!(
+            "enrolment token made, good for {} s, LUNs: {}",
+            ttl.as_secs(),
+            luns.join(", ")
+        );
+        self.0
+            .event_by(code::AGENT_CHANGED, "agents".to_owned(), said, who);
+        let host = if listening.ip().is_unspecified() {
+            "THIS-HOST".to_owned()
+        } else {
+            listening.ip().to_string()
+        };
+        let host = if host.contains(':') {
+            format!("[{host}]")
+        } else {
+            host
+        };
         let enrol = format!("stillpoint-agent enrol {}@{host}:{}", *text, listening.port());
-        Ok(TokenView { token: text.to_string(), expires_at: expires.to_string(), luns: luns.to_vec(), enrol })
+        Ok(TokenView {
+            token: text.to_string(),
+            expires_at: expires.to_string(),
+            luns: luns.to_vec(),
+            enrol,
+        })
     }
 
     /// `agent list`.
     pub(crate) fn list(&self) -> Vec<AgentView> {
-        self.0.records.all().iter().map(|record| self.0.view(record)).collect()
+        self.0
+            .records
+            .all()
+            .iter()
+            .map(|record| self.0.view(record))
+            .collect()
     }
 
     /// `agent show`.
@@ -451,13 +548,22 @@ impl Agents {
         }
         let wanted = text.to_lowercase();
         let named = |record: &&Record| {
-            record.host.to_lowercase() == wanted || (wanted.len() >= 4 && record.id.to_string().starts_with(&wanted))
+            record.host.to_lowercase() == wanted
+                || (wanted.len() >= 4 && record.id.to_string().starts_with(&wanted))
         };
         let found: Vec<&Record> = all.iter().filter(named).collect();
         match found.as_slice() {
             [one] => Ok((*one).clone()),
-            [] => Err(Refusal::failed("not_found", format!("there is no agent {text}"), "`stillpoint agent list` shows them")),
-            _ => Err(Refusal::failed("ambiguous", format!("{text} names {} agents", found.len()), "use the agent's id")),
+            [] => Err(Refusal::failed(
+                "not_found",
+                format!("there is no agent {text}"),
+                "`stillpoint agent list` shows them",
+            )),
+            _ => Err(Refusal::failed(
+                "ambiguous",
+                format!("{text} names {} agents", found.len()),
+                "use the agent's id",
+            )),
         }
     }
 
@@ -469,7 +575,10 @@ impl Agents {
         let record = self.find(id)?;
         let shared = Arc::clone(&self.0);
         let result = test(&shared, &record).await;
-        let reached = result.as_ref().map(|_| ()).map_err(|refusal| refusal.text.clone());
+        let reached = result
+            .as_ref()
+            .map(|_| ())
+            .map_err(|refusal| refusal.text.clone());
         let number = shared.live().get(&record.id).map(|live| live.number);
         if let Some(number) = number {
             shared.dialled_back(record.id, number, reached);
@@ -487,7 +596,11 @@ impl Agents {
         let lun_id = facts.identity.lun;
         if !record.luns.contains(&lun_id) && record.luns.len() >= MAX_LUNS {
             let message = format!("agent {} is allowed on {MAX_LUNS} LUNs already", record.id);
-            return Err(Refusal::refused("limit", message, "revoke it and enrol it for fewer LUNs"));
+            return Err(Refusal::refused(
+                "limit",
+                message,
+                "revoke it and enrol it for fewer LUNs",
+            ));
         }
         let changed = self.0.blocking(move |shared| {
             shared.records.change(record.id, |record| {
@@ -496,10 +609,17 @@ impl Agents {
                 }
             })
         });
-        let changed = changed.await.map_err(|refusal| snapshot::wire_refusal(&refusal))?;
+        let changed = changed
+            .await
+            .map_err(|refusal| snapshot::wire_refusal(&refusal))?;
         let gone = || Refusal::failed("not_found", format!("agent {id} was revoked meanwhile"), "");
         let record = changed.ok_or_else(gone)?;
-        self.0.event_by(code::AGENT_CHANGED, record.id.to_string(), format!("allowed on LUN {lun}"), who);
+        self.0.event_by(
+            code::AGENT_CHANGED,
+            record.id.to_string(),
+            format!("allowed on LUN {lun}"),
+            who,
+        );
         Ok(self.0.view(&record))
     }
 
@@ -516,8 +636,17 @@ impl Agents {
         if let Some(live) = self.0.live().remove(&agent) {
             live.kick.cancel();
         }
-        self.0.last_freeze.lock().unwrap_or_else(PoisonError::into_inner).remove(&agent);
-        self.0.event_by(code::AGENT_CHANGED, agent.to_string(), format!("revoked ({})", record.host), who);
+        self.0
+            .last_freeze
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&agent);
+        self.0.event_by(
+            code::AGENT_CHANGED,
+            agent.to_string(),
+            format!("revoked ({})", record.host),
+            who,
+        );
         Ok(view)
     }
 
@@ -527,13 +656,17 @@ impl Agents {
     /// The store does not write.
     pub(crate) async fn generation_bump(&self, who: &str) -> Result<u32, Refusal> {
         let raised = self.0.blocking(|shared| {
-            let seen = shared.seen_generation.load(Ordering::SeqCst).max(shared.generation());
+            let seen = shared
+                .seen_generation
+                .load(Ordering::SeqCst)
+                .max(shared.generation());
             records::raise_generation(&shared.pool, seen)
         });
         let generation = raised.await.map_err(|refusal| snapshot::wire_refusal(&refusal))?;
         self.0.generation.store(generation, Ordering::SeqCst);
         let text = format!("the generation of this target is {generation} now");
-        self.0.event_by(code::AGENT_CHANGED, "agents".to_owned(), text, who);
+        self.0
+            .event_by(code::AGENT_CHANGED, "agents".to_owned(), text, who);
         // Every agent has to hear it: they come back by themselves.
         self.0.live().values().for_each(|live| live.kick.cancel());
         Ok(generation)
@@ -546,11 +679,20 @@ async fn test(shared: &Shared, record: &Record) -> Result<TestView, WireRefusal>
     link.ask(Request::Status(Status { session: None })).await?;
     let round_trip_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
     let luns = record.luns.clone();
-    let volumes = match link.ask(Request::ListVolumes(ListVolumes { luns: luns.clone() })).await? {
+    let volumes = match link
+        .ask(Request::ListVolumes(ListVolumes { luns: luns.clone() }))
+        .await?
+    {
         Reply::ListVolumes(volumes) => volumes.luns,
         _ => Vec::new(),
     };
-    let findings = match link.ask(Request::Preflight(Preflight { luns, mode: Mode::Application })).await? {
+    let findings = match link
+        .ask(Request::Preflight(Preflight {
+            luns,
+            mode: Mode::Application,
+        }))
+        .await?
+    {
         Reply::Preflight(report) => report.findings,
         _ => Vec::new(),
     };
@@ -558,7 +700,9 @@ async fn test(shared: &Shared, record: &Record) -> Result<TestView, WireRefusal>
     Ok(TestView {
         id: record.id.to_string(),
         host: record.host.clone(),
-        address: record.address.map(|ip| SocketAddr::new(ip, record.listen_port).to_string()),
+        address: record
+            .address
+            .map(|ip| SocketAddr::new(ip, record.listen_port).to_string()),
         round_trip_ms,
         ready: TestView::is_ready(&volumes, &findings),
         volumes,
@@ -569,5 +713,12 @@ async fn test(shared: &Shared, record: &Record) -> Result<TestView, WireRefusal>
 /// Binds `[agents] listen` and serves agents until the daemon stops. Does nothing without that section.
 pub(crate) async fn listen(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
     let site: Arc<dyn Site> = Arc::<Daemon>::clone(daemon);
-    daemon.agents.start(Arc::downgrade(&site), daemon.tracker.clone(), daemon.shutdown.clone()).await
+    daemon
+        .agents
+        .start(
+            Arc::downgrade(&site),
+            daemon.tracker.clone(),
+            daemon.shutdown.clone(),
+        )
+        .await
 }

@@ -34,7 +34,14 @@ impl<S: AsyncRead + AsyncWrite> Pipe<S> {
     pub(super) fn new(stream: S) -> Self {
         let (read, write) = tokio::io::split(stream);
         let input = vec![0; READ_BYTES].into_boxed_slice();
-        Self { read, write, input, output: Vec::new(), unflushed: false, write_by: None }
+        Self {
+            read,
+            write,
+            input,
+            output: Vec::new(),
+            unflushed: false,
+            write_by: None,
+        }
     }
 
     /// Adds bytes to what goes out.
@@ -98,7 +105,11 @@ impl<S: AsyncRead + AsyncWrite> Pipe<S> {
     }
 }
 
-async fn advance<S: AsyncWrite>(write: &mut WriteHalf<S>, output: &mut Vec<u8>, unflushed: &mut bool) -> io::Result<()> {
+async fn advance<S: AsyncWrite>(
+    write: &mut WriteHalf<S>,
+    output: &mut Vec<u8>,
+    unflushed: &mut bool,
+) -> io::Result<()> {
     if output.is_empty() {
         write.flush().await?;
         *unflushed = false;

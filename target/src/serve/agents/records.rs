@@ -42,10 +42,15 @@ pub(super) struct Record {
 impl Record {
     /// Cuts texts that came from the agent, so that the record always fits.
     pub(super) fn clip(text: &str) -> String {
-        let end = (0..=MAX_TEXT.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+        let end = (0..=MAX_TEXT.min(text.len()))
+            .rev()
+            .find(|end| text.is_char_boundary(*end))
+            .unwrap_or(0);
         let cut = text.get(..end).unwrap_or_default();
         // Names from other hosts must not steer the operator's terminal.
-        cut.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+        cut.chars()
+            .map(|c| if c.is_control() { ' ' } else { c })
+            .collect()
     }
 }
 
@@ -61,11 +66,15 @@ impl Records {
     pub(super) fn open(pool: &Pool) -> anyhow::Result<Self> {
         let mut by_id = BTreeMap::new();
         for (key, value) in pool.meta_list(PREFIX) {
-            let record: Record = serde_json::from_slice(&value)
-                .with_context(|| format!("the record {key} in the store is damaged: run `stillpoint store check`"))?;
+            let record: Record = serde_json::from_slice(&value).with_context(|| {
+                format!("the record {key} in the store is damaged: run `stillpoint store check`")
+            })?;
             by_id.insert(record.id, record);
         }
-        Ok(Self { pool: pool.clone(), by_id: Mutex::new(by_id) })
+        Ok(Self {
+            pool: pool.clone(),
+            by_id: Mutex::new(by_id),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<AgentId, Record>> {
@@ -81,23 +90,39 @@ impl Records {
     }
 
     pub(super) fn by_fingerprint(&self, fingerprint: Fingerprint) -> Option<Record> {
-        self.lock().values().find(|record| record.fingerprint == fingerprint).cloned()
+        self.lock()
+            .values()
+            .find(|record| record.fingerprint == fingerprint)
+            .cloned()
     }
 
     /// Adds a record; durable when it returns. Blocks.
     pub(super) fn add(&self, record: Record) -> anyhow::Result<()> {
         let mut by_id = self.lock();
-        anyhow::ensure!(by_id.len() < MAX_AGENTS, "{MAX_AGENTS} agents are enrolled: revoke those that are gone");
-        anyhow::ensure!(!by_id.contains_key(&record.id), "agent {} is enrolled already", record.id);
+        anyhow::ensure!(
+            by_id.len() < MAX_AGENTS,
+            "{MAX_AGENTS} agents are enrolled: revoke those that are gone"
+        );
+        anyhow::ensure!(
+            !by_id.contains_key(&record.id),
+            "agent {} is enrolled already",
+            record.id
+        );
         self.store(&record)?;
         by_id.insert(record.id, record);
         Ok(())
     }
 
     /// Changes a record; durable when it returns. `None` when there is no such agent (any more). Blocks.
-    pub(super) fn change(&self, id: AgentId, change: impl FnOnce(&mut Record)) -> anyhow::Result<Option<Record>> {
+    pub(super) fn change(
+        &self,
+        id: AgentId,
+        change: impl FnOnce(&mut Record),
+    ) -> anyhow::Result<Option<Record>> {
         let mut by_id = self.lock();
-        let Some(record) = by_id.get_mut(&id) else { return Ok(None) };
+        let Some(record) = by_id.get_mut(&id) else {
+            return Ok(None);
+        };
         let mut changed = record.clone();
         change(&mut changed);
         if changed != *record {
@@ -111,14 +136,18 @@ impl Records {
     pub(super) fn remove(&self, id: AgentId) -> anyhow::Result<Option<Record>> {
         let mut by_id = self.lock();
         if by_id.contains_key(&id) {
-            self.pool.meta_put(&format!("{PREFIX}{id}"), None).context("the agent's record cannot be removed")?;
+            self.pool
+                .meta_put(&format!("{PREFIX}{id}"), None)
+                .context("the agent's record cannot be removed")?;
         }
         Ok(by_id.remove(&id))
     }
 
     fn store(&self, record: &Record) -> anyhow::Result<()> {
         let value = serde_json::to_vec(record).context("the agent's record cannot be written down")?;
-        self.pool.meta_put(&format!("{PREFIX}{}", record.id), Some(&value)).context("the agent's record cannot be stored")
+        self.pool
+            .meta_put(&format!("{PREFIX}{}", record.id), Some(&value))
+            .context("the agent's record cannot be stored")
     }
 }
 
@@ -127,11 +156,18 @@ pub(super) fn raise_generation(pool: &Pool, seen: u32) -> anyhow::Result<u32> {
     let stored = match pool.meta_get(GENERATION) {
         None => 0,
         Some(bytes) => {
-            let bytes = bytes.as_slice().try_into().context("the generation in the store is damaged: run `stillpoint store check`")?;
+            let bytes = bytes
+                .as_slice()
+                .try_into()
+                .context("the generation in the store is damaged: run `stillpoint store check`")?;
             u32::from_be_bytes(bytes)
         }
     };
-    let generation = stored.max(seen).checked_add(1).context("the target's generation has come to its end")?;
-    pool.meta_put(GENERATION, Some(&generation.to_be_bytes())).context("the generation cannot be stored")?;
+    let generation = stored
+        .max(seen)
+        .checked_add(1)
+        .context("the target's generation has come to its end")?;
+    pool.meta_put(GENERATION, Some(&generation.to_be_bytes()))
+        .context("the generation cannot be stored")?;
     Ok(generation)
 }

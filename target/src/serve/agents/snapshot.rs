@@ -61,9 +61,13 @@ impl Agents {
         self.0.spawn(async move {
             let (spec, records) = plan(&shared, ask);
             let locks = lock(&shared, &spec).await;
-            Run::new(shared, spec, records).drive(cutter, progress, decided, locks).await;
+            Run::new(shared, spec, records)
+                .drive(cutter, progress, decided, locks)
+                .await;
         });
-        verdict.await.expect("a run always decides: it ends with its verdict or with the process")
+        verdict
+            .await
+            .expect("a run always decides: it ends with its verdict or with the process")
     }
 }
 
@@ -77,14 +81,26 @@ fn plan(shared: &Shared, ask: SnapshotAsk) -> (Spec, Vec<Record>) {
             let text = format!("LUN {name} is not served");
             refused.get_or_insert_with(|| WireRefusal::new(ErrorCode::NotAllowed, text));
             // Keeps the place, so that levels and LUNs stay in step; nothing is proved for it.
-            let identity = LunIdentity { lun: LunId([0; 16]), serial: None, iqn: None, number: None, size_bytes: None };
-            luns.push(LunSpec { name: name.clone(), identity });
+            let identity = LunIdentity {
+                lun: LunId([0; 16]),
+                serial: None,
+                iqn: None,
+                number: None,
+                size_bytes: None,
+            };
+            luns.push(LunSpec {
+                name: name.clone(),
+                identity,
+            });
             continue;
         };
         if let Err(refusal) = limits(&facts) {
             refused.get_or_insert(refusal);
         }
-        luns.push(LunSpec { name: name.clone(), identity: facts.identity });
+        luns.push(LunSpec {
+            name: name.clone(),
+            identity: facts.identity,
+        });
     }
     if shared.bound.get().is_none() {
         let text = "this daemon takes no agents: add [agents] to the configuration, or take the snapshot with --consistency crash";
@@ -92,11 +108,17 @@ fn plan(shared: &Shared, ask: SnapshotAsk) -> (Spec, Vec<Record>) {
     }
     let sessions = sessions(shared, &luns);
     let allowed = |record: &Record| luns.iter().any(|lun| record.luns.contains(&lun.identity.lun));
-    let records = if refused.is_none() { shared.records.all() } else { Vec::new() };
+    let records = if refused.is_none() {
+        shared.records.all()
+    } else {
+        Vec::new()
+    };
     let records = records.into_iter().filter(allowed).collect();
     let mut random = [0; 16];
     if let Err(error) = getrandom::fill(&mut random) {
-        refused.get_or_insert_with(|| WireRefusal::new(ErrorCode::Internal, format!("no random numbers: {error}")));
+        refused.get_or_insert_with(|| {
+            WireRefusal::new(ErrorCode::Internal, format!("no random numbers: {error}"))
+        });
     }
     let spec = Spec {
         session: SessionId::from_random(random),
@@ -112,10 +134,14 @@ fn plan(shared: &Shared, ask: SnapshotAsk) -> (Spec, Vec<Record>) {
 }
 
 fn sessions(shared: &Shared, luns: &[LunSpec]) -> Vec<IscsiSession> {
-    let Some(site) = shared.site() else { return Vec::new() };
+    let Some(site) = shared.site() else {
+        return Vec::new();
+    };
     let of = |lun: &LunSpec| {
         let id = lun.identity.lun;
-        site.initiators(&lun.name).into_iter().map(move |initiator| IscsiSession { lun: id, initiator })
+        site.initiators(&lun.name)
+            .into_iter()
+            .map(move |initiator| IscsiSession { lun: id, initiator })
     };
     luns.iter().flat_map(of).collect()
 }
@@ -149,7 +175,11 @@ enum Job {
 /// What the store's thread did.
 enum Done {
     Settled,
-    Cut { at: Instant, unix_ms: u64, result: Result<(), String> },
+    Cut {
+        at: Instant,
+        unix_ms: u64,
+        result: Result<(), String>,
+    },
     Committed(Result<(), String>),
     Promoted(Result<(), String>),
     Discarded(Result<(), String>),
@@ -169,7 +199,11 @@ fn work<C: Cutter>(mut cutter: C, mut jobs: UnboundedReceiver<Job>, done: &Unbou
             Job::Cut => {
                 let result = text(cutter.cut());
                 let unix_ms = u64::try_from(jiff::Timestamp::now().as_millisecond()).unwrap_or(0);
-                Done::Cut { at: Instant::now(), unix_ms, result }
+                Done::Cut {
+                    at: Instant::now(),
+                    unix_ms,
+                    result,
+                }
             }
             Job::Commit => Done::Committed(text(cutter.commit())),
             Job::Promote(verdict) => Done::Promoted(text(cutter.promote(&verdict))),
@@ -200,7 +234,12 @@ impl Run {
         for record in records {
             let (ask, to_ask) = mpsc::unbounded_channel();
             asks.insert(record.id, (ask, record.host.clone()));
-            let of_set = |lun: &LunSpec| record.luns.contains(&lun.identity.lun).then_some(lun.identity.lun);
+            let of_set = |lun: &LunSpec| {
+                record
+                    .luns
+                    .contains(&lun.identity.lun)
+                    .then_some(lun.identity.lun)
+            };
             candidates.push(Candidate {
                 agent: record.id,
                 host: record.host.clone(),
@@ -215,7 +254,14 @@ impl Run {
         }
         let luns = spec.luns.clone();
         let machine = Coordinator::new(Instant::now(), spec, candidates);
-        Self { shared, luns, machine, asks, heard, speakers }
+        Self {
+            shared,
+            luns,
+            machine,
+            asks,
+            heard,
+            speakers,
+        }
     }
 
     async fn drive<C: Cutter>(
@@ -228,7 +274,12 @@ impl Run {
         let (jobs, to_do) = mpsc::unbounded_channel();
         let (done, mut results) = mpsc::unbounded_channel();
         let thread = tokio::task::spawn_blocking(move || work(cutter, to_do, &done));
-        let shutdown = self.shared.tasks.get().map(|(_, shutdown)| shutdown.clone()).unwrap_or_default();
+        let shutdown = self
+            .shared
+            .tasks
+            .get()
+            .map(|(_, shutdown)| shutdown.clone())
+            .unwrap_or_default();
         let mut cancelled = false;
         let mut end = Some((jobs, thread, decided, locks));
         loop {
@@ -269,7 +320,9 @@ impl Run {
     }
 
     fn send(&self, call: u64, agent: AgentId, request: Request, progress: &impl Fn(String)) {
-        let Some((ask, host)) = self.asks.get(&agent) else { return };
+        let Some((ask, host)) = self.asks.get(&agent) else {
+            return;
+        };
         if let Some(text) = step_text(&request) {
             progress(format!("{host}: {text}"));
         }
@@ -305,16 +358,30 @@ impl Run {
 
     fn remember(&self, verdict: &Verdict) {
         let at = jiff::Timestamp::now().to_string();
-        let mut last = self.shared.last_freeze.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self
+            .shared
+            .last_freeze
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         for agent in verdict.agents.iter().filter(|agent| agent.held_ms.is_some()) {
-            let outcome = serde_json::to_value(agent.outcome).ok().and_then(|value| value.as_str().map(str::to_owned));
-            let freeze = LastFreeze { at: at.clone(), outcome: outcome.unwrap_or_default(), held_ms: agent.held_ms };
+            let outcome = serde_json::to_value(agent.outcome)
+                .ok()
+                .and_then(|value| value.as_str().map(str::to_owned));
+            let freeze = LastFreeze {
+                at: at.clone(),
+                outcome: outcome.unwrap_or_default(),
+                held_ms: agent.held_ms,
+            };
             last.insert(agent.id, freeze);
         }
         drop(last);
         for agent in &verdict.agents {
             if let (Some(detail), true) = (&agent.detail, verdict.failure.is_some()) {
-                self.shared.event(code::AGENT_TROUBLE, agent.id.to_string(), format!("in a snapshot: {detail}"));
+                self.shared.event(
+                    code::AGENT_TROUBLE,
+                    agent.id.to_string(),
+                    format!("in a snapshot: {detail}"),
+                );
             }
         }
     }
@@ -329,7 +396,11 @@ fn order(jobs: Option<&UnboundedSender<Job>>, job: Job) {
     }
 }
 
-async fn deliver<C>(verdict: Verdict, thread: tokio::task::JoinHandle<C>, decided: oneshot::Sender<(Verdict, C)>) {
+async fn deliver<C>(
+    verdict: Verdict,
+    thread: tokio::task::JoinHandle<C>,
+    decided: oneshot::Sender<(Verdict, C)>,
+) {
     match thread.await {
         // Whoever asked may have gone away: the snapshot is recorded all the same.
         Ok(cutter) => drop(decided.send((verdict, cutter))),
@@ -363,14 +434,21 @@ pub(super) fn wire_refusal(refusal: &WireRefusal) -> Refusal {
 /// Why there is no snapshot: what `snapshot create` says when a verdict was not kept.
 pub(crate) fn refusal(verdict: &Verdict) -> Refusal {
     let Some(failure) = &verdict.failure else {
-        return Refusal::failed("internal", "no snapshot was taken, and nothing says why", "report this");
+        return Refusal::failed(
+            "internal",
+            "no snapshot was taken, and nothing says why",
+            "report this",
+        );
     };
     let mut told = told(&failure.refusal, failure.to_string());
     if failure.phase == Phase::Cut {
         told.exit = crate::serve::control::api::EXIT_FAILED;
     }
     let of_agent = |agent: &stillpoint_agentproto::server::AgentReport| {
-        agent.detail.as_ref().map(|detail| format!("{} ({}): {detail}", agent.host, agent.id))
+        agent
+            .detail
+            .as_ref()
+            .map(|detail| format!("{} ({}): {detail}", agent.host, agent.id))
     };
     told.with_details(verdict.agents.iter().filter_map(of_agent).collect())
 }
@@ -397,13 +475,23 @@ fn snake(name: &str) -> String {
 
 fn hint(code: ErrorCode) -> &'static str {
     match code {
-        ErrorCode::Unreachable => "`stillpoint agent test ID` tries again; `--on-failure crash-consistent` takes what can be proved",
-        ErrorCode::NotMounted => "`stillpoint agent list` shows who is there; `--consistency crash` needs no agent",
+        ErrorCode::Unreachable => {
+            "`stillpoint agent test ID` tries again; `--on-failure crash-consistent` takes what can be proved"
+        }
+        ErrorCode::NotMounted => {
+            "`stillpoint agent list` shows who is there; `--consistency crash` needs no agent"
+        }
         ErrorCode::StaleGeneration => "`stillpoint agent generation bump`",
-        ErrorCode::HoldExpired => "look at the agent's log, then try again; `--on-failure crash-consistent` takes what can be proved",
+        ErrorCode::HoldExpired => {
+            "look at the agent's log, then try again; `--on-failure crash-consistent` takes what can be proved"
+        }
         ErrorCode::Busy => "try again in a moment",
-        ErrorCode::HookFailed | ErrorCode::WriterFailed => "look at the agent's log on that host, then try again",
-        ErrorCode::LimitMpio | ErrorCode::LimitChap | ErrorCode::LimitMultiLun => "agents need one path, no CHAP and a target of their own",
+        ErrorCode::HookFailed | ErrorCode::WriterFailed => {
+            "look at the agent's log on that host, then try again"
+        }
+        ErrorCode::LimitMpio | ErrorCode::LimitChap | ErrorCode::LimitMultiLun => {
+            "agents need one path, no CHAP and a target of their own"
+        }
         _ => "`stillpoint agent test ID` shows what the agent sees; `--consistency crash` needs no agent",
     }
 }

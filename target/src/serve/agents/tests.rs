@@ -9,8 +9,8 @@ use stillpoint_agentproto::client::{self, Asked, FreezeReport, Output, ThawRepor
 use stillpoint_agentproto::enrol::{EXPORTER_LABEL, EXPORTER_LEN};
 use stillpoint_agentproto::frame::MAX_BODY;
 use stillpoint_agentproto::message::{
-    App, AppState, Capabilities, Enrol, FrozenVolume, Hello, LunVolumes, Mount, PreflightReport, Prepared, Register, Role,
-    Volumes,
+    App, AppState, Capabilities, Enrol, FrozenVolume, Hello, LunVolumes, Mount, PreflightReport, Prepared,
+    Register, Role, Volumes,
 };
 use stillpoint_agentproto::registration::{AgentEnd, AgentEvent, Purpose};
 use stillpoint_agentproto::server::{Outcome, Phase};
@@ -32,11 +32,26 @@ struct FakeSite {
 
 impl Site for FakeSite {
     fn lun(&self, name: &str) -> Option<LunFacts> {
-        let identity =
-            LunIdentity { lun: LUN, serial: None, iqn: None, number: Some(0), size_bytes: Some(1 << 30) };
+        let identity = LunIdentity {
+            lun: LUN,
+            serial: None,
+            iqn: None,
+            number: Some(0),
+            size_bytes: Some(1 << 30),
+        };
         let chap = self.chap.load(Ordering::SeqCst);
-        let target = TargetFacts { iqn: "iqn.t".into(), agents: true, chap, luns: 1, portal_groups: 1 };
-        (name == "sql01").then(|| LunFacts { name: name.to_owned(), identity, targets: vec![target] })
+        let target = TargetFacts {
+            iqn: "iqn.t".into(),
+            agents: true,
+            chap,
+            luns: 1,
+            portal_groups: 1,
+        };
+        (name == "sql01").then(|| LunFacts {
+            name: name.to_owned(),
+            identity,
+            targets: vec![target],
+        })
     }
 
     fn lun_by_id(&self, lun: LunId) -> Option<LunFacts> {
@@ -67,11 +82,24 @@ impl Daemonlet {
         let dir = tempfile::tempdir().unwrap();
         let pool = Pool::create(&dir.path().join("pool"), &PoolOptions::default()).unwrap();
         let agents = Agents::open_at(Some("127.0.0.1:0".parse().unwrap()), dir.path(), &pool).unwrap();
-        let site = Arc::new(FakeSite { sessions: Mutex::new(vec![INITIATOR.to_owned()]), ..FakeSite::default() });
+        let site = Arc::new(FakeSite {
+            sessions: Mutex::new(vec![INITIATOR.to_owned()]),
+            ..FakeSite::default()
+        });
         let (shutdown, tracker) = (CancellationToken::new(), TaskTracker::new());
         let seen: Arc<dyn Site> = Arc::<FakeSite>::clone(&site);
-        agents.start(Arc::downgrade(&seen), tracker.clone(), shutdown.clone()).await.unwrap();
-        Self { agents, site, shutdown, tracker, pool, dir }
+        agents
+            .start(Arc::downgrade(&seen), tracker.clone(), shutdown.clone())
+            .await
+            .unwrap();
+        Self {
+            agents,
+            site,
+            shutdown,
+            tracker,
+            pool,
+            dir,
+        }
     }
 
     fn address(&self) -> SocketAddr {
@@ -79,8 +107,14 @@ impl Daemonlet {
     }
 
     fn token(&self) -> Token {
-        let view = self.agents.token_create(&["sql01".to_owned()], Duration::from_secs(60), "tester").unwrap();
-        assert!(view.enrol.contains(&format!("{}@127.0.0.1:{}", view.token, self.address().port())));
+        let view = self
+            .agents
+            .token_create(&["sql01".to_owned()], Duration::from_secs(60), "tester")
+            .unwrap();
+        assert!(
+            view.enrol
+                .contains(&format!("{}@127.0.0.1:{}", view.token, self.address().port()))
+        );
         Token::parse(&view.token).ok().unwrap()
     }
 
@@ -96,14 +130,21 @@ impl Daemonlet {
     }
 
     async fn snapshot(&self, mode: Mode, on_failure: OnFailure, host: &Host) -> (Verdict, Store) {
-        let ask = SnapshotAsk { name: "s1".into(), luns: vec!["sql01".into()], mode, on_failure };
+        let ask = SnapshotAsk {
+            name: "s1".into(),
+            luns: vec!["sql01".into()],
+            mode,
+            on_failure,
+        };
         self.agents.snapshot(ask, host.store(), |_| {}).await
     }
 
     async fn stop(self) {
         self.shutdown.cancel();
         self.tracker.close();
-        tokio::time::timeout(Duration::from_secs(5), self.tracker.wait()).await.expect("tasks end");
+        tokio::time::timeout(Duration::from_secs(5), self.tracker.wait())
+            .await
+            .expect("tasks end");
         self.pool.shutdown().unwrap();
     }
 }
@@ -174,7 +215,13 @@ impl Drop for Host {
 
 fn agent_hello(id: AgentId) -> Hello {
     let capabilities = Capabilities::LINUX_FS.with(Capabilities::HOOKS);
-    Hello { min_version: 1, max_version: 1, agent_id: Some(id), product: "fake 1".into(), capabilities }
+    Hello {
+        min_version: 1,
+        max_version: 1,
+        agent_id: Some(id),
+        product: "fake 1".into(),
+        capabilities,
+    }
 }
 
 impl Host {
@@ -188,9 +235,17 @@ impl Host {
         let behaviour = Arc::new(Mutex::new(Behaviour::Good));
         let app = Arc::new(AtomicBool::new(false));
         let generation = Arc::new(AtomicU32::new(0));
-        let config = client::Config { min_interval: Duration::ZERO, ..client::Config::default() };
+        let config = client::Config {
+            min_interval: Duration::ZERO,
+            ..client::Config::default()
+        };
         let agent = Arc::new(Mutex::new(client::Agent::new(config, 0)));
-        let serving = (Arc::clone(&identity), Arc::clone(&frozen), Arc::clone(&behaviour), Arc::clone(&app));
+        let serving = (
+            Arc::clone(&identity),
+            Arc::clone(&frozen),
+            Arc::clone(&behaviour),
+            Arc::clone(&app),
+        );
         let listener = tokio::spawn(async move {
             let (identity, frozen, behaviour, app) = serving;
             let acceptor = tokio_rustls::TlsAcceptor::from(tls::server(&identity).unwrap());
@@ -198,7 +253,9 @@ impl Host {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
                 number += 1;
-                let Ok(stream) = acceptor.accept(stream).await else { continue };
+                let Ok(stream) = acceptor.accept(stream).await else {
+                    continue;
+                };
                 let work = FakeWork {
                     id,
                     agent: Arc::clone(&agent),
@@ -212,11 +269,28 @@ impl Host {
         });
         let target = daemon.agents.0.identity.fingerprint;
         let address = daemon.address();
-        Self { id, identity, _dir: dir, port, frozen, behaviour, app, generation, listener, target, address }
+        Self {
+            id,
+            identity,
+            _dir: dir,
+            port,
+            frozen,
+            behaviour,
+            app,
+            generation,
+            listener,
+            target,
+            address,
+        }
     }
 
     fn store(&self) -> Store {
-        Store { steps: Vec::new(), frozen: Arc::clone(&self.frozen), frozen_at_cut: false, cut_fails: false }
+        Store {
+            steps: Vec::new(),
+            frozen: Arc::clone(&self.frozen),
+            frozen_at_cut: false,
+            cut_fails: false,
+        }
     }
 
     fn behave(&self, behaviour: Behaviour) {
@@ -227,16 +301,28 @@ impl Host {
         let stream = TcpStream::connect(self.address).await.unwrap();
         let config = tls::client(&self.identity, self.target).unwrap();
         let name = ServerName::try_from("stillpoint").unwrap();
-        tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap()
+        tokio_rustls::TlsConnector::from(config)
+            .connect(name, stream)
+            .await
+            .unwrap()
     }
 
     /// Enrols; the answer, verified.
     async fn enrol(&self, token: &Token) -> Result<(), WireRefusal> {
         let stream = self.dial().await;
-        let exporter = stream.get_ref().1.export_keying_material([0; EXPORTER_LEN], EXPORTER_LABEL, None).unwrap();
+        let exporter = stream
+            .get_ref()
+            .1
+            .export_keying_material([0; EXPORTER_LEN], EXPORTER_LABEL, None)
+            .unwrap();
         assert!(token.is_for(&self.target));
         let mac = token.agent_mac(self.id, &exporter);
-        let enrol = Enrol { agent_id: self.id, token_id: token.id(), mac, host: format!("host{}", self.id.0[0]) };
+        let enrol = Enrol {
+            agent_id: self.id,
+            token_id: token.id(),
+            mac,
+            host: format!("host{}", self.id.0[0]),
+        };
         let mut end = AgentEnd::new(Instant::now(), agent_hello(self.id), 0, Purpose::Enrol(enrol));
         let mut pipe = Pipe::new(stream);
         loop {
@@ -264,7 +350,12 @@ impl Host {
             mounted: vec![LUN, LunId([9; 16])],
         };
         let generation = self.generation.load(Ordering::SeqCst);
-        let mut end = AgentEnd::new(Instant::now(), agent_hello(self.id), generation, Purpose::Register(register));
+        let mut end = AgentEnd::new(
+            Instant::now(),
+            agent_hello(self.id),
+            generation,
+            Purpose::Register(register),
+        );
         let mut pipe = Pipe::new(self.dial().await);
         loop {
             match next(&mut end, &mut pipe).await.expect("answered") {
@@ -276,11 +367,16 @@ impl Host {
                 _ => {}
             }
         }
-        Ok(tokio::spawn(async move { while next(&mut end, &mut pipe).await.is_ok() {} }))
+        Ok(tokio::spawn(async move {
+            while next(&mut end, &mut pipe).await.is_ok() {}
+        }))
     }
 }
 
-async fn next<S: tokio::io::AsyncRead + tokio::io::AsyncWrite>(end: &mut AgentEnd, pipe: &mut Pipe<S>) -> std::io::Result<AgentEvent> {
+async fn next<S: tokio::io::AsyncRead + tokio::io::AsyncWrite>(
+    end: &mut AgentEnd,
+    pipe: &mut Pipe<S>,
+) -> std::io::Result<AgentEvent> {
     loop {
         if let Some(event) = end.poll_event() {
             return Ok(event);
@@ -317,21 +413,43 @@ impl FakeWork {
                         Ok(()) => channel.accept(),
                         Err(refusal) => channel.refuse(refusal),
                     },
-                    ChannelEvent::Request { id, generation, request } => {
-                        agent.request(now, Asked { channel: self.number, id }, generation, request);
+                    ChannelEvent::Request {
+                        id,
+                        generation,
+                        request,
+                    } => {
+                        agent.request(
+                            now,
+                            Asked {
+                                channel: self.number,
+                                id,
+                            },
+                            generation,
+                            request,
+                        );
                     }
                     _ => {}
                 }
             }
             if !self.outputs(&mut channel) {
-                self.agent.lock().unwrap().channel_lost(Instant::now(), self.number);
+                self.agent
+                    .lock()
+                    .unwrap()
+                    .channel_lost(Instant::now(), self.number);
                 self.outputs(&mut channel);
                 return;
             }
             while let Some(bytes) = channel.poll_transmit() {
                 pipe.push(&bytes);
             }
-            let until = self.agent.lock().unwrap().poll_timeout().into_iter().chain(channel.poll_timeout()).min();
+            let until = self
+                .agent
+                .lock()
+                .unwrap()
+                .poll_timeout()
+                .into_iter()
+                .chain(channel.poll_timeout())
+                .min();
             match pipe.turn(true, until).await {
                 Ok(Turn::Read(count)) => channel.receive(Instant::now(), pipe.bytes(count)).unwrap(),
                 Ok(Turn::Time) => {
@@ -339,7 +457,10 @@ impl FakeWork {
                     self.agent.lock().unwrap().handle_timeout(Instant::now());
                 }
                 Err(_) => {
-                    self.agent.lock().unwrap().channel_lost(Instant::now(), self.number);
+                    self.agent
+                        .lock()
+                        .unwrap()
+                        .channel_lost(Instant::now(), self.number);
                     self.outputs(&mut channel);
                     return;
                 }
@@ -352,7 +473,9 @@ impl FakeWork {
         let mut agent = self.agent.lock().unwrap();
         while let Some(output) = agent.poll_output() {
             match output {
-                Output::Reply { asked, result } if asked.channel == self.number => channel.reply(asked.id, result),
+                Output::Reply { asked, result } if asked.channel == self.number => {
+                    channel.reply(asked.id, result)
+                }
                 Output::Work(work) => {
                     if !self.work(&mut agent, work) {
                         return false;
@@ -365,8 +488,20 @@ impl FakeWork {
     }
 
     fn app(&self, state: AppState) -> Vec<App> {
-        let app = App { kind: "hook".into(), instance: "db".into(), component: None, version: None, state, error: None, lun: None };
-        if self.app.load(Ordering::SeqCst) { vec![app] } else { vec![] }
+        let app = App {
+            kind: "hook".into(),
+            instance: "db".into(),
+            component: None,
+            version: None,
+            state,
+            error: None,
+            lun: None,
+        };
+        if self.app.load(Ordering::SeqCst) {
+            vec![app]
+        } else {
+            vec![]
+        }
     }
 
     fn work(&self, agent: &mut client::Agent, work: Work) -> bool {
@@ -374,7 +509,13 @@ impl FakeWork {
         let behaviour = *self.behaviour.lock().unwrap();
         match work {
             Work::ListVolumes { asked, .. } => {
-                let identity = LunIdentity { lun: LUN, serial: None, iqn: None, number: None, size_bytes: None };
+                let identity = LunIdentity {
+                    lun: LUN,
+                    serial: None,
+                    iqn: None,
+                    number: None,
+                    size_bytes: None,
+                };
                 let mount = Mount {
                     path: "/srv".into(),
                     file_system: "ext4".into(),
@@ -382,27 +523,65 @@ impl FakeWork {
                     read_only: false,
                     cluster: false,
                 };
-                let luns = vec![LunVolumes { identity, role: Role::Mounted, mounts: vec![mount], apps: vec![] }];
-                agent.answer(asked, Ok(Reply::ListVolumes(Volumes { luns, initiators: vec![INITIATOR.into()] })));
+                let luns = vec![LunVolumes {
+                    identity,
+                    role: Role::Mounted,
+                    mounts: vec![mount],
+                    apps: vec![],
+                }];
+                agent.answer(
+                    asked,
+                    Ok(Reply::ListVolumes(Volumes {
+                        luns,
+                        initiators: vec![INITIATOR.into()],
+                    })),
+                );
             }
             Work::Preflight { asked, .. } => {
                 agent.answer(asked, Ok(Reply::Preflight(PreflightReport { findings: vec![] })));
             }
             Work::Prepare(prepare) => {
                 let apps = self.app(AppState::Ready);
-                agent.prepared(now, prepare.session, Ok(Prepared { apps, exclusions: vec![] }));
+                agent.prepared(
+                    now,
+                    prepare.session,
+                    Ok(Prepared {
+                        apps,
+                        exclusions: vec![],
+                    }),
+                );
             }
             Work::Freeze { .. } if behaviour == Behaviour::DropsAtFreeze => return false,
             Work::Freeze { session, .. } => {
                 agent.hold_started(now, session).unwrap();
                 self.frozen.store(true, Ordering::SeqCst);
-                let volumes = vec![FrozenVolume { lun: LUN, path: "/srv".into(), frozen: true, error: None }];
-                agent.frozen(now, session, Ok(FreezeReport { volumes, apps: self.app(AppState::Frozen) }));
+                let volumes = vec![FrozenVolume {
+                    lun: LUN,
+                    path: "/srv".into(),
+                    frozen: true,
+                    error: None,
+                }];
+                agent.frozen(
+                    now,
+                    session,
+                    Ok(FreezeReport {
+                        volumes,
+                        apps: self.app(AppState::Frozen),
+                    }),
+                );
             }
             Work::Thaw { session, .. } => {
                 self.frozen.store(false, Ordering::SeqCst);
                 let in_force = behaviour != Behaviour::ThawedByOthers;
-                agent.thawed(now, session, ThawReport { in_force, apps: self.app(AppState::Thawed), reason: None });
+                agent.thawed(
+                    now,
+                    session,
+                    ThawReport {
+                        in_force,
+                        apps: self.app(AppState::Thawed),
+                        reason: None,
+                    },
+                );
             }
             Work::Clean { session, .. } => agent.cleaned(now, session, None),
         }
@@ -425,8 +604,14 @@ const FULL: [&str; 4] = ["settle", "cut", "commit", "promote"];
 async fn an_agent_enrols_registers_and_is_dialled_back() {
     let (daemon, host, registration) = connected().await;
     let view = daemon.agents.show(&host.id.to_string()).unwrap();
-    assert_eq!((view.luns, view.mounted), (vec!["sql01".to_owned()], vec!["sql01".to_owned()]));
-    assert_eq!(view.os, "TestOS [31m", "control characters of other hosts do not reach the terminal");
+    assert_eq!(
+        (view.luns, view.mounted),
+        (vec!["sql01".to_owned()], vec!["sql01".to_owned()])
+    );
+    assert_eq!(
+        view.os, "TestOS [31m",
+        "control characters of other hosts do not reach the terminal"
+    );
     assert_eq!(view.address, Some(format!("127.0.0.1:{}", host.port)));
     let test = daemon.agents.test("host1").await.unwrap();
     assert!(test.ready && test.findings.is_empty());
@@ -436,7 +621,10 @@ async fn an_agent_enrols_registers_and_is_dialled_back() {
     assert_eq!(again.0.identity.fingerprint, daemon.agents.0.identity.fingerprint);
     assert_eq!(again.show("host1").unwrap().state, AgentState::Disconnected);
     daemon.stop().await;
-    tokio::time::timeout(Duration::from_secs(5), registration).await.expect("closed").unwrap();
+    tokio::time::timeout(Duration::from_secs(5), registration)
+        .await
+        .expect("closed")
+        .unwrap();
 }
 
 #[tokio::test]
@@ -447,15 +635,27 @@ async fn tokens_are_used_once_and_pins_are_not_replaced() {
     let token = daemon.token();
     host.enrol(&token).await.unwrap();
     let other = Host::new(&daemon, 2).await;
-    assert_eq!(other.enrol(&token).await.unwrap_err().code, ErrorCode::NotEnrolled);
+    assert_eq!(
+        other.enrol(&token).await.unwrap_err().code,
+        ErrorCode::NotEnrolled
+    );
     // The same id with another key, and the same key again: both only after a revoke.
     let thief = Host::new(&daemon, 1).await;
-    assert_eq!(thief.enrol(&daemon.token()).await.unwrap_err().code, ErrorCode::NotAllowed);
-    assert_eq!(host.enrol(&daemon.token()).await.unwrap_err().code, ErrorCode::NotAllowed);
+    assert_eq!(
+        thief.enrol(&daemon.token()).await.unwrap_err().code,
+        ErrorCode::NotAllowed
+    );
+    assert_eq!(
+        host.enrol(&daemon.token()).await.unwrap_err().code,
+        ErrorCode::NotAllowed
+    );
     daemon.agents.revoke("host1", "tester").await.unwrap();
     thief.enrol(&daemon.token()).await.unwrap();
     let events = daemon.site.events.lock().unwrap().join("\n");
-    assert!(events.contains("revoked") && events.contains("wrong, used or expired token"), "{events}");
+    assert!(
+        events.contains("revoked") && events.contains("wrong, used or expired token"),
+        "{events}"
+    );
     daemon.stop().await;
 }
 
@@ -464,18 +664,32 @@ async fn an_unreachable_port_is_told_at_registration() {
     let daemon = Daemonlet::start().await;
     let host = Host::new(&daemon, 1).await;
     host.enrol(&daemon.token()).await.unwrap();
-    let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+    let closed = TcpListener::bind("127.0.0.1:0")
+        .await
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
     let _registration = host.register(closed).await.unwrap();
     let view = daemon.state("host1", AgentState::Unreachable).await;
     let trouble = view.trouble.unwrap();
-    for part in ["host1", &format!("127.0.0.1:{closed}"), "the target dials the agent", "firewall"] {
+    for part in [
+        "host1",
+        &format!("127.0.0.1:{closed}"),
+        "the target dials the agent",
+        "firewall",
+    ] {
         assert!(trouble.contains(part), "{trouble}");
     }
     let (verdict, store) = daemon.snapshot(Mode::Filesystem, OnFailure::Fail, &host).await;
     let told = refusal(&verdict);
     assert_eq!((told.exit, told.code.as_str()), (3, "unreachable"));
     assert!(told.message.contains(&closed.to_string()), "{}", told.message);
-    assert!(store.steps.is_empty(), "a refusal of the preflight touches nothing: {:?}", store.steps);
+    assert!(
+        store.steps.is_empty(),
+        "a refusal of the preflight touches nothing: {:?}",
+        store.steps
+    );
     daemon.stop().await;
 }
 
@@ -483,7 +697,11 @@ async fn an_unreachable_port_is_told_at_registration() {
 async fn levels_are_what_is_proved() {
     let (daemon, host, _registration) = connected().await;
     let (verdict, store) = daemon.snapshot(Mode::Filesystem, OnFailure::Fail, &host).await;
-    assert_eq!((verdict.kept, verdict.lowest()), (true, Level::Filesystem), "{verdict:?}");
+    assert_eq!(
+        (verdict.kept, verdict.lowest()),
+        (true, Level::Filesystem),
+        "{verdict:?}"
+    );
     assert_eq!(store.steps, FULL);
     assert!(store.frozen_at_cut && !host.frozen.load(Ordering::SeqCst));
     // Without an application, `application` is refused before anything is frozen …
@@ -491,14 +709,23 @@ async fn levels_are_what_is_proved() {
     assert!(!verdict.kept && store.steps.is_empty(), "{verdict:?}");
     assert_eq!(refusal(&verdict).exit, 3);
     // … or recorded as what it is.
-    let (verdict, _) = daemon.snapshot(Mode::Application, OnFailure::CrashConsistent, &host).await;
+    let (verdict, _) = daemon
+        .snapshot(Mode::Application, OnFailure::CrashConsistent, &host)
+        .await;
     assert_eq!((verdict.kept, verdict.lowest()), (true, Level::Filesystem));
     assert!(verdict.failure.is_some());
     host.app.store(true, Ordering::SeqCst);
     let (verdict, store) = daemon.snapshot(Mode::Application, OnFailure::Fail, &host).await;
-    assert_eq!((verdict.kept, verdict.lowest()), (true, Level::Application), "{verdict:?}");
+    assert_eq!(
+        (verdict.kept, verdict.lowest()),
+        (true, Level::Application),
+        "{verdict:?}"
+    );
     assert_eq!(store.steps, FULL);
-    assert_eq!(daemon.agents.show("host1").unwrap().last_freeze.unwrap().outcome, "hold-ok");
+    assert_eq!(
+        daemon.agents.show("host1").unwrap().last_freeze.unwrap().outcome,
+        "hold-ok"
+    );
     daemon.stop().await;
 }
 
@@ -510,7 +737,9 @@ async fn an_agent_that_dies_while_freezing_leaves_no_lie() {
     assert!(!verdict.kept && store.steps == ["settle"], "{:?}", store.steps);
     assert_eq!(verdict.failure.as_ref().unwrap().phase, Phase::Freeze);
     assert_eq!(refusal(&verdict).exit, 3);
-    let (verdict, store) = daemon.snapshot(Mode::Filesystem, OnFailure::CrashConsistent, &host).await;
+    let (verdict, store) = daemon
+        .snapshot(Mode::Filesystem, OnFailure::CrashConsistent, &host)
+        .await;
     assert_eq!((verdict.kept, verdict.lowest()), (true, Level::Crash));
     assert_eq!(store.steps, FULL);
     host.behave(Behaviour::ThawedByOthers);
@@ -531,7 +760,10 @@ async fn unseen_writers_second_paths_and_chap_are_refused() {
         *daemon.site.sessions.lock().unwrap() = sessions.into_iter().map(str::to_owned).collect();
         let (verdict, store) = daemon.snapshot(Mode::Filesystem, OnFailure::Fail, &host).await;
         let told = refusal(&verdict);
-        assert!(told.exit == 3 && told.message.contains(part) && store.steps.is_empty(), "{told:?}");
+        assert!(
+            told.exit == 3 && told.message.contains(part) && store.steps.is_empty(),
+            "{told:?}"
+        );
     }
     daemon.site.sessions.lock().unwrap().truncate(1);
     daemon.site.chap.store(true, Ordering::SeqCst);
@@ -539,7 +771,12 @@ async fn unseen_writers_second_paths_and_chap_are_refused() {
     assert_eq!(refusal(&verdict).code, "limit_chap");
     let refused = daemon.agents.allow("host1", "sql01", "tester").await.unwrap_err();
     assert_eq!((refused.code.as_str(), refused.exit), ("limit_chap", 3));
-    assert!(daemon.agents.token_create(&["nope".to_owned()], Duration::from_secs(1), "t").is_err());
+    assert!(
+        daemon
+            .agents
+            .token_create(&["nope".to_owned()], Duration::from_secs(1), "t")
+            .is_err()
+    );
     daemon.stop().await;
 }
 
@@ -552,11 +789,17 @@ async fn a_failed_cut_is_a_failure_and_the_agent_thaws() {
         mode: Mode::Filesystem,
         on_failure: OnFailure::CrashConsistent,
     };
-    let store = Store { cut_fails: true, ..host.store() };
+    let store = Store {
+        cut_fails: true,
+        ..host.store()
+    };
     let (verdict, store) = daemon.agents.snapshot(ask, store, |_| {}).await;
     assert!(!verdict.kept && store.frozen_at_cut);
     let told = refusal(&verdict);
-    assert!(told.exit == 1 && told.message.contains("the disk is gone"), "{told:?}");
+    assert!(
+        told.exit == 1 && told.message.contains("the disk is gone"),
+        "{told:?}"
+    );
     assert!(!host.frozen.load(Ordering::SeqCst));
     daemon.stop().await;
 }
@@ -568,15 +811,27 @@ async fn revoke_drops_the_agent_and_a_bump_brings_everybody_back() {
     host.generation.store(before + 5, Ordering::SeqCst);
     let second = host.register(host.port).await.unwrap();
     // The newer connection replaces the older one.
-    tokio::time::timeout(Duration::from_secs(5), registration).await.expect("replaced").unwrap();
+    tokio::time::timeout(Duration::from_secs(5), registration)
+        .await
+        .expect("replaced")
+        .unwrap();
     let events = daemon.site.events.lock().unwrap().join("\n");
     assert!(events.contains("agent generation bump"), "{events}");
     assert_eq!(daemon.agents.generation_bump("tester").await.unwrap(), before + 6);
-    tokio::time::timeout(Duration::from_secs(5), second).await.expect("kicked").unwrap();
+    tokio::time::timeout(Duration::from_secs(5), second)
+        .await
+        .expect("kicked")
+        .unwrap();
     let third = host.register(host.port).await.unwrap();
     daemon.agents.revoke("host1", "tester").await.unwrap();
-    tokio::time::timeout(Duration::from_secs(5), third).await.expect("dropped").unwrap();
-    assert_eq!(host.register(host.port).await.unwrap_err().code, ErrorCode::NotEnrolled);
+    tokio::time::timeout(Duration::from_secs(5), third)
+        .await
+        .expect("dropped")
+        .unwrap();
+    assert_eq!(
+        host.register(host.port).await.unwrap_err().code,
+        ErrorCode::NotEnrolled
+    );
     assert!(daemon.agents.list().is_empty());
     daemon.stop().await;
 }
@@ -585,11 +840,15 @@ async fn revoke_drops_the_agent_and_a_bump_brings_everybody_back() {
 async fn silence_and_noise_are_dropped() {
     let daemon = Daemonlet::start().await;
     let mut noise = TcpStream::connect(daemon.address()).await.unwrap();
-    tokio::io::AsyncWriteExt::write_all(&mut noise, b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut noise, b"GET / HTTP/1.1\r\n\r\n")
+        .await
+        .unwrap();
     let mut rest = Vec::new();
     let read = tokio::io::AsyncReadExt::read_to_end(&mut noise, &mut rest);
     // A TLS alert and the end; never an answer to what was asked.
-    let _reset = tokio::time::timeout(Duration::from_secs(2), read).await.expect("dropped at once");
+    let _reset = tokio::time::timeout(Duration::from_secs(2), read)
+        .await
+        .expect("dropped at once");
     assert!(!rest.starts_with(b"HTTP"));
     // The fifth connection of one source that says nothing is closed at once.
     let mut silent = Vec::new();
@@ -597,7 +856,11 @@ async fn silence_and_noise_are_dropped() {
         silent.push(TcpStream::connect(daemon.address()).await.unwrap());
     }
     let mut fifth = silent.pop().unwrap();
-    let ended = tokio::time::timeout(Duration::from_secs(2), tokio::io::AsyncReadExt::read(&mut fifth, &mut [0])).await;
+    let ended = tokio::time::timeout(
+        Duration::from_secs(2),
+        tokio::io::AsyncReadExt::read(&mut fifth, &mut [0]),
+    )
+    .await;
     assert!(matches!(ended.expect("closed at once"), Ok(0) | Err(_)));
     daemon.stop().await;
 }

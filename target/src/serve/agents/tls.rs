@@ -15,7 +15,10 @@ use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_sig
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, PeerIncompatible, ServerConfig, SignatureScheme};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, PeerIncompatible,
+    ServerConfig, SignatureScheme,
+};
 use stillpoint_agentproto::Fingerprint;
 use zeroize::Zeroizing;
 
@@ -30,7 +33,9 @@ pub(super) struct Identity {
 
 impl std::fmt::Debug for Identity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Identity").field("fingerprint", &self.fingerprint).finish_non_exhaustive()
+        f.debug_struct("Identity")
+            .field("fingerprint", &self.fingerprint)
+            .finish_non_exhaustive()
     }
 }
 
@@ -53,10 +58,16 @@ impl Identity {
     }
 
     fn parse(pem: &[u8]) -> anyhow::Result<Self> {
-        let key = PrivateKeyDer::from_pem_slice(pem).map_err(|error| anyhow::anyhow!("its private key: {error}"))?;
-        let certificate = CertificateDer::from_pem_slice(pem).map_err(|error| anyhow::anyhow!("its certificate: {error}"))?;
+        let key = PrivateKeyDer::from_pem_slice(pem)
+            .map_err(|error| anyhow::anyhow!("its private key: {error}"))?;
+        let certificate = CertificateDer::from_pem_slice(pem)
+            .map_err(|error| anyhow::anyhow!("its certificate: {error}"))?;
         let fingerprint = fingerprint(&certificate).context("its certificate is no X.509 certificate")?;
-        Ok(Self { certificate, key, fingerprint })
+        Ok(Self {
+            certificate,
+            key,
+            fingerprint,
+        })
     }
 }
 
@@ -68,7 +79,12 @@ fn create(dir: &Path, path: &Path) -> anyhow::Result<Zeroizing<Vec<u8>>> {
     pem.extend_from_slice(certificate.pem().as_bytes());
     let side = dir.join("identity.pem.new");
     let write = || -> std::io::Result<()> {
-        let mut file = File::options().create(true).truncate(true).write(true).mode(0o600).open(&side)?;
+        let mut file = File::options()
+            .create(true)
+            .truncate(true)
+            .write(true)
+            .mode(0o600)
+            .open(&side)?;
         file.write_all(&pem)?;
         file.sync_all()?;
         fs::rename(&side, path)?;
@@ -125,13 +141,19 @@ struct Verifier {
 
 impl Verifier {
     fn new(provider: &CryptoProvider, pin: Option<Fingerprint>) -> Self {
-        Self { pin, algorithms: provider.signature_verification_algorithms }
+        Self {
+            pin,
+            algorithms: provider.signature_verification_algorithms,
+        }
     }
 
     fn check(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
-        let shown = fingerprint(certificate).ok_or(Error::InvalidCertificate(CertificateError::BadEncoding))?;
+        let shown =
+            fingerprint(certificate).ok_or(Error::InvalidCertificate(CertificateError::BadEncoding))?;
         match self.pin {
-            Some(pin) if pin != shown => Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure)),
+            Some(pin) if pin != shown => Err(Error::InvalidCertificate(
+                CertificateError::ApplicationVerificationFailure,
+            )),
             _ => Ok(()),
         }
     }
@@ -231,10 +253,16 @@ mod tests {
         let first = Identity::open(dir.path()).expect("made");
         let again = Identity::open(dir.path()).expect("read");
         assert_eq!(first.fingerprint, again.fingerprint);
-        let mode = fs::metadata(dir.path().join(FILE)).expect("there").permissions().mode();
+        let mode = fs::metadata(dir.path().join(FILE))
+            .expect("there")
+            .permissions()
+            .mode();
         assert_eq!(mode & 0o777, 0o600);
         let shown = format!("{first:?}");
-        assert!(shown.contains(&first.fingerprint.to_string()) && !shown.contains("key:"), "{shown}");
+        assert!(
+            shown.contains(&first.fingerprint.to_string()) && !shown.contains("key:"),
+            "{shown}"
+        );
     }
 
     #[test]

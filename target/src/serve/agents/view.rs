@@ -88,7 +88,9 @@ pub(crate) struct TestView {
 
 impl TestView {
     pub(super) fn is_ready(volumes: &[LunVolumes], findings: &[Finding]) -> bool {
-        let mounted = volumes.iter().any(|lun| lun.role == stillpoint_agentproto::message::Role::Mounted);
+        let mounted = volumes
+            .iter()
+            .any(|lun| lun.role == stillpoint_agentproto::message::Role::Mounted);
         mounted && findings.iter().all(|finding| finding.severity != Severity::Error)
     }
 }
