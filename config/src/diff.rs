@@ -200,8 +200,8 @@ fn diff_lun(old: &Lun, new: &Lun, config: &Config, changes: &mut Vec<Change>) {
         } else {
             "becomes writable"
         };
-        // Initiators cache the write protection of a disk that they have logged in to: only a new login shows it.
-        push(changes, &subject, Effect::Ends, served(), text);
+        // No session ends: writes that are refused from now on say why, and hosts ask MODE SENSE again at their next scan.
+        push(changes, &subject, Effect::Told, served(), text);
     }
     if old.write_cache != new.write_cache {
         // WCE under a running session is the initiators' to change (MODE SELECT); this is only where a LUN starts from.

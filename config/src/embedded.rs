@@ -9,6 +9,7 @@ use crate::config::{
 };
 use crate::limits::{AGENT_PORT, ISCSI_PORT};
 use crate::name::{IscsiName, LunName};
+use crate::problem::Problem;
 use crate::size::Size;
 
 /// Data directory of the built-in configuration, below the working directory.
@@ -24,6 +25,15 @@ impl Config {
     pub fn embedded(data_dir: PathBuf, listen: Option<SocketAddr>) -> Self {
         let name: LunName = EMBEDDED_LUN.parse().expect("a constant that the tests parse");
         let iqn: IscsiName = EMBEDDED_IQN.parse().expect("a constant that the tests parse");
+        let open = listen.filter(|address| !address.ip().is_loopback());
+        let warnings = open.map(|address| Problem {
+            file: "--listen".into(),
+            line: 0,
+            thing: format!("target {EMBEDDED_IQN:?}"),
+            trouble: format!("any initiator that reaches {address} may log in, without a password"),
+            way_out: "use it for a demonstration only; a configuration file names the initiators".to_owned(),
+        });
+        let warnings = warnings.into_iter().collect();
         let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         Self {
             origin: Origin::Embedded,
@@ -74,7 +84,7 @@ impl Config {
                 users: Vec::new(),
             }),
             metrics: None,
-            warnings: Vec::new(),
+            warnings,
             unserved: Vec::new(),
         }
     }
@@ -97,5 +107,6 @@ mod tests {
         assert!(config.unserved().is_empty());
         let open = Config::embedded("x".into(), Some("0.0.0.0:3260".parse().expect("address")));
         assert_eq!(open.portals[0].address.to_string(), "0.0.0.0:3260");
+        assert!(config.warnings.is_empty() && open.warnings[0].to_string().contains("without a password"));
     }
 }

@@ -415,7 +415,7 @@ fn a_plan_names_what_changes_and_whose_sessions_it_touches() {
     one_change(
         "\"1GiB\"",
         "\"1GiB\"\nread_only = true",
-        Effect::Ends,
+        Effect::Told,
         "becomes read-only",
     );
     one_change(
