@@ -371,7 +371,11 @@ mod tests {
 
     #[test]
     fn global_options_stand_before_or_after_the_verb() {
-        for line in ["stillpoint --json --socket s lun list", "stillpoint lun --json list --socket s", "stillpoint lun list --json --socket s"] {
+        for line in [
+            "stillpoint --json --socket s lun list",
+            "stillpoint lun --json list --socket s",
+            "stillpoint lun list --json --socket s",
+        ] {
             let cli = Cli::try_parse_from(line.split(' ')).expect(line);
             assert!(cli.global.json && cli.global.socket == Some("s".into()), "{line}");
         }
@@ -422,7 +426,13 @@ mod tests {
             let words = std::iter::once("stillpoint").chain(line.split(' '));
             assert!(Cli::try_parse_from(words).is_ok(), "{line}");
         }
-        for line in ["snapshot show ab", "snapshot create", "session drop x", "snapshot create a --lock 7", "frobnicate"] {
+        for line in [
+            "snapshot show ab",
+            "snapshot create",
+            "session drop x",
+            "snapshot create a --lock 7",
+            "frobnicate",
+        ] {
             let words = std::iter::once("stillpoint").chain(line.split(' '));
             assert!(Cli::try_parse_from(words).is_err(), "{line}");
         }

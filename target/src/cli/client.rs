@@ -57,12 +57,20 @@ pub(crate) fn ask(
     let mut reader = BufReader::new(&stream);
     loop {
         let mut line = Vec::new();
-        reader.by_ref().take(MAX_REPLY_BYTES).read_until(b'\n', &mut line).map_err(|e| lost(&e))?;
+        reader
+            .by_ref()
+            .take(MAX_REPLY_BYTES)
+            .read_until(b'\n', &mut line)
+            .map_err(|e| lost(&e))?;
         if line.last() != Some(&b'\n') {
             return Err(lost(&std::io::ErrorKind::UnexpectedEof.into()));
         }
         let line = serde_json::from_slice(&line).map_err(|e| {
-            Refusal::failed("protocol", format!("the daemon's answer cannot be read ({e})"), "use the client of the daemon's version")
+            Refusal::failed(
+                "protocol",
+                format!("the daemon's answer cannot be read ({e})"),
+                "use the client of the daemon's version",
+            )
         })?;
         match line {
             Line::Progress(text) => progress(&text),

@@ -42,7 +42,11 @@ pub(crate) fn run() -> ExitCode {
 
 fn run_daemon(global: &Global, listen: Option<std::net::SocketAddr>) -> ExitCode {
     start_logging(global);
-    let options = ServeOptions { config: global.config.clone(), listen, socket: global.socket.clone() };
+    let options = ServeOptions {
+        config: global.config.clone(),
+        listen,
+        socket: global.socket.clone(),
+    };
     match crate::serve::main(&options) {
         Ok(code) => code,
         Err(error) => {
@@ -65,11 +69,15 @@ fn start_logging(global: &Global) {
         (false, _) => "trace",
     };
     // sled's own words are for its developers.
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(format!("{level},sled=warn")));
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(format!("{level},sled=warn")));
     let stderr = std::io::stderr();
     // Under systemd the journal has the time already.
     let journal = std::env::var_os("JOURNAL_STREAM").is_some();
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(stderr.is_terminal()).with_writer(std::io::stderr);
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(stderr.is_terminal())
+        .with_writer(std::io::stderr);
     let started = match (global.json, journal) {
         (true, _) => subscriber.json().try_init(),
         (false, true) => subscriber.without_time().try_init(),
@@ -89,7 +97,12 @@ fn usage(error: &clap::Error) -> ExitCode {
         return ExitCode::from(if error.use_stderr() { EXIT_USAGE } else { 0 });
     }
     let text = error.to_string();
-    let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+    let message = text
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .trim_start_matches("error: ")
+        .to_owned();
     refuse(true, &Refusal::usage("usage", message, "see `stillpoint --help`"))
 }
 
@@ -135,7 +148,11 @@ fn confirm(global: &Global, question: &str) -> Result<(), Refusal> {
         return Ok(());
     }
     if !std::io::stdin().is_terminal() {
-        return Err(Refusal::usage("confirmation", format!("{question} Nobody can be asked here"), "add --yes if that is meant"));
+        return Err(Refusal::usage(
+            "confirmation",
+            format!("{question} Nobody can be asked here"),
+            "add --yes if that is meant",
+        ));
     }
     err(&format!("{question} [y/N] "));
     let mut answer = String::new();
@@ -157,7 +174,8 @@ fn err(text: &str) {
 }
 
 fn out_json(value: &Value) -> Result<(), Refusal> {
-    let text = serde_json::to_string_pretty(value).map_err(|e| Refusal::failed("internal", e.to_string(), ""))?;
+    let text =
+        serde_json::to_string_pretty(value).map_err(|e| Refusal::failed("internal", e.to_string(), ""))?;
     out(&format!("{text}\n"));
     Ok(())
 }
@@ -181,7 +199,12 @@ fn generate_files(verb: &GenerateVerb) -> Result<(), Refusal> {
             out(&String::from_utf8_lossy(&script));
             Ok(())
         }
-        GenerateVerb::Man { dir } => clap_mangen::generate_to(Cli::command(), dir)
-            .map_err(|e| Refusal::failed("io", format!("man pages cannot be written to {} ({e})", dir.display()), "name a directory")),
+        GenerateVerb::Man { dir } => clap_mangen::generate_to(Cli::command(), dir).map_err(|e| {
+            Refusal::failed(
+                "io",
+                format!("man pages cannot be written to {} ({e})", dir.display()),
+                "name a directory",
+            )
+        }),
     }
 }

@@ -14,7 +14,9 @@ use crate::serve::control::{self, user_name};
 
 /// `config check [FILE]`.
 pub(crate) fn config_check(global: &Global, file: Option<PathBuf>) -> Result<(), Refusal> {
-    let file = file.or_else(|| global.config.clone()).unwrap_or_else(|| DEFAULT_CONFIG_FILE.into());
+    let file = file
+        .or_else(|| global.config.clone())
+        .unwrap_or_else(|| DEFAULT_CONFIG_FILE.into());
     let config = Config::load(&file).map_err(|problems| {
         let problems_json = serde_json::to_value(&problems.0).unwrap_or_default();
         if global.json {
@@ -44,7 +46,12 @@ pub(crate) fn config_check(global: &Global, file: Option<PathBuf>) -> Result<(),
         ));
     }
     if !global.quiet {
-        out(&format!("{}: right ({} LUNs, {} targets)\n", file.display(), config.luns.len(), config.targets.len()));
+        out(&format!(
+            "{}: right ({} LUNs, {} targets)\n",
+            file.display(),
+            config.luns.len(),
+            config.targets.len()
+        ));
     }
     Ok(())
 }
@@ -60,13 +67,18 @@ fn stopped_data(global: &Global, data_dir: Option<PathBuf>) -> Result<(PathBuf, 
         (None, None) => EMBEDDED_DATA_DIR.into(),
     };
     let lock = data_dir.join("lock");
-    let file = File::options().create(true).truncate(false).write(true).open(&lock).map_err(|error| {
-        Refusal::failed(
-            "data_dir",
-            format!("{} cannot be opened ({error})", lock.display()),
-            "say where the data directory is with --data-dir or --config",
-        )
-    })?;
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&lock)
+        .map_err(|error| {
+            Refusal::failed(
+                "data_dir",
+                format!("{} cannot be opened ({error})", lock.display()),
+                "say where the data directory is with --data-dir or --config",
+            )
+        })?;
     match file.try_lock() {
         Ok(()) => Ok((data_dir, file)),
         Err(TryLockError::WouldBlock) => Err(Refusal::refused(
@@ -74,9 +86,11 @@ fn stopped_data(global: &Global, data_dir: Option<PathBuf>) -> Result<(PathBuf, 
             format!("a daemon uses the store in {}", data_dir.display()),
             "stop it first: `systemctl stop stillpoint`",
         )),
-        Err(TryLockError::Error(error)) => {
-            Err(Refusal::failed("data_dir", format!("{} cannot be locked ({error})", lock.display()), "check the file system"))
-        }
+        Err(TryLockError::Error(error)) => Err(Refusal::failed(
+            "data_dir",
+            format!("{} cannot be locked ({error})", lock.display()),
+            "check the file system",
+        )),
     }
 }
 
@@ -93,11 +107,19 @@ fn me() -> String {
 /// The configuration file of a daemon that does not run.
 fn config_file(global: &Global) -> Option<PathBuf> {
     let usual = Path::new(DEFAULT_CONFIG_FILE);
-    global.config.clone().or_else(|| usual.exists().then(|| usual.to_owned()))
+    global
+        .config
+        .clone()
+        .or_else(|| usual.exists().then(|| usual.to_owned()))
 }
 
 /// `volume rename` while no daemon runs: a start that refuses because of a renamed LUN names it as the way out.
-pub(crate) fn volume_rename(global: &Global, old: &str, new: &str, unreachable: Refusal) -> Result<Value, Refusal> {
+pub(crate) fn volume_rename(
+    global: &Global,
+    old: &str,
+    new: &str,
+    unreachable: Refusal,
+) -> Result<Value, Refusal> {
     if config_file(global).is_none() {
         return Err(unreachable);
     }
@@ -107,22 +129,33 @@ pub(crate) fn volume_rename(global: &Global, old: &str, new: &str, unreachable: 
 
 /// `config apply --yes` while no daemon runs: makes the volumes that a plain start refuses to make.
 pub(crate) fn config_apply(global: &Global, unreachable: Refusal) -> Result<Value, Refusal> {
-    let Some(file) = config_file(global).filter(|_| global.yes) else { return Err(unreachable) };
+    let Some(file) = config_file(global).filter(|_| global.yes) else {
+        return Err(unreachable);
+    };
     let (data_dir, _lock) = stopped_data(global, None).map_err(|_| unreachable)?;
     let config = Config::load(&file).map_err(|problems| config_refusal(&problems))?;
     let created = control::create_stopped(&data_dir, &config, &me())?;
-    Ok(json!({"file": file, "creates_volumes": created, "applied": false, "daemon": "stopped: the rest is applied when it starts"}))
+    Ok(
+        json!({"file": file, "creates_volumes": created, "applied": false, "daemon": "stopped: the rest is applied when it starts"}),
+    )
 }
 
 fn store_error(error: stillpoint_snapshot::Error) -> Refusal {
-    Refusal { hint: String::new(), ..error.into() }
+    Refusal {
+        hint: String::new(),
+        ..error.into()
+    }
 }
 
 /// `store check`.
 pub(crate) fn store_check(global: &Global, data_dir: Option<PathBuf>) -> Result<(), Refusal> {
     let (pool, _lock) = stopped_store(global, data_dir)?;
     let report = stillpoint_snapshot::check(&pool).map_err(store_error)?;
-    let problems: Vec<String> = report.problems.iter().map(|problem| problem.text.clone()).collect();
+    let problems: Vec<String> = report
+        .problems
+        .iter()
+        .map(|problem| problem.text.clone())
+        .collect();
     let value = json!({
         "clean": report.is_clean(), "txg": report.txg, "superblock_txg": report.superblock_txg, "branches": report.branches,
         "snapshots": report.snapshots, "page_versions": report.page_versions, "deltas": report.deltas,
@@ -140,9 +173,15 @@ pub(crate) fn store_check(global: &Global, data_dir: Option<PathBuf>) -> Result<
 }
 
 /// `store dump`.
-pub(crate) fn store_dump(global: &Global, data_dir: Option<PathBuf>, to: Option<PathBuf>) -> Result<(), Refusal> {
+pub(crate) fn store_dump(
+    global: &Global,
+    data_dir: Option<PathBuf>,
+    to: Option<PathBuf>,
+) -> Result<(), Refusal> {
     let (pool, _lock) = stopped_store(global, data_dir)?;
-    let failed = |what: String, error: std::io::Error| Refusal::failed("io", format!("{what} cannot be written ({error})"), "");
+    let failed = |what: String, error: std::io::Error| {
+        Refusal::failed("io", format!("{what} cannot be written ({error})"), "")
+    };
     match to {
         None => {
             let mut writer = BufWriter::new(std::io::stdout().lock());
@@ -159,7 +198,11 @@ pub(crate) fn store_dump(global: &Global, data_dir: Option<PathBuf>, to: Option<
             // A dump that a power cut can still undo is no safety net.
             file.sync_all().map_err(|e| failed(name.clone(), e))?;
             let bytes = file.metadata().map_err(|e| failed(name.clone(), e))?.len();
-            super::print(global, &json!({"file": path, "size_bytes": bytes}), super::show::details)
+            super::print(
+                global,
+                &json!({"file": path, "size_bytes": bytes}),
+                super::show::details,
+            )
         }
     }
 }
@@ -167,12 +210,24 @@ pub(crate) fn store_dump(global: &Global, data_dir: Option<PathBuf>, to: Option<
 /// `store restore FILE`.
 pub(crate) fn store_restore(global: &Global, data_dir: Option<PathBuf>, from: &Path) -> Result<(), Refusal> {
     let (pool, _lock) = stopped_store(global, data_dir)?;
-    super::confirm(global, &format!("Replace the metadata of the store in {} by that of {}?", pool.display(), from.display()))?;
+    super::confirm(
+        global,
+        &format!(
+            "Replace the metadata of the store in {} by that of {}?",
+            pool.display(),
+            from.display()
+        ),
+    )?;
     let mut reader: Box<dyn BufRead> = if from == Path::new("-") {
         Box::new(BufReader::new(std::io::stdin()))
     } else {
-        let file = File::open(from)
-            .map_err(|e| Refusal::failed("io", format!("{} cannot be read ({e})", from.display()), "name a file that `store dump` wrote"))?;
+        let file = File::open(from).map_err(|e| {
+            Refusal::failed(
+                "io",
+                format!("{} cannot be read ({e})", from.display()),
+                "name a file that `store dump` wrote",
+            )
+        })?;
         Box::new(BufReader::new(file))
     };
     stillpoint_snapshot::restore(&mut *reader, &pool).map_err(store_error)?;

@@ -6,7 +6,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::args::{
-    AgentVerb, CloneVerb, ConfigVerb, Events, GenerationVerb, Global, LunVerb, SessionVerb, SnapshotVerb, StoreVerb, TokenVerb, Verb, VolumeVerb,
+    AgentVerb, CloneVerb, ConfigVerb, Events, GenerationVerb, Global, LunVerb, SessionVerb, SnapshotVerb,
+    StoreVerb, TokenVerb, Verb, VolumeVerb,
 };
 use super::show::{Column, Kind, details, local_time, table};
 use super::{client, confirm, err, offline, out, out_json, print};
@@ -22,7 +23,9 @@ pub(crate) fn run(global: &Global, verb: Verb) -> Result<(), Refusal> {
         Verb::Session(SessionVerb::List) => list(global, &Request::SessionList {}, "sessions", SESSIONS),
         Verb::Session(SessionVerb::Drop { id }) => show(global, &Request::SessionDrop { id }),
         Verb::Snapshot(verb) => snapshot(global, verb),
-        Verb::Clone(CloneVerb::Create { snapshot, new }) => show(global, &Request::CloneCreate { snapshot, new }),
+        Verb::Clone(CloneVerb::Create { snapshot, new }) => {
+            show(global, &Request::CloneCreate { snapshot, new })
+        }
         Verb::Agent(verb) => agent(global, verb),
         Verb::Store(verb) => store(global, verb),
         Verb::Events(options) => events(global, &options),
@@ -86,8 +89,11 @@ const EXTENTS: &[Column] = &[
     Column("LENGTH", "length_bytes", Kind::Number),
     Column("KIND", "kind", Kind::Text),
 ];
-const CHANGES: &[Column] =
-    &[Column("WHAT", "subject", Kind::Text), Column("SESSIONS", "effect", Kind::Text), Column("CHANGE", "text", Kind::Text)];
+const CHANGES: &[Column] = &[
+    Column("WHAT", "subject", Kind::Text),
+    Column("SESSIONS", "effect", Kind::Text),
+    Column("CHANGE", "text", Kind::Text),
+];
 const AGENTS: &[Column] = &[
     Column("ID", "id", Kind::Text),
     Column("HOST", "host", Kind::Text),
@@ -101,7 +107,16 @@ const AGENTS: &[Column] = &[
 /// Asks without events; progress goes to standard error, where it does not disturb `--json`.
 fn ask(global: &Global, request: &Request) -> Result<Value, Refusal> {
     let show_progress = !global.quiet && !global.json;
-    client::ask(global, request, |text| if show_progress { err(&format!("{text}\n")) }, |_| Ok(()))
+    client::ask(
+        global,
+        request,
+        |text| {
+            if show_progress {
+                err(&format!("{text}\n"))
+            }
+        },
+        |_| Ok(()),
+    )
 }
 
 fn show(global: &Global, request: &Request) -> Result<(), Refusal> {
@@ -140,7 +155,12 @@ fn config(global: &Global, verb: ConfigVerb) -> Result<(), Refusal> {
             refused_changes(&value)
         }
         ConfigVerb::Apply => {
-            let value = match ask(global, &Request::ConfigApply { confirmed: global.yes }) {
+            let value = match ask(
+                global,
+                &Request::ConfigApply {
+                    confirmed: global.yes,
+                },
+            ) {
                 Err(refusal) if refusal.code == api::CONFIRMATION && std::io::stdin().is_terminal() => {
                     err(&format!("{refusal}\n"));
                     for detail in &refusal.details {
@@ -166,12 +186,32 @@ fn plan(value: &Value) -> String {
     };
     let list = |key: &str| value.get(key).and_then(Value::as_array).into_iter().flatten();
     for change in list("changes") {
-        for session in change.get("ends_sessions").and_then(Value::as_array).into_iter().flatten() {
-            let word = |key: &str| session.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-            text.push_str(&format!("ends session {} of {} from {}\n", session["id"], word("initiator"), word("peer")));
+        for session in change
+            .get("ends_sessions")
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+        {
+            let word = |key: &str| {
+                session
+                    .get(key)
+                    .and_then(Value::as_str)
+                    .unwrap_or_default()
+                    .to_owned()
+            };
+            text.push_str(&format!(
+                "ends session {} of {} from {}\n",
+                session["id"],
+                word("initiator"),
+                word("peer")
+            ));
         }
     }
-    for (key, label) in [("unassigned_volumes", "unassigned volume"), ("warnings", "warning"), ("unserved", "not served yet")] {
+    for (key, label) in [
+        ("unassigned_volumes", "unassigned volume"),
+        ("warnings", "warning"),
+        ("unserved", "not served yet"),
+    ] {
         for item in list(key) {
             text.push_str(&format!("{label}: {}\n", item.as_str().unwrap_or_default()));
         }
@@ -181,30 +221,55 @@ fn plan(value: &Value) -> String {
 
 /// A plan that cannot be applied ends with the code of a refusal, for scripts that only look at that.
 fn refused_changes(value: &Value) -> Result<(), Refusal> {
-    let changes = value.get("changes").and_then(Value::as_array).into_iter().flatten();
+    let changes = value
+        .get("changes")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten();
     let refused: Vec<String> = changes
         .filter(|change| change["effect"] == "refused")
-        .map(|change| format!("{}: {}", change["subject"].as_str().unwrap_or_default(), change["text"].as_str().unwrap_or_default()))
+        .map(|change| {
+            format!(
+                "{}: {}",
+                change["subject"].as_str().unwrap_or_default(),
+                change["text"].as_str().unwrap_or_default()
+            )
+        })
         .collect();
     if refused.is_empty() {
         return Ok(());
     }
-    Err(Refusal::refused("config_refused", "this cannot be applied to a running daemon:", "nothing of the file is applied until that is solved")
-        .with_details(refused))
+    Err(Refusal::refused(
+        "config_refused",
+        "this cannot be applied to a running daemon:",
+        "nothing of the file is applied until that is solved",
+    )
+    .with_details(refused))
 }
 
 fn volume(global: &Global, verb: VolumeVerb) -> Result<(), Refusal> {
     match verb {
         VolumeVerb::List => list(global, &Request::VolumeList {}, "volumes", VOLUMES),
         VolumeVerb::Rename { old, new } => {
-            let value = match ask(global, &Request::VolumeRename { old: old.clone(), new: new.clone() }) {
-                Err(refusal) if refusal.exit == api::EXIT_UNREACHABLE => offline::volume_rename(global, &old, &new, refusal)?,
+            let value = match ask(
+                global,
+                &Request::VolumeRename {
+                    old: old.clone(),
+                    new: new.clone(),
+                },
+            ) {
+                Err(refusal) if refusal.exit == api::EXIT_UNREACHABLE => {
+                    offline::volume_rename(global, &old, &new, refusal)?
+                }
                 answer => answer?,
             };
             print(global, &value, details)
         }
         VolumeVerb::Delete { name } => {
-            confirm(global, &format!("Delete volume {name} with all its data and snapshots?"))?;
+            confirm(
+                global,
+                &format!("Delete volume {name} with all its data and snapshots?"),
+            )?;
             show(global, &Request::VolumeDelete { name })
         }
     }
@@ -234,20 +299,46 @@ fn snapshot(global: &Global, verb: SnapshotVerb) -> Result<(), Refusal> {
             show(global, &Request::SnapshotDelete { snapshot })
         }
         SnapshotVerb::Hold { snapshot } => show(global, &Request::SnapshotHold { snapshot, hold: true }),
-        SnapshotVerb::Release { snapshot } => show(global, &Request::SnapshotHold { snapshot, hold: false }),
+        SnapshotVerb::Release { snapshot } => show(
+            global,
+            &Request::SnapshotHold {
+                snapshot,
+                hold: false,
+            },
+        ),
         SnapshotVerb::Diff { from, to } => {
             let value = ask(global, &Request::SnapshotDiff { from, to })?;
             print(global, &value, |value| {
                 let changed = value["changed_bytes"].as_u64().unwrap_or(0);
-                format!("{}changed: {}\n", rows(&value["extents"], EXTENTS), stillpoint_config::Size(changed))
+                format!(
+                    "{}changed: {}\n",
+                    rows(&value["extents"], EXTENTS),
+                    stillpoint_config::Size(changed)
+                )
             })
         }
-        SnapshotVerb::Revert { snapshot, force, plan } => revert(global, snapshot, force, plan),
-        SnapshotVerb::Mount { snapshot, read_only, initiator } => {
-            show(global, &Request::SnapshotMount { snapshot, read_only, initiators: initiator })
-        }
+        SnapshotVerb::Revert {
+            snapshot,
+            force,
+            plan,
+        } => revert(global, snapshot, force, plan),
+        SnapshotVerb::Mount {
+            snapshot,
+            read_only,
+            initiator,
+        } => show(
+            global,
+            &Request::SnapshotMount {
+                snapshot,
+                read_only,
+                initiators: initiator,
+            },
+        ),
         SnapshotVerb::Unmount { name, force } => {
-            confirm(global, &format!("Unmount {name}? What was written to it is gone then."))?;
+            confirm(
+                global,
+                &format!("Unmount {name}? What was written to it is gone then."),
+            )?;
             show(global, &Request::SnapshotUnmount { name, force })
         }
     }
@@ -256,21 +347,48 @@ fn snapshot(global: &Global, verb: SnapshotVerb) -> Result<(), Refusal> {
 /// Shows the plan before it asks: what is lost, and whose sessions end.
 fn revert(global: &Global, snapshot: SnapshotRef, force: bool, plan: bool) -> Result<(), Refusal> {
     if plan {
-        return show(global, &Request::SnapshotRevert { snapshot, force, plan: true });
+        return show(
+            global,
+            &Request::SnapshotRevert {
+                snapshot,
+                force,
+                plan: true,
+            },
+        );
     }
     if !global.yes {
         if std::io::stdin().is_terminal() {
-            err(&details(&ask(global, &Request::SnapshotRevert { snapshot: snapshot.clone(), force, plan: true })?));
+            err(&details(&ask(
+                global,
+                &Request::SnapshotRevert {
+                    snapshot: snapshot.clone(),
+                    force,
+                    plan: true,
+                },
+            )?));
         }
         confirm(global, &format!("Revert {} to {snapshot}?", snapshot.lun))?;
     }
-    show(global, &Request::SnapshotRevert { snapshot, force, plan: false })
+    show(
+        global,
+        &Request::SnapshotRevert {
+            snapshot,
+            force,
+            plan: false,
+        },
+    )
 }
 
 fn agent(global: &Global, verb: AgentVerb) -> Result<(), Refusal> {
     match verb {
         AgentVerb::Token(TokenVerb::Create { luns, ttl }) => {
-            let value = ask(global, &Request::AgentTokenCreate { luns, ttl_seconds: ttl.as_secs() })?;
+            let value = ask(
+                global,
+                &Request::AgentTokenCreate {
+                    luns,
+                    ttl_seconds: ttl.as_secs(),
+                },
+            )?;
             print(global, &value, details)
         }
         AgentVerb::Generation(GenerationVerb::Bump) => show(global, &Request::AgentGenerationBump {}),
@@ -279,7 +397,10 @@ fn agent(global: &Global, verb: AgentVerb) -> Result<(), Refusal> {
         AgentVerb::Test { id } => show(global, &Request::AgentTest { id }),
         AgentVerb::Allow { id, lun } => show(global, &Request::AgentAllow { id, lun }),
         AgentVerb::Revoke { id } => {
-            confirm(global, &format!("Revoke agent {id}? It must enrol again to take part in snapshots."))?;
+            confirm(
+                global,
+                &format!("Revoke agent {id}? It must enrol again to take part in snapshots."),
+            )?;
             show(global, &Request::AgentRevoke { id })
         }
     }
@@ -295,7 +416,10 @@ fn store(global: &Global, verb: StoreVerb) -> Result<(), Refusal> {
 }
 
 fn events(global: &Global, options: &Events) -> Result<(), Refusal> {
-    let request = Request::Events { follow: options.follow, newest: options.newest };
+    let request = Request::Events {
+        follow: options.follow,
+        newest: options.newest,
+    };
     if !options.follow {
         let value = ask(global, &request)?;
         if global.json {
@@ -310,7 +434,11 @@ fn events(global: &Global, options: &Events) -> Result<(), Refusal> {
     }
     // One line per event, so that a reader need not wait for the end of a list that has none.
     let show = |event: Event| {
-        let line = if global.json { format!("{}\n", serde_json::to_string(&event)?) } else { event_line(&event) };
+        let line = if global.json {
+            format!("{}\n", serde_json::to_string(&event)?)
+        } else {
+            event_line(&event)
+        };
         let mut stdout = std::io::stdout().lock();
         stdout.write_all(line.as_bytes())?;
         stdout.flush()
@@ -324,7 +452,26 @@ fn event_line(event: &Event) -> String {
         api::Severity::Warning => "warning",
         api::Severity::Error => "error",
     };
-    let line = format!("{}  {}  {severity:7}  {}: {}", local_time(&event.time), event.code, event.subject, event.text);
-    let line: String = line.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect();
-    if event.who == crate::serve::events::DAEMON { format!("{line}\n") } else { format!("{line} (by {})\n", event.who) }
+    let line = format!(
+        "{}  {}  {severity:7}  {}: {}",
+        local_time(&event.time),
+        event.code,
+        event.subject,
+        event.text
+    );
+    let line: String = line
+        .chars()
+        .map(|c| {
+            if c.is_control() {
+                char::REPLACEMENT_CHARACTER
+            } else {
+                c
+            }
+        })
+        .collect();
+    if event.who == crate::serve::events::DAEMON {
+        format!("{line}\n")
+    } else {
+        format!("{line} (by {})\n", event.who)
+    }
 }

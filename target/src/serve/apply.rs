@@ -40,7 +40,10 @@ pub(crate) fn standing(pool: &stillpoint_snapshot::Pool, config: &Config) -> Res
                 return Err(Refusal::refused(
                     "mounted",
                     format!("lun {:?}: a mounted snapshot has that name", volume.name),
-                    format!("unmount it (`stillpoint snapshot unmount {}`) or name the LUN otherwise", volume.name),
+                    format!(
+                        "unmount it (`stillpoint snapshot unmount {}`) or name the LUN otherwise",
+                        volume.name
+                    ),
                 ));
             }
             None if !mounted => standing.unassigned.push(volume.name.clone()),
@@ -48,7 +51,12 @@ pub(crate) fn standing(pool: &stillpoint_snapshot::Pool, config: &Config) -> Res
         }
     }
     let names: BTreeSet<&str> = volumes.iter().map(|volume| volume.name.as_str()).collect();
-    standing.missing = config.luns.iter().map(|lun| lun.name.to_string()).filter(|name| !names.contains(name.as_str())).collect();
+    standing.missing = config
+        .luns
+        .iter()
+        .map(|lun| lun.name.to_string())
+        .filter(|name| !names.contains(name.as_str()))
+        .collect();
     Ok(standing)
 }
 
@@ -57,7 +65,12 @@ impl Standing {
     /// somebody says so.
     fn doubt(&self) -> Option<Refusal> {
         let (missing, unassigned) = (self.missing.first()?, self.unassigned.first()?);
-        let names = |list: &[String]| list.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ");
+        let names = |list: &[String]| {
+            list.iter()
+                .map(|name| format!("{name:?}"))
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
         Some(Refusal::refused(
             CONFIRMATION,
             format!(
@@ -87,7 +100,12 @@ pub(crate) fn first_start(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
     reconcile(daemon, &config, DAEMON).map_err(said)?;
     watch_store(daemon)?;
     let luns = daemon.registry.luns().len();
-    daemon.events.emit(code::STARTED, "daemon", format!("version {} started with {luns} LUNs", env!("CARGO_PKG_VERSION")), DAEMON);
+    daemon.events.emit(
+        code::STARTED,
+        "daemon",
+        format!("version {} started with {luns} LUNs", env!("CARGO_PKG_VERSION")),
+        DAEMON,
+    );
     Ok(())
 }
 
@@ -96,35 +114,61 @@ fn watch_store(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
     let reports = daemon.pool.subscribe();
     let events = daemon.events.clone();
     // It ends with the store, which holds the other end.
-    std::thread::Builder::new().name("store-events".to_owned()).spawn(move || {
-        while let Ok(report) = reports.recv() {
-            match report {
-                StoreEvent::Poisoned { reason } => {
-                    let text = format!("stopped accepting writes: {reason}; restart the daemon to recover");
-                    events.emit(code::STORE_POISONED, "store", text, DAEMON);
+    std::thread::Builder::new()
+        .name("store-events".to_owned())
+        .spawn(move || {
+            while let Ok(report) = reports.recv() {
+                match report {
+                    StoreEvent::Poisoned { reason } => {
+                        let text =
+                            format!("stopped accepting writes: {reason}; restart the daemon to recover");
+                        events.emit(code::STORE_POISONED, "store", text, DAEMON);
+                    }
+                    StoreEvent::OutOfSpace => {
+                        let text =
+                            "has no space for new data: delete snapshots or give its file system more room";
+                        events.emit(code::STORE_FULL, "store", text, DAEMON);
+                    }
+                    StoreEvent::SpaceRecovered => {
+                        events.emit(code::STORE_SPACE_BACK, "store", "has space again", DAEMON)
+                    }
+                    other => tracing::debug!(?other, "store"),
                 }
-                StoreEvent::OutOfSpace => {
-                    let text = "has no space for new data: delete snapshots or give its file system more room";
-                    events.emit(code::STORE_FULL, "store", text, DAEMON);
-                }
-                StoreEvent::SpaceRecovered => events.emit(code::STORE_SPACE_BACK, "store", "has space again", DAEMON),
-                other => tracing::debug!(?other, "store"),
             }
-        }
-    })?;
+        })?;
     Ok(())
 }
 
 /// A LUN over the volume of its name.
-pub(crate) fn make_lun(daemon: &Daemon, name: &str, write_cache: bool, read_only: bool) -> Result<Arc<Lun>, Refusal> {
+pub(crate) fn make_lun(
+    daemon: &Daemon,
+    name: &str,
+    write_cache: bool,
+    read_only: bool,
+) -> Result<Arc<Lun>, Refusal> {
     let volume = daemon.pool.volume(name).ok_or_else(|| {
-        Refusal::failed("not_found", format!("there is no volume {name:?}"), "`stillpoint volume list` shows them")
+        Refusal::failed(
+            "not_found",
+            format!("there is no volume {name:?}"),
+            "`stillpoint volume list` shows them",
+        )
     })?;
     let info = volume.info()?;
     let tag = VolumeTag::of(&info)?;
-    let settings = LunSettings { block_size: info.block_size, grain: info.grain_bytes, write_cache, read_only };
-    Lun::new(name, tag.identity, LunBackend::Local(volume), settings, daemon.state.clone())
-        .map_err(|e| Refusal::failed("lun", format!("{e:#}"), "see the log"))
+    let settings = LunSettings {
+        block_size: info.block_size,
+        grain: info.grain_bytes,
+        write_cache,
+        read_only,
+    };
+    Lun::new(
+        name,
+        tag.identity,
+        LunBackend::Local(volume),
+        settings,
+        daemon.state.clone(),
+    )
+    .map_err(|e| Refusal::failed("lun", format!("{e:#}"), "see the log"))
 }
 
 /// Makes volumes, LUNs and targets like `config`. Blocks.
@@ -134,7 +178,12 @@ pub(crate) fn make_lun(daemon: &Daemon, name: &str, write_cache: bool, read_only
 pub(crate) fn reconcile(daemon: &Daemon, config: &Config, who: &str) -> Result<(), Refusal> {
     let sizes = check_sizes(daemon, config)?;
     create_missing(&daemon.pool, &daemon.state, config, |name, size| {
-        daemon.events.emit(code::VOLUME_CREATED, format!("volume {name}"), format!("created with {size}"), who);
+        daemon.events.emit(
+            code::VOLUME_CREATED,
+            format!("volume {name}"),
+            format!("created with {size}"),
+            who,
+        );
     })?;
     for (volume, size) in sizes {
         let name = volume.name()?;
@@ -142,13 +191,28 @@ pub(crate) fn reconcile(daemon: &Daemon, config: &Config, who: &str) -> Result<(
         if let Some(lun) = daemon.registry.lun(&name) {
             lun.resized();
         }
-        daemon.events.emit(code::VOLUME_GROWN, format!("volume {name}"), format!("grown to {size}"), who);
+        daemon.events.emit(
+            code::VOLUME_GROWN,
+            format!("volume {name}"),
+            format!("grown to {size}"),
+            who,
+        );
     }
     let luns = serve_luns(daemon, config)?;
     serve_targets(daemon, config, &luns, who);
     serve_mounts(daemon, config)?;
-    let mounts: BTreeSet<String> = daemon.state.mounts()?.into_iter().map(|mount| mount.name).collect();
-    for lun in daemon.registry.luns().iter().filter(|lun| config.lun(lun.name()).is_none() && !mounts.contains(lun.name())) {
+    let mounts: BTreeSet<String> = daemon
+        .state
+        .mounts()?
+        .into_iter()
+        .map(|mount| mount.name)
+        .collect();
+    for lun in daemon
+        .registry
+        .luns()
+        .iter()
+        .filter(|lun| config.lun(lun.name()).is_none() && !mounts.contains(lun.name()))
+    {
         daemon.registry.remove_lun(lun.name());
     }
     Ok(())
@@ -158,21 +222,35 @@ pub(crate) fn reconcile(daemon: &Daemon, config: &Config, who: &str) -> Result<(
 fn check_sizes(daemon: &Daemon, config: &Config) -> Result<Vec<(Volume, Size)>, Refusal> {
     let mut grow = Vec::new();
     for lun in &config.luns {
-        let Some(volume) = daemon.pool.volume(lun.name.as_str()) else { continue };
+        let Some(volume) = daemon.pool.volume(lun.name.as_str()) else {
+            continue;
+        };
         if volume.block_size() != lun.block_size {
             return Err(Refusal::refused(
                 "block_size",
-                format!("lun \"{}\": `block_size` is {}, but its volume was made with {}", lun.name, lun.block_size, volume.block_size()),
+                format!(
+                    "lun \"{}\": `block_size` is {}, but its volume was made with {}",
+                    lun.name,
+                    lun.block_size,
+                    volume.block_size()
+                ),
                 format!("write block_size = {}", volume.block_size()),
             ));
         }
         let has = Size(volume.size_bytes());
         if lun.size < has {
             // In bytes when the units would hide the difference.
-            let exact = if lun.size.to_string() == has.to_string() { format!("{}B", has.bytes()) } else { has.to_string() };
+            let exact = if lun.size.to_string() == has.to_string() {
+                format!("{}B", has.bytes())
+            } else {
+                has.to_string()
+            };
             return Err(Refusal::refused(
                 "shrink",
-                format!("lun \"{}\": `size` is {}, but its volume has {exact}: shrinking would cut off data", lun.name, lun.size),
+                format!(
+                    "lun \"{}\": `size` is {}, but its volume has {exact}: shrinking would cut off data",
+                    lun.name, lun.size
+                ),
                 format!("write size = \"{exact}\""),
             ));
         }
@@ -198,19 +276,23 @@ pub(crate) fn create_missing(
         // A volume of that name that was deleted may have left something that an initiator saved.
         state.forget(name)?;
         let attributes = VolumeTag::new(config.daemon.naa_company_id, VolumeKind::Lun, None)?.to_bytes();
-        pool.create_volume(&VolumeSpec { name: name.to_owned(), size_bytes: lun.size.bytes(), block_size: lun.block_size, attributes })?;
+        pool.create_volume(&VolumeSpec {
+            name: name.to_owned(),
+            size_bytes: lun.size.bytes(),
+            block_size: lun.block_size,
+            attributes,
+        })?;
         made(name, lun.size);
     }
     Ok(())
 }
 
-/// The LUNs of the file. Those that are served already stay as they are, unless they change between writable and read-only.
+/// The LUNs of the file. Those that are served already live on.
 fn serve_luns(daemon: &Daemon, config: &Config) -> Result<BTreeMap<String, Arc<Lun>>, Refusal> {
     let mut luns = BTreeMap::new();
     for lun in &config.luns {
         let name = lun.name.to_string();
-        let served = daemon.registry.lun(&name).filter(|served| served.settings().read_only == lun.read_only);
-        let served = match served {
+        let served = match daemon.registry.lun(&name) {
             Some(served) => served,
             None => {
                 let made = make_lun(daemon, &name, lun.write_cache, lun.read_only)?;
@@ -218,6 +300,9 @@ fn serve_luns(daemon: &Daemon, config: &Config) -> Result<BTreeMap<String, Arc<L
                 made
             }
         };
+        if served.settings().read_only != lun.read_only {
+            served.set_read_only(lun.read_only);
+        }
         luns.insert(name, served);
     }
     Ok(luns)
@@ -228,14 +313,26 @@ fn serve_targets(daemon: &Daemon, config: &Config, luns: &BTreeMap<String, Arc<L
         let configured = target.rules().origin == TargetOrigin::Configured;
         if configured && config.target(target.iqn()).is_none() {
             daemon.registry.remove_target(target.iqn(), GRACE);
-            daemon.events.emit(code::TARGET_REMOVED, format!("target {}", target.iqn()), "is no longer served", who);
+            daemon.events.emit(
+                code::TARGET_REMOVED,
+                format!("target {}", target.iqn()),
+                "is no longer served",
+                who,
+            );
         }
     }
     for target in &config.targets {
         let known = daemon.registry.target(target.iqn.as_str()).is_some();
-        daemon.registry.put_target(target.iqn.as_str(), rules(target, luns));
+        daemon
+            .registry
+            .put_target(target.iqn.as_str(), rules(target, luns));
         if !known {
-            daemon.events.emit(code::TARGET_ADDED, format!("target {}", target.iqn), "is served", who);
+            daemon.events.emit(
+                code::TARGET_ADDED,
+                format!("target {}", target.iqn),
+                "is served",
+                who,
+            );
         }
     }
 }
@@ -243,7 +340,9 @@ fn serve_targets(daemon: &Daemon, config: &Config, luns: &BTreeMap<String, Arc<L
 fn rules(target: &Target, luns: &BTreeMap<String, Arc<Lun>>) -> TargetRules {
     let numbered = (0u16..).zip(target.luns());
     TargetRules {
-        luns: numbered.filter_map(|(number, name)| luns.get(name.as_str()).map(|lun| (number, Arc::clone(lun)))).collect(),
+        luns: numbered
+            .filter_map(|(number, name)| luns.get(name.as_str()).map(|lun| (number, Arc::clone(lun))))
+            .collect(),
         access: target.access.clone(),
         chap: target.chap().cloned(),
         portal_groups: target.portal_groups().to_vec(),
@@ -265,7 +364,12 @@ fn look(daemon: &Daemon) -> Result<(Config, Vec<Change>, ConfigPlan), Refusal> {
     };
     let config = Config::load(file).map_err(|problems| {
         let details: Vec<String> = problems.0.iter().map(ToString::to_string).collect();
-        Refusal::failed("config", format!("{} has {} problems:", file.display(), details.len()), "nothing was changed").with_details(details)
+        Refusal::failed(
+            "config",
+            format!("{} has {} problems:", file.display(), details.len()),
+            "nothing was changed",
+        )
+        .with_details(details)
     })?;
     let standing = standing(&daemon.pool, &config)?;
     check_mount_names(daemon, &config)?;
@@ -276,7 +380,9 @@ fn look(daemon: &Daemon) -> Result<(Config, Vec<Change>, ConfigPlan), Refusal> {
         subject: change.subject.clone(),
         text: change.text.clone(),
         effect: effect_word(change.effect).to_owned(),
-        ends_sessions: ended(change, &config, &sessions).map(|session| label(session)).collect(),
+        ends_sessions: ended(change, &config, &sessions)
+            .map(|session| label(session))
+            .collect(),
     });
     let plan = ConfigPlan {
         file: file.display().to_string(),
@@ -284,7 +390,11 @@ fn look(daemon: &Daemon) -> Result<(Config, Vec<Change>, ConfigPlan), Refusal> {
         creates_volumes: standing.missing,
         unassigned_volumes: standing.unassigned,
         warnings: config.warnings.iter().map(ToString::to_string).collect(),
-        unserved: config.unserved().iter().map(|part| format!("{} (line {})", part.section, part.line)).collect(),
+        unserved: config
+            .unserved()
+            .iter()
+            .map(|part| format!("{} (line {})", part.section, part.line))
+            .collect(),
         applied: false,
     };
     Ok((config, changes, plan))
@@ -297,7 +407,10 @@ fn check_mount_names(daemon: &Daemon, config: &Config) -> Result<(), Refusal> {
         None => Ok(()),
         Some(mount) => Err(Refusal::refused(
             "mounted",
-            format!("target \"{}\" is that of the mounted snapshot {}", mount.iqn, mount.name),
+            format!(
+                "target \"{}\" is that of the mounted snapshot {}",
+                mount.iqn, mount.name
+            ),
             "unmount it, or choose another `iqn`",
         )),
     }
@@ -323,8 +436,17 @@ fn label(session: &Session) -> SessionLabel {
 }
 
 /// The sessions that a change ends.
-fn ended<'a>(change: &'a Change, config: &'a Config, sessions: &'a [Arc<Session>]) -> impl Iterator<Item = &'a Arc<Session>> {
-    let touched = sessions.iter().filter(|session| change.targets.iter().any(|iqn| iqn.as_str() == session.target.iqn()));
+fn ended<'a>(
+    change: &'a Change,
+    config: &'a Config,
+    sessions: &'a [Arc<Session>],
+) -> impl Iterator<Item = &'a Arc<Session>> {
+    let touched = sessions.iter().filter(|session| {
+        change
+            .targets
+            .iter()
+            .any(|iqn| iqn.as_str() == session.target.iqn())
+    });
     touched.filter(move |session| match change.effect {
         Effect::Ends => true,
         Effect::EndsExcluded => excluded(session, config, sessions),
@@ -334,9 +456,13 @@ fn ended<'a>(change: &'a Change, config: &'a Config, sessions: &'a [Arc<Session>
 
 /// Whether the new rules would not let this session in.
 fn excluded(session: &Session, config: &Config, sessions: &[Arc<Session>]) -> bool {
-    let Some(target) = config.target(session.target.iqn()) else { return true };
+    let Some(target) = config.target(session.target.iqn()) else {
+        return true;
+    };
     let older = sessions.iter().filter(|other| {
-        other.id < session.id && other.initiator == session.initiator && other.target.key() == session.target.key()
+        other.id < session.id
+            && other.initiator == session.initiator
+            && other.target.key() == session.target.key()
     });
     !target.access.admits(&session.initiator, session.peer.ip())
         || !target.portal_groups().contains(&session.portal_group)
@@ -366,7 +492,15 @@ struct Agreed {
 /// # Errors
 /// When the file is wrong, something of it is refused, or it needs a yes that was not given.
 pub(crate) async fn apply(daemon: &Arc<Daemon>, confirmed: bool, who: &str) -> Result<ConfigPlan, Refusal> {
-    carry_out(daemon, Agreed { sessions: confirmed, volumes: confirmed }, who).await
+    carry_out(
+        daemon,
+        Agreed {
+            sessions: confirmed,
+            volumes: confirmed,
+        },
+        who,
+    )
+    .await
 }
 
 /// SIGHUP: who sends it wants the file applied, but has not been told of empty disks.
@@ -374,10 +508,23 @@ pub(crate) async fn apply(daemon: &Arc<Daemon>, confirmed: bool, who: &str) -> R
 /// # Errors
 /// When the file is not applied; everything goes on as before.
 pub(crate) async fn reload(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
-    match carry_out(daemon, Agreed { sessions: true, volumes: false }, "SIGHUP").await {
+    match carry_out(
+        daemon,
+        Agreed {
+            sessions: true,
+            volumes: false,
+        },
+        "SIGHUP",
+    )
+    .await
+    {
         Ok(_) => Ok(()),
         Err(refusal) => {
-            let details = refusal.details.iter().map(|detail| format!("; {detail}")).collect::<String>();
+            let details = refusal
+                .details
+                .iter()
+                .map(|detail| format!("; {detail}"))
+                .collect::<String>();
             Err(anyhow::anyhow!("{}{details}: {}", refusal.message, refusal.hint))
         }
     }
@@ -389,7 +536,12 @@ async fn carry_out(daemon: &Arc<Daemon>, agreed: Agreed, who: &str) -> Result<Co
     if let Err(refusal) = &done
         && refusal.code != CONFIRMATION
     {
-        daemon.events.emit(code::CONFIG_REFUSED, "configuration", format!("not applied: {}", refusal.message), who);
+        daemon.events.emit(
+            code::CONFIG_REFUSED,
+            "configuration",
+            format!("not applied: {}", refusal.message),
+            who,
+        );
     }
     done
 }
@@ -397,11 +549,19 @@ async fn carry_out(daemon: &Arc<Daemon>, agreed: Agreed, who: &str) -> Result<Co
 async fn try_carry_out(daemon: &Arc<Daemon>, agreed: Agreed, who: &str) -> Result<ConfigPlan, Refusal> {
     let (config, changes, mut plan) = blocking(daemon, |daemon| look(daemon)).await?;
     check_agreed(&changes, &plan, agreed)?;
-    let ends: BTreeSet<u64> = plan.changes.iter().flat_map(|change| &change.ends_sessions).map(|session| session.id).collect();
+    let ends: BTreeSet<u64> = plan
+        .changes
+        .iter()
+        .flat_map(|change| &change.ends_sessions)
+        .map(|session| session.id)
+        .collect();
     let person = who.to_owned();
     let config = blocking(daemon, move |daemon| {
         reconcile(daemon, &config, &person).map_err(|refusal| Refusal {
-            hint: format!("{}; then `stillpoint config apply` again: it goes on where it stopped", refusal.hint),
+            hint: format!(
+                "{}; then `stillpoint config apply` again: it goes on where it stopped",
+                refusal.hint
+            ),
             ..refusal
         })?;
         Ok(config)
@@ -410,14 +570,23 @@ async fn try_carry_out(daemon: &Arc<Daemon>, agreed: Agreed, who: &str) -> Resul
     daemon.set_config(config);
     end_sessions(daemon, ends, "the configuration was changed").await;
     for change in &changes {
-        daemon.events.emit(code::CONFIG_APPLIED, change.subject.clone(), change.text.clone(), who);
+        daemon.events.emit(
+            code::CONFIG_APPLIED,
+            change.subject.clone(),
+            change.text.clone(),
+            who,
+        );
     }
     plan.applied = true;
     Ok(plan)
 }
 
 fn check_agreed(changes: &[Change], plan: &ConfigPlan, agreed: Agreed) -> Result<(), Refusal> {
-    let refused: Vec<String> = changes.iter().filter(|c| c.effect == Effect::Refused).map(ToString::to_string).collect();
+    let refused: Vec<String> = changes
+        .iter()
+        .filter(|c| c.effect == Effect::Refused)
+        .map(ToString::to_string)
+        .collect();
     if !refused.is_empty() {
         let message = match refused.as_slice() {
             [one] => one.clone(),
@@ -425,13 +594,21 @@ fn check_agreed(changes: &[Change], plan: &ConfigPlan, agreed: Agreed) -> Result
         };
         return Err(Refusal::refused("config_refused", message, "nothing was changed").with_details(refused));
     }
-    let standing = Standing { missing: plan.creates_volumes.clone(), unassigned: plan.unassigned_volumes.clone() };
+    let standing = Standing {
+        missing: plan.creates_volumes.clone(),
+        unassigned: plan.unassigned_volumes.clone(),
+    };
     if !agreed.volumes
         && let Some(doubt) = standing.doubt()
     {
         return Err(doubt);
     }
-    let ends: Vec<String> = plan.changes.iter().flat_map(|c| &c.ends_sessions).map(ToString::to_string).collect();
+    let ends: Vec<String> = plan
+        .changes
+        .iter()
+        .flat_map(|c| &c.ends_sessions)
+        .map(ToString::to_string)
+        .collect();
     if !agreed.sessions && !ends.is_empty() {
         let message = format!("{} sessions would be ended:", ends.len());
         let hint = "`stillpoint config plan` shows why; `stillpoint config apply --yes` does it";
@@ -454,7 +631,12 @@ mod tests {
         assert!(standing(&[], &["old"]).doubt().is_none());
         let doubt = standing(&["acounts"], &["accounts"]).doubt().expect("doubt");
         let text = format!("{} {}", doubt.message, doubt.hint);
-        for word in ["acounts", "\"accounts\"", "volume rename accounts acounts", "config apply --yes"] {
+        for word in [
+            "acounts",
+            "\"accounts\"",
+            "volume rename accounts acounts",
+            "config apply --yes",
+        ] {
             assert!(text.contains(word), "{text}");
         }
     }
@@ -467,7 +649,12 @@ mod tests {
                 subject: "target".into(),
                 text: "is removed".into(),
                 effect: "ends".into(),
-                ends_sessions: vec![SessionLabel { id: 1, initiator: "i".into(), target: "t".into(), peer: "p".into() }],
+                ends_sessions: vec![SessionLabel {
+                    id: 1,
+                    initiator: "i".into(),
+                    target: "t".into(),
+                    peer: "p".into(),
+                }],
             }],
             creates_volumes: vec![],
             unassigned_volumes: vec!["old".into()],
@@ -475,15 +662,47 @@ mod tests {
             unserved: vec![],
             applied: false,
         };
-        let no = Agreed { sessions: false, volumes: false };
+        let no = Agreed {
+            sessions: false,
+            volumes: false,
+        };
         let refusal = check_agreed(&[], &plan, no).expect_err("a session ends");
-        assert_eq!((refusal.code.as_str(), refusal.exit, refusal.details.len()), (CONFIRMATION, 3, 1));
+        assert_eq!(
+            (refusal.code.as_str(), refusal.exit, refusal.details.len()),
+            (CONFIRMATION, 3, 1)
+        );
         assert!(check_agreed(&[], &plan, Agreed { sessions: true, ..no }).is_ok());
-        let creates = ConfigPlan { creates_volumes: vec!["new".into()], ..plan };
+        let creates = ConfigPlan {
+            creates_volumes: vec!["new".into()],
+            ..plan
+        };
         assert!(check_agreed(&[], &creates, Agreed { sessions: true, ..no }).is_err());
-        assert!(check_agreed(&[], &creates, Agreed { sessions: true, volumes: true }).is_ok());
-        let refused = Change { subject: "lun".into(), text: "shrinks".into(), effect: Effect::Refused, targets: vec![] };
-        let refusal = check_agreed(&[refused], &creates, Agreed { sessions: true, volumes: true }).expect_err("never");
+        assert!(
+            check_agreed(
+                &[],
+                &creates,
+                Agreed {
+                    sessions: true,
+                    volumes: true
+                }
+            )
+            .is_ok()
+        );
+        let refused = Change {
+            subject: "lun".into(),
+            text: "shrinks".into(),
+            effect: Effect::Refused,
+            targets: vec![],
+        };
+        let refusal = check_agreed(
+            &[refused],
+            &creates,
+            Agreed {
+                sessions: true,
+                volumes: true,
+            },
+        )
+        .expect_err("never");
         assert_eq!(refusal.code, "config_refused");
     }
 }

@@ -133,7 +133,8 @@ impl Events {
         let path = data_dir.join(FILE);
         let mut events = VecDeque::new();
         for file in [rotated(&path, 1), path.clone()] {
-            read_back(&file, &mut events).with_context(|| format!("the event log {} cannot be read", file.display()))?;
+            read_back(&file, &mut events)
+                .with_context(|| format!("the event log {} cannot be read", file.display()))?;
         }
         let log = Log::open(path)?;
         let (to_disk, from_events) = sync_channel(WAITING);
@@ -142,9 +143,17 @@ impl Events {
             .spawn(move || log.run(&from_events))
             .context("the event log's thread cannot be started")?;
         let last_id = events.back().map_or(0, |event: &Event| event.id);
-        let ring = Ring { events, last_id, to_disk: Some(to_disk) };
+        let ring = Ring {
+            events,
+            last_id,
+            to_disk: Some(to_disk),
+        };
         let (follow, _) = broadcast::channel(FOLLOW_LAG);
-        Ok(Self(Arc::new(Inner { ring: Mutex::new(ring), follow, writer: Mutex::new(Some(writer)) })))
+        Ok(Self(Arc::new(Inner {
+            ring: Mutex::new(ring),
+            follow,
+            writer: Mutex::new(Some(writer)),
+        })))
     }
 
     /// Records an event. Does not block.
@@ -164,7 +173,10 @@ impl Events {
             ring.events.pop_front();
         }
         ring.events.push_back(event.clone());
-        let written = ring.to_disk.as_ref().map(|to_disk| to_disk.try_send(Box::new(event.clone())));
+        let written = ring
+            .to_disk
+            .as_ref()
+            .map(|to_disk| to_disk.try_send(Box::new(event.clone())));
         // Sent under the lock, so that a follower sees the events in their order. Nobody following is no error.
         let _followers = self.0.follow.send(event.clone());
         drop(ring);
@@ -177,14 +189,25 @@ impl Events {
     /// The newest events, oldest first.
     pub(crate) fn newest(&self, count: usize) -> Vec<Event> {
         let ring = self.0.lock();
-        ring.events.iter().skip(ring.events.len().saturating_sub(count)).cloned().collect()
+        ring.events
+            .iter()
+            .skip(ring.events.len().saturating_sub(count))
+            .cloned()
+            .collect()
     }
 
     /// The newest events, and every later one: none is lost between the two.
     pub(crate) fn follow(&self, count: usize) -> (Vec<Event>, broadcast::Receiver<Event>) {
         let ring = self.0.lock();
         let later = self.0.follow.subscribe();
-        (ring.events.iter().skip(ring.events.len().saturating_sub(count)).cloned().collect(), later)
+        (
+            ring.events
+                .iter()
+                .skip(ring.events.len().saturating_sub(count))
+                .cloned()
+                .collect(),
+            later,
+        )
     }
 }
 
@@ -207,7 +230,13 @@ impl Drop for Inner {
 }
 
 fn log(event: &Event) {
-    let Event { code, subject, text, who, .. } = event;
+    let Event {
+        code,
+        subject,
+        text,
+        who,
+        ..
+    } = event;
     match event.severity {
         Severity::Info => tracing::info!(%code, %who, "{subject}: {text}"),
         Severity::Warning => tracing::warn!(%code, %who, "{subject}: {text}"),
@@ -255,8 +284,14 @@ impl Log {
             let bytes = file.metadata()?.len();
             Ok((file, bytes))
         };
-        let (file, bytes) = open().with_context(|| format!("the event log {} cannot be opened", path.display()))?;
-        Ok(Self { path, file, bytes, failing: false })
+        let (file, bytes) =
+            open().with_context(|| format!("the event log {} cannot be opened", path.display()))?;
+        Ok(Self {
+            path,
+            file,
+            bytes,
+            failing: false,
+        })
     }
 
     fn run(mut self, events: &Receiver<Box<Event>>) {
@@ -311,7 +346,10 @@ mod tests {
         events.emit(code::STORE_FULL, "pool", "no space", DAEMON);
         drop(events);
         // A crash cuts a line.
-        let mut file = File::options().append(true).open(dir.path().join(FILE)).expect("log");
+        let mut file = File::options()
+            .append(true)
+            .open(dir.path().join(FILE))
+            .expect("log");
         file.write_all(b"{\"id\":3,\"ti\n").expect("write");
         let events = Events::open(dir.path()).expect("reopen");
         events.emit(code::STORE_SPACE_BACK, "pool", "space is back", DAEMON);
@@ -341,8 +379,14 @@ mod tests {
         }
         let files = fs::read_dir(dir.path()).expect("dir").count();
         assert_eq!(files, 1 + ROTATED as usize);
-        let bytes: u64 = fs::read_dir(dir.path()).expect("dir").map(|e| e.expect("entry").metadata().expect("meta").len()).sum();
-        assert!(bytes <= (ROTATE_BYTES + (2 << 20)) * u64::from(ROTATED + 1), "{bytes}");
+        let bytes: u64 = fs::read_dir(dir.path())
+            .expect("dir")
+            .map(|e| e.expect("entry").metadata().expect("meta").len())
+            .sum();
+        assert!(
+            bytes <= (ROTATE_BYTES + (2 << 20)) * u64::from(ROTATED + 1),
+            "{bytes}"
+        );
     }
 
     #[test]

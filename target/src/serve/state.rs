@@ -68,7 +68,12 @@ impl Identity {
         let [first, rest @ ..] = random;
         let mut naa = [0u8; 16];
         // Four bits of NAA (6), then the 24 bits of the company id, then 100 bits of our own.
-        let head = [0x60 | a >> 4, a << 4 | b >> 4, b << 4 | c >> 4, c << 4 | first & 0x0f];
+        let head = [
+            0x60 | a >> 4,
+            a << 4 | b >> 4,
+            b << 4 | c >> 4,
+            c << 4 | first & 0x0f,
+        ];
         for (to, from) in naa.iter_mut().zip(head.into_iter().chain(rest)) {
             *to = from;
         }
@@ -119,8 +124,16 @@ impl VolumeTag {
     ///
     /// # Errors
     /// When the system gives no randomness.
-    pub(crate) fn new(company: CompanyId, kind: VolumeKind, origin: Option<String>) -> Result<Self, StateError> {
-        Ok(Self { identity: Identity::new(company)?, kind, origin })
+    pub(crate) fn new(
+        company: CompanyId,
+        kind: VolumeKind,
+        origin: Option<String>,
+    ) -> Result<Self, StateError> {
+        Ok(Self {
+            identity: Identity::new(company)?,
+            kind,
+            origin,
+        })
     }
 
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
@@ -134,11 +147,24 @@ impl VolumeTag {
     }
 
     pub(crate) fn of(volume: &VolumeInfo) -> Result<Self, StateError> {
-        let damaged = |why: String| StateError::Damaged { what: format!("identity of volume {:?}", volume.name), why };
-        let attributes: Attributes = serde_json::from_slice(&volume.attributes).map_err(|e| damaged(e.to_string()))?;
-        let naa = data_encoding::HEXLOWER_PERMISSIVE.decode(attributes.naa.as_bytes()).map_err(|e| damaged(e.to_string()))?;
+        let damaged = |why: String| StateError::Damaged {
+            what: format!("identity of volume {:?}", volume.name),
+            why,
+        };
+        let attributes: Attributes =
+            serde_json::from_slice(&volume.attributes).map_err(|e| damaged(e.to_string()))?;
+        let naa = data_encoding::HEXLOWER_PERMISSIVE
+            .decode(attributes.naa.as_bytes())
+            .map_err(|e| damaged(e.to_string()))?;
         let naa = <[u8; 16]>::try_from(naa).map_err(|naa| damaged(format!("{} bytes of NAA", naa.len())))?;
-        Ok(Self { identity: Identity { naa, serial: attributes.serial }, kind: attributes.kind, origin: attributes.origin })
+        Ok(Self {
+            identity: Identity {
+                naa,
+                serial: attributes.serial,
+            },
+            kind: attributes.kind,
+            origin: attributes.origin,
+        })
     }
 }
 
@@ -199,7 +225,11 @@ fn reservations_key(lun: &str) -> String {
 impl State {
     /// The state that is kept in this pool.
     pub(crate) fn open(pool: &Pool) -> Self {
-        Self(Arc::new(Inner { pool: pool.clone(), saves: Mutex::default(), changing: tokio::sync::Mutex::default() }))
+        Self(Arc::new(Inner {
+            pool: pool.clone(),
+            saves: Mutex::default(),
+            changing: tokio::sync::Mutex::default(),
+        }))
     }
 
     /// Held by whoever changes what is served (apply, mount, revert, rename …): two of them at once could each see half of the
@@ -215,18 +245,31 @@ impl State {
     /// What initiators saved on this LUN. A unit that starts from it counts its saves anew.
     pub(crate) fn lun_saved(&self, lun: &str) -> LunSaved {
         self.saves().remove(lun);
-        let write_cache = self.0.pool.meta_get(&write_cache_key(lun)).map(|value| value == b"1");
-        LunSaved { write_cache, reservations: self.big_get(&reservations_key(lun)) }
+        let write_cache = self
+            .0
+            .pool
+            .meta_get(&write_cache_key(lun))
+            .map(|value| value == b"1");
+        LunSaved {
+            write_cache,
+            reservations: self.big_get(&reservations_key(lun)),
+        }
     }
 
     /// WCE, as an initiator saved it.
     pub(crate) fn saved_write_cache(&self, lun: &str) -> Option<bool> {
-        self.0.pool.meta_get(&write_cache_key(lun)).map(|value| value == b"1")
+        self.0
+            .pool
+            .meta_get(&write_cache_key(lun))
+            .map(|value| value == b"1")
     }
 
     /// MODE SELECT with the Save Pages bit.
     pub(crate) fn save_write_cache(&self, lun: &str, on: bool) -> Result<(), StateError> {
-        Ok(self.0.pool.meta_put(&write_cache_key(lun), Some(if on { b"1" } else { b"0" }))?)
+        Ok(self
+            .0
+            .pool
+            .meta_put(&write_cache_key(lun), Some(if on { b"1" } else { b"0" }))?)
     }
 
     /// PERSISTENT RESERVE OUT with APTPL. A save that was overtaken by a newer one is dropped: the newer one is durable.
@@ -260,13 +303,22 @@ impl State {
 
     /// All mounts, by name. One that cannot be read is an error: its LUN would silently be missing.
     pub(crate) fn mounts(&self) -> Result<Vec<Mount>, StateError> {
-        self.0.pool.meta_list("mount/").iter().map(|(key, value)| decode(key, value)).collect()
+        self.0
+            .pool
+            .meta_list("mount/")
+            .iter()
+            .map(|(key, value)| decode(key, value))
+            .collect()
     }
 
     /// The mount of that name.
     pub(crate) fn mount(&self, name: &str) -> Result<Option<Mount>, StateError> {
         let key = mount_key(name);
-        self.0.pool.meta_get(&key).map(|value| decode(&key, &value)).transpose()
+        self.0
+            .pool
+            .meta_get(&key)
+            .map(|value| decode(&key, &value))
+            .transpose()
     }
 
     /// Remembers a mount.
@@ -295,7 +347,10 @@ impl State {
     fn big_puts(&self, key: &str, value: Option<&[u8]>) -> Result<Vec<Put>, StateError> {
         let bytes = value.map_or(0, <[u8]>::len);
         if bytes > BIG_BYTES {
-            return Err(StateError::TooLarge { what: key.to_owned(), bytes });
+            return Err(StateError::TooLarge {
+                what: key.to_owned(),
+                bytes,
+            });
         }
         // An empty value is one empty piece: it is there, unlike none.
         let pieces: Vec<&[u8]> = match value {
@@ -303,14 +358,26 @@ impl State {
             Some([]) => vec![&[]],
             Some(value) => value.chunks(PIECE_BYTES).collect(),
         };
-        let stale = self.0.pool.meta_list(&format!("{key}/")).into_iter().skip(pieces.len()).map(|(key, _)| (key, None));
-        let puts = pieces.iter().enumerate().map(|(i, piece)| (format!("{key}/{i:04}"), Some(piece.to_vec())));
+        let stale = self
+            .0
+            .pool
+            .meta_list(&format!("{key}/"))
+            .into_iter()
+            .skip(pieces.len())
+            .map(|(key, _)| (key, None));
+        let puts = pieces
+            .iter()
+            .enumerate()
+            .map(|(i, piece)| (format!("{key}/{i:04}"), Some(piece.to_vec())));
         Ok(puts.chain(stale).collect())
     }
 }
 
 fn decode<T: DeserializeOwned>(key: &str, value: &[u8]) -> Result<T, StateError> {
-    serde_json::from_slice(value).map_err(|e| StateError::Damaged { what: key.to_owned(), why: e.to_string() })
+    serde_json::from_slice(value).map_err(|e| StateError::Damaged {
+        what: key.to_owned(),
+        why: e.to_string(),
+    })
 }
 
 #[cfg(test)]
@@ -349,12 +416,20 @@ mod tests {
         };
         assert_eq!(VolumeTag::of(&volume).expect("tag"), tag);
         volume.attributes = b"{}".to_vec();
-        assert!(VolumeTag::of(&volume).expect_err("damaged").to_string().contains("identity of volume \"v\""));
+        assert!(
+            VolumeTag::of(&volume)
+                .expect_err("damaged")
+                .to_string()
+                .contains("identity of volume \"v\"")
+        );
     }
 
     fn state() -> (tempfile::TempDir, State) {
         let dir = tempfile::tempdir().expect("dir");
-        let options = stillpoint_snapshot::PoolOptions { ballast_bytes: 0, ..Default::default() };
+        let options = stillpoint_snapshot::PoolOptions {
+            ballast_bytes: 0,
+            ..Default::default()
+        };
         let pool = Pool::create(&dir.path().join("pool"), &options).expect("pool");
         (dir, State::open(&pool))
     }
@@ -363,13 +438,18 @@ mod tests {
     fn large_values_shrink_grow_and_go() {
         let (_dir, state) = state();
         for bytes in [10_000, 1, 0, PIECE_BYTES, PIECE_BYTES + 1] {
-            let value: Vec<u8> = (0..bytes).map(|i| u8::try_from(i % 251).expect("small")).collect();
+            let value: Vec<u8> = (0..bytes)
+                .map(|i| u8::try_from(i % 251).expect("small"))
+                .collect();
             state.big_put("x", Some(&value)).expect("put");
             assert_eq!(state.big_get("x"), Some(value), "{bytes}");
         }
         state.big_put("x", None).expect("remove");
         assert_eq!(state.big_get("x"), None);
-        assert!(matches!(state.big_put("x", Some(&vec![0; BIG_BYTES + 1])), Err(StateError::TooLarge { .. })));
+        assert!(matches!(
+            state.big_put("x", Some(&vec![0; BIG_BYTES + 1])),
+            Err(StateError::TooLarge { .. })
+        ));
     }
 
     #[test]
@@ -391,7 +471,10 @@ mod tests {
         state.renamed("a", "b").expect("rename");
         assert_eq!(state.lun_saved("a"), LunSaved::default());
         let saved = state.lun_saved("b");
-        assert_eq!((saved.write_cache, saved.reservations.map(|r| r.len())), (Some(false), Some(9000)));
+        assert_eq!(
+            (saved.write_cache, saved.reservations.map(|r| r.len())),
+            (Some(false), Some(9000))
+        );
         state.forget("b").expect("forget");
         assert_eq!(state.lun_saved("b"), LunSaved::default());
     }

@@ -19,7 +19,11 @@ pub(super) async fn run(daemon: &Arc<Daemon>, request: Request, caller: &Caller)
         Request::AgentTokenCreate { luns, ttl_seconds } => {
             let ttl = Duration::from_secs(ttl_seconds);
             if ttl.is_zero() || ttl > MAX_TTL {
-                return Err(Refusal::refused("limit", "a token lives from one second to 7 days", "choose another --ttl"));
+                return Err(Refusal::refused(
+                    "limit",
+                    "a token lives from one second to 7 days",
+                    "choose another --ttl",
+                ));
             }
             for lun in &luns {
                 check_lun(daemon, lun)?;
@@ -38,7 +42,11 @@ pub(super) async fn run(daemon: &Arc<Daemon>, request: Request, caller: &Caller)
             let generation = daemon.agents.generation_bump(&who).await?;
             Ok(super::api::done([("generation", generation.into())]))
         }
-        other => Err(Refusal::usage("bad_request", format!("{other:?} is not about agents"), "report this")),
+        other => Err(Refusal::usage(
+            "bad_request",
+            format!("{other:?} is not about agents"),
+            "report this",
+        )),
     }
 }
 
@@ -59,7 +67,10 @@ pub(crate) fn check_lun(daemon: &Daemon, lun: &str) -> Result<(), Refusal> {
     if !target.has_agents() {
         return Err(Refusal::refused(
             "no_agents",
-            format!("target {} of LUN {lun:?} does not have `agents = true`", target.iqn),
+            format!(
+                "target {} of LUN {lun:?} does not have `agents = true`",
+                target.iqn
+            ),
             "set it (then no CHAP, one LUN, one path) and `stillpoint config apply`",
         ));
     }

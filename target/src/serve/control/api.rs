@@ -3,7 +3,6 @@
 //! One request per connection, one JSON document per line. The answer is any number of `progress` and `event` lines, and then one
 //! `result` or `error`.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -38,7 +37,10 @@ impl FromStr for SnapshotRef {
             way_out: "write LUN@NAME; `stillpoint snapshot list` shows them".to_owned(),
         })?;
         let (lun, name) = (lun.parse::<LunName>()?, name.parse::<LunName>()?);
-        Ok(Self { lun: lun.to_string(), name: name.to_string() })
+        Ok(Self {
+            lun: lun.to_string(),
+            name: name.to_string(),
+        })
     }
 }
 
@@ -208,7 +210,13 @@ pub(crate) const CONFIRMATION: &str = "confirmation_needed";
 
 impl Refusal {
     fn new(exit: u8, code: &str, message: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self { code: code.to_owned(), message: message.into(), hint: hint.into(), exit, details: Vec::new() }
+        Self {
+            code: code.to_owned(),
+            message: message.into(),
+            hint: hint.into(),
+            exit,
+            details: Vec::new(),
+        }
     }
 
     pub(crate) fn failed(code: &str, message: impl Into<String>, hint: impl Into<String>) -> Self {
@@ -248,11 +256,21 @@ impl From<StoreError> for Refusal {
             StoreError::ReadOnly => Self::refused("read_only", message, ""),
             StoreError::NotFound { .. } => Self::failed("not_found", message, ""),
             StoreError::Exists { .. } => Self::failed("exists", message, "choose another name"),
-            StoreError::NoSpace => Self::failed("no_space", message, "delete snapshots or give the file system more room"),
-            StoreError::Poisoned { .. } => {
-                Self::failed("poisoned", message, "see `stillpoint events` for the first failure, then restart the daemon")
-            }
-            _ => Self::failed("store", message, "see `stillpoint events`; with the daemon stopped, `stillpoint store check`"),
+            StoreError::NoSpace => Self::failed(
+                "no_space",
+                message,
+                "delete snapshots or give the file system more room",
+            ),
+            StoreError::Poisoned { .. } => Self::failed(
+                "poisoned",
+                message,
+                "see `stillpoint events` for the first failure, then restart the daemon",
+            ),
+            _ => Self::failed(
+                "store",
+                message,
+                "see `stillpoint events`; with the daemon stopped, `stillpoint store check`",
+            ),
         }
     }
 }
@@ -261,7 +279,11 @@ impl From<crate::serve::state::StateError> for Refusal {
     fn from(error: crate::serve::state::StateError) -> Self {
         match error {
             crate::serve::state::StateError::Store(error) => error.into(),
-            other => Self::failed("state", other.to_string(), "restore the data directory from a backup, or report this"),
+            other => Self::failed(
+                "state",
+                other.to_string(),
+                "restore the data directory from a backup, or report this",
+            ),
         }
     }
 }
@@ -280,8 +302,10 @@ pub(crate) struct Status {
     pub(crate) config: String,
     pub(crate) data_dir: String,
     pub(crate) portals: Vec<PortalView>,
-    pub(crate) targets: usize,
-    pub(crate) luns: usize,
+    /// Their iSCSI names.
+    pub(crate) targets: Vec<String>,
+    /// Their names, mounted snapshots included.
+    pub(crate) luns: Vec<String>,
     pub(crate) sessions: usize,
     pub(crate) volumes: usize,
     pub(crate) unassigned_volumes: Vec<String>,
@@ -481,8 +505,8 @@ pub(crate) struct Revert {
     pub(crate) consistency: Consistency,
     /// What is lost from the LUN; it stays in the automatic snapshot.
     pub(crate) changed_bytes: u64,
-    pub(crate) size_bytes_before: u64,
-    pub(crate) size_bytes_after: u64,
+    pub(crate) size_before_bytes: u64,
+    pub(crate) size_after_bytes: u64,
     /// Sessions that stand in the way, or that were ended.
     pub(crate) sessions: Vec<SessionLabel>,
     /// Taken first, so that the revert can be undone; None in a plan.
@@ -521,7 +545,12 @@ pub(crate) struct CloneReply {
 
 /// What was done, for verbs that have nothing else to say: `{"volume":"a","deleted":true}`.
 pub(crate) fn done(pairs: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
-    Value::Object(pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect::<BTreeMap<_, _>>().into_iter().collect())
+    Value::Object(
+        pairs
+            .into_iter()
+            .map(|(key, value)| (key.to_owned(), value))
+            .collect(),
+    )
 }
 
 /// Milliseconds since 1970 as RFC 3339.
@@ -546,7 +575,11 @@ mod tests {
     fn requests_are_read_back_and_unknown_fields_refused() {
         let requests = [
             Request::Status {},
-            Request::SnapshotRevert { snapshot: "a@b".parse().expect("right"), force: true, plan: false },
+            Request::SnapshotRevert {
+                snapshot: "a@b".parse().expect("right"),
+                force: true,
+                plan: false,
+            },
             Request::SnapshotCreate(SnapshotCreate {
                 luns: vec!["a".into()],
                 name: None,
@@ -560,7 +593,13 @@ mod tests {
             let text = serde_json::to_string(&request).expect("json");
             assert_eq!(serde_json::from_str::<Request>(&text).expect(&text), request);
         }
-        for text in [r#"{"verb":"status","x":1}"#, r#"{"verb":"format_disk"}"#, "{}", "[]", r#"{"verb":"snapshot_show","snapshot":"x"}"#] {
+        for text in [
+            r#"{"verb":"status","x":1}"#,
+            r#"{"verb":"format_disk"}"#,
+            "{}",
+            "[]",
+            r#"{"verb":"snapshot_show","snapshot":"x"}"#,
+        ] {
             assert!(serde_json::from_str::<Request>(text).is_err(), "{text}");
         }
     }

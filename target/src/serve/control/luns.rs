@@ -11,12 +11,28 @@ use crate::serve::state::VolumeTag;
 use crate::serve::{Daemon, Lun};
 
 pub(super) fn list(daemon: &Arc<Daemon>) -> Result<Vec<LunRow>, Refusal> {
-    let volumes: BTreeMap<String, VolumeInfo> = daemon.pool.volumes().into_iter().map(|v| (v.name.clone(), v)).collect();
+    let volumes: BTreeMap<String, VolumeInfo> = daemon
+        .pool
+        .volumes()
+        .into_iter()
+        .map(|v| (v.name.clone(), v))
+        .collect();
     let snapshots = snapshot_counts(daemon);
     let served = daemon.registry.luns();
     // A LUN whose volume was deleted a moment ago is not listed any more.
-    let pairs = served.iter().filter_map(|lun| volumes.get(lun.name()).map(|volume| (lun, volume)));
-    pairs.map(|(lun, volume)| row(daemon, lun, volume, snapshots.get(&volume.id).copied().unwrap_or(0))).collect()
+    let pairs = served
+        .iter()
+        .filter_map(|lun| volumes.get(lun.name()).map(|volume| (lun, volume)));
+    pairs
+        .map(|(lun, volume)| {
+            row(
+                daemon,
+                lun,
+                volume,
+                snapshots.get(&volume.id).copied().unwrap_or(0),
+            )
+        })
+        .collect()
 }
 
 /// Snapshots of each volume.
@@ -69,8 +85,14 @@ pub(crate) fn paths(daemon: &Daemon, lun: &Lun) -> Vec<LunPath> {
 
 /// Addresses of portal groups, as SendTargets says them where that differs.
 pub(crate) fn portals(daemon: &Daemon, groups: &[u16]) -> Vec<String> {
-    let portals = daemon.registry.portals().into_iter().filter(|portal| groups.contains(&portal.group));
-    portals.map(|portal| portal.advertise.unwrap_or_else(|| portal.address.to_string())).collect()
+    let portals = daemon
+        .registry
+        .portals()
+        .into_iter()
+        .filter(|portal| groups.contains(&portal.group));
+    portals
+        .map(|portal| portal.advertise.unwrap_or_else(|| portal.address.to_string()))
+        .collect()
 }
 
 pub(super) fn show(daemon: &Arc<Daemon>, name: &str) -> Result<LunDetail, Refusal> {
@@ -104,5 +126,9 @@ pub(crate) fn unknown(daemon: &Daemon, name: &str) -> Refusal {
             format!("add a `[[lun]]` with name = {name:?} and `stillpoint config apply`"),
         );
     }
-    Refusal::failed("not_found", format!("there is no LUN {name:?}"), "`stillpoint lun list` shows them")
+    Refusal::failed(
+        "not_found",
+        format!("there is no LUN {name:?}"),
+        "`stillpoint lun list` shows them",
+    )
 }

@@ -70,7 +70,8 @@ impl Caller {
 /// When the socket cannot be made.
 pub(crate) fn listen(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
     let path = daemon.control_socket.clone();
-    let listener = bind(&path).with_context(|| format!("the control socket {} cannot be opened", path.display()))?;
+    let listener =
+        bind(&path).with_context(|| format!("the control socket {} cannot be opened", path.display()))?;
     let daemon = Arc::clone(daemon);
     daemon.tracker.clone().spawn(async move {
         let seats = Arc::new(Semaphore::new(MAX_CLIENTS));
@@ -88,7 +89,9 @@ pub(crate) fn listen(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
 
 async fn accept(daemon: &Arc<Daemon>, listener: &UnixListener, seats: &Arc<Semaphore>) {
     loop {
-        let Ok(seat) = Arc::clone(seats).acquire_owned().await else { return };
+        let Ok(seat) = Arc::clone(seats).acquire_owned().await else {
+            return;
+        };
         match listener.accept().await {
             Ok((stream, _)) => {
                 let daemon = Arc::clone(daemon);
@@ -119,10 +122,13 @@ fn bind(path: &Path) -> anyhow::Result<UnixListener> {
             );
             std::fs::remove_file(path).context("the old socket cannot be removed")?;
         }
-        Ok(_) => anyhow::bail!("something that is not a socket is in its place: move it away, or choose another `control_socket`"),
+        Ok(_) => anyhow::bail!(
+            "something that is not a socket is in its place: move it away, or choose another `control_socket`"
+        ),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
-                std::fs::create_dir_all(parent).with_context(|| format!("{} cannot be made", parent.display()))?;
+                std::fs::create_dir_all(parent)
+                    .with_context(|| format!("{} cannot be made", parent.display()))?;
             }
         }
         Err(error) => return Err(error.into()),
@@ -133,7 +139,8 @@ fn bind(path: &Path) -> anyhow::Result<UnixListener> {
     {
         tracing::warn!(path = %path.display(), %error, "the control socket does not belong to group {GROUP}: only its owner can use it");
     }
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660)).context("its permissions cannot be set")?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))
+        .context("its permissions cannot be set")?;
     Ok(listener)
 }
 
@@ -155,13 +162,18 @@ fn group_id(name: &str) -> Option<u32> {
 
 /// The user behind a connection.
 fn user(stream: &UnixStream) -> String {
-    stream.peer_cred().map_or_else(|_| "unknown".to_owned(), |cred| user_name(cred.uid()))
+    stream
+        .peer_cred()
+        .map_or_else(|_| "unknown".to_owned(), |cred| user_name(cred.uid()))
 }
 
 /// A user, by name where /etc/passwd knows it.
 pub(crate) fn user_name(uid: u32) -> String {
     let users = system_ids(&PathBuf::from("/etc/passwd"));
-    users.into_iter().find(|(_, id)| *id == uid).map_or_else(|| format!("uid {uid}"), |(name, _)| name)
+    users
+        .into_iter()
+        .find(|(_, id)| *id == uid)
+        .map_or_else(|| format!("uid {uid}"), |(name, _)| name)
 }
 
 async fn serve(daemon: &Arc<Daemon>, mut stream: UnixStream) -> std::io::Result<()> {
@@ -174,7 +186,10 @@ async fn serve(daemon: &Arc<Daemon>, mut stream: UnixStream) -> std::io::Result<
     };
     let follows = matches!(request, Request::Events { follow: true, .. });
     let (lines, mut answers) = mpsc::channel(LINES);
-    let caller = Caller { who, lines: lines.clone() };
+    let caller = Caller {
+        who,
+        lines: lines.clone(),
+    };
     let work = Arc::clone(daemon);
     daemon.tracker.spawn(async move {
         let end = match verbs::run(&work, request, &caller).await {
@@ -202,10 +217,21 @@ async fn serve(daemon: &Arc<Daemon>, mut stream: UnixStream) -> std::io::Result<
 async fn read_request(reader: impl tokio::io::AsyncRead + Unpin) -> Result<Request, Refusal> {
     let mut line = Vec::new();
     let mut reader = BufReader::new(reader.take(MAX_REQUEST_BYTES));
-    let malformed = |why: String| Refusal::usage("bad_request", format!("the request cannot be read: {why}"), "use a client of this version");
-    reader.read_until(b'\n', &mut line).await.map_err(|e| malformed(e.to_string()))?;
+    let malformed = |why: String| {
+        Refusal::usage(
+            "bad_request",
+            format!("the request cannot be read: {why}"),
+            "use a client of this version",
+        )
+    };
+    reader
+        .read_until(b'\n', &mut line)
+        .await
+        .map_err(|e| malformed(e.to_string()))?;
     if line.last() != Some(&b'\n') {
-        return Err(malformed(format!("it has no end within {MAX_REQUEST_BYTES} bytes")));
+        return Err(malformed(format!(
+            "it has no end within {MAX_REQUEST_BYTES} bytes"
+        )));
     }
     serde_json::from_slice(&line).map_err(|e| malformed(e.to_string()))
 }
@@ -228,10 +254,19 @@ mod tests {
         let status = read_request(&b"{\"verb\":\"status\"}\n"[..]).await;
         assert_eq!(status.expect("right"), Request::Status {});
         for bytes in [&b""[..], b"{\"verb\":\"status\"}", b"nonsense\n", b"\xff\xfe\n"] {
-            assert_eq!(read_request(bytes).await.expect_err("wrong").exit, api::EXIT_USAGE);
+            assert_eq!(
+                read_request(bytes).await.expect_err("wrong").exit,
+                api::EXIT_USAGE
+            );
         }
         let long = vec![b' '; usize::try_from(MAX_REQUEST_BYTES).expect("small") + 10];
-        assert!(read_request(&long[..]).await.expect_err("long").message.contains("no end within"));
+        assert!(
+            read_request(&long[..])
+                .await
+                .expect_err("long")
+                .message
+                .contains("no end within")
+        );
     }
 
     #[tokio::test]
@@ -239,13 +274,26 @@ mod tests {
         let dir = tempfile::tempdir().expect("dir");
         let path = dir.path().join("sub/control.sock");
         let listener = bind(&path).expect("first");
-        assert_eq!(std::fs::metadata(&path).expect("socket").permissions().mode() & 0o777, 0o660);
-        assert!(bind(&path).expect_err("alive").to_string().contains("another daemon"));
+        assert_eq!(
+            std::fs::metadata(&path).expect("socket").permissions().mode() & 0o777,
+            0o660
+        );
+        assert!(
+            bind(&path)
+                .expect_err("alive")
+                .to_string()
+                .contains("another daemon")
+        );
         drop(listener);
         bind(&path).expect("a dead socket is replaced");
         let file = dir.path().join("file");
         std::fs::write(&file, "x").expect("write");
-        assert!(bind(&file).expect_err("a file").to_string().contains("not a socket"));
+        assert!(
+            bind(&file)
+                .expect_err("a file")
+                .to_string()
+                .contains("not a socket")
+        );
         assert_eq!(std::fs::read(&file).expect("still there"), b"x");
     }
 }

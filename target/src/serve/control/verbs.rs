@@ -31,22 +31,35 @@ pub(super) async fn run(daemon: &Arc<Daemon>, request: Request, caller: &Caller)
         Request::SnapshotList { lun } => {
             answer(&blocking(daemon, move |daemon| snapshots::list(daemon, lun.as_deref())).await?)
         }
-        Request::SnapshotShow { snapshot } => answer(&blocking(daemon, move |daemon| snapshots::show(daemon, &snapshot)).await?),
+        Request::SnapshotShow { snapshot } => {
+            answer(&blocking(daemon, move |daemon| snapshots::show(daemon, &snapshot)).await?)
+        }
         Request::SnapshotDelete { snapshot } => snapshots::delete(daemon, snapshot, &caller.who).await,
-        Request::SnapshotHold { snapshot, hold } => answer(&snapshots::hold(daemon, snapshot, hold, &caller.who).await?),
+        Request::SnapshotHold { snapshot, hold } => {
+            answer(&snapshots::hold(daemon, snapshot, hold, &caller.who).await?)
+        }
         Request::SnapshotDiff { from, to } => {
             answer(&blocking(daemon, move |daemon| snapshots::diff(daemon, from, to)).await?)
         }
-        Request::SnapshotRevert { snapshot, force, plan } => {
-            answer(&snapshots::revert(daemon, snapshot, force, plan, caller).await?)
-        }
-        Request::SnapshotMount { snapshot, read_only, initiators } => {
-            answer(&snapshots::mount(daemon, snapshot, read_only, initiators, &caller.who).await?)
-        }
+        Request::SnapshotRevert {
+            snapshot,
+            force,
+            plan,
+        } => answer(&snapshots::revert(daemon, snapshot, force, plan, caller).await?),
+        Request::SnapshotMount {
+            snapshot,
+            read_only,
+            initiators,
+        } => answer(&snapshots::mount(daemon, snapshot, read_only, initiators, &caller.who).await?),
         Request::SnapshotUnmount { name, force } => snapshots::unmount(daemon, &name, force, caller).await,
-        Request::CloneCreate { snapshot, new } => answer(&volumes::clone(daemon, snapshot, new, &caller.who).await?),
+        Request::CloneCreate { snapshot, new } => {
+            answer(&volumes::clone(daemon, snapshot, new, &caller.who).await?)
+        }
         Request::StoreStats {} => answer(&blocking(daemon, |daemon| Ok(daemon.pool.stats())).await?),
-        Request::Events { follow: false, newest } => answer(&daemon.events.newest(newest)),
+        Request::Events {
+            follow: false,
+            newest,
+        } => answer(&daemon.events.newest(newest)),
         Request::Events { follow: true, newest } => follow(daemon, newest, caller).await,
         agent => super::agents::run(daemon, agent, caller).await,
     }
@@ -54,7 +67,8 @@ pub(super) async fn run(daemon: &Arc<Daemon>, request: Request, caller: &Caller)
 
 /// The answer as JSON.
 pub(super) fn answer(value: &impl Serialize) -> Result<Value, Refusal> {
-    serde_json::to_value(value).map_err(|e| Refusal::failed("internal", format!("the answer is no JSON: {e}"), "report this"))
+    serde_json::to_value(value)
+        .map_err(|e| Refusal::failed("internal", format!("the answer is no JSON: {e}"), "report this"))
 }
 
 /// Runs what may wait for a disk on a worker thread.
@@ -65,7 +79,13 @@ pub(crate) async fn blocking<T: Send + 'static>(
     let daemon = Arc::clone(daemon);
     tokio::task::spawn_blocking(move || work(&daemon))
         .await
-        .unwrap_or_else(|e| Err(Refusal::failed("internal", format!("the daemon failed at it: {e}"), "see its log, and report this")))
+        .unwrap_or_else(|e| {
+            Err(Refusal::failed(
+                "internal",
+                format!("the daemon failed at it: {e}"),
+                "see its log, and report this",
+            ))
+        })
 }
 
 fn status(daemon: &Arc<Daemon>) -> Status {
@@ -74,15 +94,22 @@ fn status(daemon: &Arc<Daemon>) -> Status {
     let mut warnings: Vec<String> = config.warnings.iter().map(ToString::to_string).collect();
     let mut errors = Vec::new();
     if let Some(reason) = daemon.pool.poisoned() {
-        errors.push(format!("the store stopped accepting writes: {reason}; restart the daemon"));
+        errors.push(format!(
+            "the store stopped accepting writes: {reason}; restart the daemon"
+        ));
     }
     if stats.out_of_space {
-        errors.push("the store has no space for new data: delete snapshots or give its file system more room".to_owned());
+        errors.push(
+            "the store has no space for new data: delete snapshots or give its file system more room"
+                .to_owned(),
+        );
     }
-    let unassigned = apply::standing(&daemon.pool, &config).map(|standing| standing.unassigned).unwrap_or_else(|refusal| {
-        errors.push(refusal.message);
-        Vec::new()
-    });
+    let unassigned = apply::standing(&daemon.pool, &config)
+        .map(|standing| standing.unassigned)
+        .unwrap_or_else(|refusal| {
+            errors.push(refusal.message);
+            Vec::new()
+        });
     let mounts = daemon.state.mounts().unwrap_or_else(|error| {
         errors.push(error.to_string());
         Vec::new()
@@ -106,8 +133,18 @@ fn status(daemon: &Arc<Daemon>) -> Status {
         },
         data_dir: config.daemon.data_dir.display().to_string(),
         portals: daemon.registry.portals(),
-        targets: daemon.registry.targets().len(),
-        luns: daemon.registry.luns().len(),
+        targets: daemon
+            .registry
+            .targets()
+            .iter()
+            .map(|target| target.iqn().to_owned())
+            .collect(),
+        luns: daemon
+            .registry
+            .luns()
+            .iter()
+            .map(|lun| lun.name().to_owned())
+            .collect(),
         sessions: daemon.registry.sessions().len(),
         volumes: stats.volumes,
         unassigned_volumes: unassigned,
@@ -125,19 +162,49 @@ fn status(daemon: &Arc<Daemon>) -> Status {
 
 /// What can still be written: bounded by the operator's limit and by the file system.
 fn available(stats: &stillpoint_snapshot::PoolStats) -> u64 {
-    let file_system = stats.free_bytes.saturating_add(stats.filesystem_free_bytes.saturating_sub(stats.headroom_bytes));
-    if stats.max_bytes == 0 { file_system } else { file_system.min(stats.max_bytes.saturating_sub(stats.allocated_bytes)) }
+    let file_system = stats
+        .free_bytes
+        .saturating_add(stats.filesystem_free_bytes.saturating_sub(stats.headroom_bytes));
+    if stats.max_bytes == 0 {
+        file_system
+    } else {
+        file_system.min(stats.max_bytes.saturating_sub(stats.allocated_bytes))
+    }
 }
 
 async fn drop_session(daemon: &Arc<Daemon>, id: u64, caller: &Caller) -> Result<Value, Refusal> {
-    let Some(session) = daemon.registry.sessions().into_iter().find(|session| session.id == id) else {
-        return Err(Refusal::failed("not_found", format!("there is no session {id}"), "`stillpoint session list` shows them"));
+    let Some(session) = daemon
+        .registry
+        .sessions()
+        .into_iter()
+        .find(|session| session.id == id)
+    else {
+        return Err(Refusal::failed(
+            "not_found",
+            format!("there is no session {id}"),
+            "`stillpoint session list` shows them",
+        ));
     };
     caller.progress(format!("asking {} to log out", session.initiator));
-    daemon.registry.drop_session(id, LOGOUT_GRACE, &format!("dropped by {}", caller.who)).await;
-    let text = format!("session {id} of {} from {} was ended", session.initiator, session.peer);
-    daemon.events.emit(code::SESSION_DROPPED, format!("target {}", session.target), text, &caller.who);
-    Ok(done([("id", json!(id)), ("initiator", json!(session.initiator)), ("dropped", json!(true))]))
+    daemon
+        .registry
+        .drop_session(id, LOGOUT_GRACE, &format!("dropped by {}", caller.who))
+        .await;
+    let text = format!(
+        "session {id} of {} from {} was ended",
+        session.initiator, session.peer
+    );
+    daemon.events.emit(
+        code::SESSION_DROPPED,
+        format!("target {}", session.target),
+        text,
+        &caller.who,
+    );
+    Ok(done([
+        ("id", json!(id)),
+        ("initiator", json!(session.initiator)),
+        ("dropped", json!(true)),
+    ]))
 }
 
 /// Ends sessions, all at the same time; returns when nothing of them touches the medium any more.
@@ -175,7 +242,9 @@ async fn follow(daemon: &Arc<Daemon>, newest: usize, caller: &Caller) -> Result<
                     return Ok(Value::Null);
                 }
             }
-            Err(RecvError::Lagged(missed)) => caller.progress(format!("{missed} events were too fast to be shown; they are in the event log")),
+            Err(RecvError::Lagged(missed)) => caller.progress(format!(
+                "{missed} events were too fast to be shown; they are in the event log"
+            )),
             Err(RecvError::Closed) => return Ok(Value::Null),
         }
     }

@@ -45,7 +45,11 @@ pub(super) fn list(daemon: &Arc<Daemon>) -> Result<Vec<VolumeRow>, Refusal> {
 /// A volume that the operator may rename or delete: it is there, no mount, and no `[[lun]]` names it.
 fn unassigned(daemon: &Daemon, name: &str) -> Result<stillpoint_snapshot::Volume, Refusal> {
     let Some(volume) = daemon.pool.volume(name) else {
-        return Err(Refusal::failed("not_found", format!("there is no volume {name:?}"), "`stillpoint volume list` shows them"));
+        return Err(Refusal::failed(
+            "not_found",
+            format!("there is no volume {name:?}"),
+            "`stillpoint volume list` shows them",
+        ));
     };
     if VolumeTag::of(&volume.info()?)?.kind == VolumeKind::Mount {
         return Err(Refusal::refused(
@@ -70,16 +74,26 @@ pub(super) async fn rename(daemon: &Arc<Daemon>, old: &str, new: &str, who: &str
     blocking(daemon, move |daemon| {
         unassigned(daemon, &old)?;
         rename_in(&daemon.pool, &daemon.state, &old, &new)?;
-        daemon.events.emit(code::VOLUME_RENAMED, format!("volume {new}"), format!("was called {old}"), &who);
+        daemon.events.emit(
+            code::VOLUME_RENAMED,
+            format!("volume {new}"),
+            format!("was called {old}"),
+            &who,
+        );
         Ok(done([("old", json!(old)), ("new", json!(new))]))
     })
     .await
 }
 
 fn rename_in(pool: &Pool, state: &State, old: &str, new: &str) -> Result<(), Refusal> {
-    new.parse::<LunName>().map_err(|t| Refusal::usage("bad_name", t.trouble, t.way_out))?;
+    new.parse::<LunName>()
+        .map_err(|t| Refusal::usage("bad_name", t.trouble, t.way_out))?;
     if pool.volume(new).is_some() {
-        return Err(Refusal::failed("exists", format!("there is a volume {new:?} already"), "choose another name"));
+        return Err(Refusal::failed(
+            "exists",
+            format!("there is a volume {new:?} already"),
+            "choose another name",
+        ));
     }
     // First what was saved: a crash in between leaves the volume under its old name, with nothing saved but defaults,
     // and never somebody else's reservations under the new one.
@@ -98,13 +112,26 @@ fn stopped(data_dir: &Path) -> Result<(Pool, State, Events), Refusal> {
 pub(crate) fn rename_stopped(data_dir: &Path, old: &str, new: &str, who: &str) -> Result<Value, Refusal> {
     let (pool, state, events) = stopped(data_dir)?;
     let Some(volume) = pool.volume(old) else {
-        return Err(Refusal::failed("not_found", format!("there is no volume {old:?}"), ""));
+        return Err(Refusal::failed(
+            "not_found",
+            format!("there is no volume {old:?}"),
+            "",
+        ));
     };
     if VolumeTag::of(&volume.info()?)?.kind == VolumeKind::Mount {
-        return Err(Refusal::refused("mounted", format!("{old:?} is a mounted snapshot"), "start the daemon and unmount it"));
+        return Err(Refusal::refused(
+            "mounted",
+            format!("{old:?} is a mounted snapshot"),
+            "start the daemon and unmount it",
+        ));
     }
     rename_in(&pool, &state, old, new)?;
-    events.emit(code::VOLUME_RENAMED, format!("volume {new}"), format!("was called {old} (the daemon did not run)"), who);
+    events.emit(
+        code::VOLUME_RENAMED,
+        format!("volume {new}"),
+        format!("was called {old} (the daemon did not run)"),
+        who,
+    );
     pool.shutdown()?;
     Ok(done([("old", json!(old)), ("new", json!(new))]))
 }
@@ -115,7 +142,12 @@ pub(crate) fn create_stopped(data_dir: &Path, config: &Config, who: &str) -> Res
     apply::standing(&pool, config)?;
     let mut created = Vec::new();
     apply::create_missing(&pool, &state, config, |name, size| {
-        events.emit(code::VOLUME_CREATED, format!("volume {name}"), format!("created with {size} (the daemon did not run)"), who);
+        events.emit(
+            code::VOLUME_CREATED,
+            format!("volume {name}"),
+            format!("created with {size} (the daemon did not run)"),
+            who,
+        );
         created.push(name.to_owned());
     })?;
     pool.shutdown()?;
@@ -134,17 +166,29 @@ pub(super) async fn delete(daemon: &Arc<Daemon>, name: &str, who: &str) -> Resul
         daemon.pool.delete_volume(&name, true)?;
         daemon.state.forget(&name)?;
         let text = format!("deleted with {} snapshots", snapshots.len());
-        daemon.events.emit(code::VOLUME_DELETED, format!("volume {name}"), text, &who);
-        Ok(done([("name", json!(name)), ("deleted", json!(true)), ("snapshots_deleted", json!(snapshots.len()))]))
+        daemon
+            .events
+            .emit(code::VOLUME_DELETED, format!("volume {name}"), text, &who);
+        Ok(done([
+            ("name", json!(name)),
+            ("deleted", json!(true)),
+            ("snapshots_deleted", json!(snapshots.len())),
+        ]))
     })
     .await
 }
 
-pub(super) async fn clone(daemon: &Arc<Daemon>, snapshot: SnapshotRef, new: String, who: &str) -> Result<CloneReply, Refusal> {
+pub(super) async fn clone(
+    daemon: &Arc<Daemon>,
+    snapshot: SnapshotRef,
+    new: String,
+    who: &str,
+) -> Result<CloneReply, Refusal> {
     let _changing = daemon.state.changing().await;
     let who = who.to_owned();
     blocking(daemon, move |daemon| {
-        new.parse::<LunName>().map_err(|t| Refusal::usage("bad_name", t.trouble, t.way_out))?;
+        new.parse::<LunName>()
+            .map_err(|t| Refusal::usage("bad_name", t.trouble, t.way_out))?;
         let info = snapshots::find(daemon, &snapshot)?;
         let config = daemon.config();
         // A `[[lun]]` that waits for its volume would suddenly be served with this content.
@@ -155,10 +199,23 @@ pub(super) async fn clone(daemon: &Arc<Daemon>, snapshot: SnapshotRef, new: Stri
                 "choose another name, or take that LUN out of the file first",
             ));
         }
-        let tag = VolumeTag::new(config.daemon.naa_company_id, VolumeKind::Clone, Some(snapshot.to_string()))?;
-        let spec = CloneSpec { name: new.clone(), read_only: false, attributes: tag.to_bytes() };
+        let tag = VolumeTag::new(
+            config.daemon.naa_company_id,
+            VolumeKind::Clone,
+            Some(snapshot.to_string()),
+        )?;
+        let spec = CloneSpec {
+            name: new.clone(),
+            read_only: false,
+            attributes: tag.to_bytes(),
+        };
         let volume = daemon.pool.clone_snapshot(info.id, &spec)?;
-        daemon.events.emit(code::CLONE_CREATED, format!("volume {new}"), format!("made of {snapshot}"), &who);
+        daemon.events.emit(
+            code::CLONE_CREATED,
+            format!("volume {new}"),
+            format!("made of {snapshot}"),
+            &who,
+        );
         Ok(CloneReply {
             name: new,
             snapshot: snapshot.to_string(),

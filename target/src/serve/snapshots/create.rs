@@ -26,12 +26,18 @@ const MAX_NOTE_BYTES: usize = 512;
 /// A lock that nobody can undo is not longer than this.
 const MAX_LOCK_SECONDS: u64 = 20 * 365 * 86_400;
 
-pub(crate) async fn create(daemon: &Arc<Daemon>, request: SnapshotCreate, caller: &Caller) -> Result<Value, Refusal> {
+pub(crate) async fn create(
+    daemon: &Arc<Daemon>,
+    request: SnapshotCreate,
+    caller: &Caller,
+) -> Result<Value, Refusal> {
     let who = caller.who.clone();
     let single = request.luns.len() == 1;
     let luns = request.luns.clone();
     let consistency = request.consistency;
-    let on_failure = request.on_failure.unwrap_or_else(|| daemon.config().agents.map_or(OnFailure::Fail, |a| a.on_failure));
+    let on_failure = request
+        .on_failure
+        .unwrap_or_else(|| daemon.config().agents.map_or(OnFailure::Fail, |a| a.on_failure));
     let job = blocking(daemon, move |daemon| Job::new(daemon, request, &who)).await?;
     let name = job.spec_name.clone();
     let subject = format!("snapshot {}@{name}", luns.join(","));
@@ -43,9 +49,21 @@ pub(crate) async fn create(daemon: &Arc<Daemon>, request: SnapshotCreate, caller
     match rows {
         Ok(rows) => {
             let weaker = rows.iter().any(|row| row["consistency"] != row["requested"]);
-            let event = if weaker { code::SNAPSHOT_WEAKER } else { code::SNAPSHOT_CREATED };
-            let proved = rows.first().and_then(|row| row["consistency"].as_str()).unwrap_or_default().to_owned();
-            let text = if weaker { format!("taken, but less is proved than {consistency}: {proved}") } else { format!("taken: {proved}") };
+            let event = if weaker {
+                code::SNAPSHOT_WEAKER
+            } else {
+                code::SNAPSHOT_CREATED
+            };
+            let proved = rows
+                .first()
+                .and_then(|row| row["consistency"].as_str())
+                .unwrap_or_default()
+                .to_owned();
+            let text = if weaker {
+                format!("taken, but less is proved than {consistency}: {proved}")
+            } else {
+                format!("taken: {proved}")
+            };
             daemon.events.emit(event, subject, text, &caller.who);
             match <[Value; 1]>::try_from(rows) {
                 Ok([row]) if single => Ok(row),
@@ -54,7 +72,12 @@ pub(crate) async fn create(daemon: &Arc<Daemon>, request: SnapshotCreate, caller
             }
         }
         Err(refusal) => {
-            daemon.events.emit(code::SNAPSHOT_FAILED, subject, refusal.message.clone(), &caller.who);
+            daemon.events.emit(
+                code::SNAPSHOT_FAILED,
+                subject,
+                refusal.message.clone(),
+                &caller.who,
+            );
             Err(refusal)
         }
     }
@@ -71,30 +94,54 @@ struct Job {
 
 impl Job {
     fn new(daemon: &Daemon, request: SnapshotCreate, who: &str) -> Result<Self, Refusal> {
-        let SnapshotCreate { luns, name, consistency, on_failure: _, lock_seconds, note } = request;
+        let SnapshotCreate {
+            luns,
+            name,
+            consistency,
+            on_failure: _,
+            lock_seconds,
+            note,
+        } = request;
         if luns.is_empty() || luns.len() > MAX_LUNS {
-            return Err(Refusal::refused("limit", format!("{} LUNs in one snapshot", luns.len()), format!("name 1 to {MAX_LUNS}")));
+            return Err(Refusal::refused(
+                "limit",
+                format!("{} LUNs in one snapshot", luns.len()),
+                format!("name 1 to {MAX_LUNS}"),
+            ));
         }
         let mut volumes = Vec::new();
         for lun in &luns {
             let id = snapshottable(daemon, lun)?;
             if volumes.contains(&id) {
-                return Err(Refusal::usage("twice", format!("LUN {lun:?} is named twice"), "name it once"));
+                return Err(Refusal::usage(
+                    "twice",
+                    format!("LUN {lun:?} is named twice"),
+                    "name it once",
+                ));
             }
             volumes.push(id);
         }
         if let Some(note) = note.as_ref().filter(|note| note.len() > MAX_NOTE_BYTES) {
             let message = format!("the note has {} bytes", note.len());
-            return Err(Refusal::refused("limit", message, format!("write at most {MAX_NOTE_BYTES}")));
+            return Err(Refusal::refused(
+                "limit",
+                message,
+                format!("write at most {MAX_NOTE_BYTES}"),
+            ));
         }
         if lock_seconds.is_some_and(|lock| lock > MAX_LOCK_SECONDS) {
-            return Err(Refusal::refused("limit", "nobody could delete the snapshot within 20 years", "choose a shorter --lock"));
+            return Err(Refusal::refused(
+                "limit",
+                "nobody could delete the snapshot within 20 years",
+                "choose a shorter --lock",
+            ));
         }
         let taken = |name: &str| luns.iter().any(|lun| daemon.pool.snapshot(lun, name).is_some());
         let spec_name = match name {
             None => free_name(&stamp(), taken),
             Some(name) => {
-                name.parse::<LunName>().map_err(|t| Refusal::usage("bad_name", t.trouble, t.way_out))?;
+                name.parse::<LunName>()
+                    .map_err(|t| Refusal::usage("bad_name", t.trouble, t.way_out))?;
                 if taken(&name) {
                     let message = format!("there is a snapshot {name:?} of {} already", luns.join(" or "));
                     return Err(Refusal::failed("exists", message, "choose another --name"));
@@ -103,7 +150,11 @@ impl Job {
             }
         };
         let lock_ms = i64::try_from(lock_seconds.unwrap_or(0) * 1000).unwrap_or(i64::MAX);
-        let lock_until_ms = if lock_ms == 0 { 0 } else { jiff::Timestamp::now().as_millisecond().saturating_add(lock_ms) };
+        let lock_until_ms = if lock_ms == 0 {
+            0
+        } else {
+            jiff::Timestamp::now().as_millisecond().saturating_add(lock_ms)
+        };
         let meta = Meta {
             requested: consistency,
             cut_ms: 0,
@@ -114,7 +165,13 @@ impl Job {
             elsewhere: false,
             proof: Proof::default(),
         };
-        Ok(Self { volumes, luns, spec_name, meta, lock_until_ms })
+        Ok(Self {
+            volumes,
+            luns,
+            spec_name,
+            meta,
+            lock_until_ms,
+        })
     }
 
     fn spec(&self) -> SnapshotSpec {
@@ -138,12 +195,18 @@ impl Job {
         self.meta.cut_ms = milliseconds(started);
         let snapshots = cut.commit()?;
         // The time of the cut is known only after its record was written. The snapshot is good without that remark.
-        let change = SnapshotChange { meta: Some(self.meta.to_bytes()), ..SnapshotChange::default() };
+        let change = SnapshotChange {
+            meta: Some(self.meta.to_bytes()),
+            ..SnapshotChange::default()
+        };
         let remarked = snapshots.into_iter().map(|snapshot| {
-            daemon.pool.set_snapshot(snapshot.id, &change).unwrap_or_else(|error| {
-                tracing::warn!(%error, "the time of a cut was not recorded");
-                snapshot
-            })
+            daemon
+                .pool
+                .set_snapshot(snapshot.id, &change)
+                .unwrap_or_else(|error| {
+                    tracing::warn!(%error, "the time of a cut was not recorded");
+                    snapshot
+                })
         });
         rows(daemon, &remarked.collect::<Vec<_>>())
     }
@@ -156,14 +219,17 @@ fn milliseconds(since: Instant) -> u64 {
 /// The rows of new snapshots.
 fn rows(daemon: &Daemon, snapshots: &[SnapshotInfo]) -> Result<Vec<Value>, Refusal> {
     let row = |snapshot: &SnapshotInfo| {
-        serde_json::to_value(row(daemon, snapshot)).map_err(|e| Refusal::failed("internal", e.to_string(), "report this"))
+        serde_json::to_value(row(daemon, snapshot))
+            .map_err(|e| Refusal::failed("internal", e.to_string(), "report this"))
     };
     snapshots.iter().map(row).collect()
 }
 
 /// The volume of a LUN that a snapshot can be taken of.
 fn snapshottable(daemon: &Daemon, lun: &str) -> Result<VolumeId, Refusal> {
-    let Some(volume) = daemon.pool.volume(lun) else { return Err(luns::unknown(daemon, lun)) };
+    let Some(volume) = daemon.pool.volume(lun) else {
+        return Err(luns::unknown(daemon, lun));
+    };
     let info = volume.info()?;
     if VolumeTag::of(&info)?.kind == VolumeKind::Mount {
         return Err(Refusal::refused(
@@ -190,15 +256,28 @@ async fn consistent(
     let ask = SnapshotAsk {
         name: job.spec_name.clone(),
         luns: job.luns.clone(),
-        mode: if consistency == Consistency::Application { Mode::Application } else { Mode::Filesystem },
+        mode: if consistency == Consistency::Application {
+            Mode::Application
+        } else {
+            Mode::Filesystem
+        },
         on_failure: match on_failure {
             OnFailure::Fail => agents::OnFailure::Fail,
             OnFailure::CrashConsistent => agents::OnFailure::CrashConsistent,
         },
     };
-    let cutter = PoolCutter { pool: daemon.pool.clone(), state: daemon.state.clone(), job, cut: None, made: Vec::new() };
+    let cutter = PoolCutter {
+        pool: daemon.pool.clone(),
+        state: daemon.state.clone(),
+        job,
+        cut: None,
+        made: Vec::new(),
+    };
     let progress = caller.clone();
-    let (verdict, cutter) = daemon.agents.snapshot(ask, cutter, move |text| progress.progress(text)).await;
+    let (verdict, cutter) = daemon
+        .agents
+        .snapshot(ask, cutter, move |text| progress.progress(text))
+        .await;
     if !verdict.kept {
         return Err(agents::refusal(&verdict));
     }
@@ -217,7 +296,10 @@ struct PoolCutter {
 
 impl std::fmt::Debug for Job {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Job").field("luns", &self.luns).field("name", &self.spec_name).finish_non_exhaustive()
+        f.debug_struct("Job")
+            .field("luns", &self.luns)
+            .field("name", &self.spec_name)
+            .finish_non_exhaustive()
     }
 }
 
@@ -234,7 +316,10 @@ impl Cutter for PoolCutter {
     }
 
     fn commit(&mut self) -> anyhow::Result<()> {
-        let cut = self.cut.take().ok_or_else(|| anyhow::anyhow!("there is no cut to commit"))?;
+        let cut = self
+            .cut
+            .take()
+            .ok_or_else(|| anyhow::anyhow!("there is no cut to commit"))?;
         self.made = cut.commit()?;
         Ok(())
     }
@@ -243,8 +328,17 @@ impl Cutter for PoolCutter {
         let mut changes = Vec::new();
         for (snapshot, lun) in self.made.iter().zip(&verdict.levels) {
             let proof = Proof {
-                agents: verdict.agents.iter().map(serde_json::to_value).collect::<Result<_, _>>()?,
-                reasons: verdict.failure.iter().map(|f| f.refusal.to_string()).chain(lun.shortfalls.iter().cloned()).collect(),
+                agents: verdict
+                    .agents
+                    .iter()
+                    .map(serde_json::to_value)
+                    .collect::<Result<_, _>>()?,
+                reasons: verdict
+                    .failure
+                    .iter()
+                    .map(|f| f.refusal.to_string())
+                    .chain(lun.shortfalls.iter().cloned())
+                    .collect(),
             };
             let meta = self.remember(snapshot.id, proof)?;
             let change = SnapshotChange {
@@ -259,8 +353,14 @@ impl Cutter for PoolCutter {
             };
             changes.push((snapshot.id, change));
         }
-        anyhow::ensure!(changes.len() == self.made.len(), "the verdict does not speak of every LUN");
-        self.made = changes.iter().map(|(id, change)| self.pool.set_snapshot(*id, change)).collect::<Result<_, _>>()?;
+        anyhow::ensure!(
+            changes.len() == self.made.len(),
+            "the verdict does not speak of every LUN"
+        );
+        self.made = changes
+            .iter()
+            .map(|(id, change)| self.pool.set_snapshot(*id, change))
+            .collect::<Result<_, _>>()?;
         Ok(())
     }
 
@@ -276,12 +376,21 @@ impl Cutter for PoolCutter {
 impl PoolCutter {
     /// What the record remembers; a long proof goes into the saved state first, so that the record never points to nothing.
     fn remember(&self, id: SnapshotId, proof: Proof) -> anyhow::Result<Meta> {
-        let meta = Meta { pending: false, proof, ..self.job.meta.clone() };
+        let meta = Meta {
+            pending: false,
+            proof,
+            ..self.job.meta.clone()
+        };
         if meta.to_bytes().len() <= SNAPSHOT_META_BYTES {
             return Ok(meta);
         }
-        self.state.big_put(&proof_key(id), Some(&serde_json::to_vec(&meta.proof)?))?;
-        Ok(Meta { elsewhere: true, proof: Proof::default(), ..meta })
+        self.state
+            .big_put(&proof_key(id), Some(&serde_json::to_vec(&meta.proof)?))?;
+        Ok(Meta {
+            elsewhere: true,
+            proof: Proof::default(),
+            ..meta
+        })
     }
 }
 
@@ -293,18 +402,42 @@ pub(crate) fn close_interrupted(daemon: &Daemon) -> Result<(), Refusal> {
             continue;
         }
         let reason = "the daemon ended before the agents had answered".to_owned();
-        let meta = Meta { pending: false, proof: Proof { agents: Vec::new(), reasons: vec![reason] }, ..meta };
-        let change = SnapshotChange { meta: Some(meta.to_bytes()), ..SnapshotChange::default() };
+        let meta = Meta {
+            pending: false,
+            proof: Proof {
+                agents: Vec::new(),
+                reasons: vec![reason],
+            },
+            ..meta
+        };
+        let change = SnapshotChange {
+            meta: Some(meta.to_bytes()),
+            ..SnapshotChange::default()
+        };
         daemon.pool.set_snapshot(snapshot.id, &change)?;
         let subject = format!("snapshot {}@{}", snapshot.volume_name, snapshot.name);
-        daemon.events.emit(code::SNAPSHOT_INTERRUPTED, subject, "interrupted by the end of the daemon: it is crash-consistent only", DAEMON);
+        daemon.events.emit(
+            code::SNAPSHOT_INTERRUPTED,
+            subject,
+            "interrupted by the end of the daemon: it is crash-consistent only",
+            DAEMON,
+        );
     }
     Ok(())
 }
 
 /// An automatic snapshot, taken before something that cannot be undone otherwise.
-pub(super) fn automatic(daemon: &Daemon, volume: VolumeId, lun: &str, prefix: &str, note: String, who: &str) -> Result<SnapshotInfo, Refusal> {
-    let name = free_name(&format!("{prefix}-{}", stamp()), |name| daemon.pool.snapshot(lun, name).is_some());
+pub(super) fn automatic(
+    daemon: &Daemon,
+    volume: VolumeId,
+    lun: &str,
+    prefix: &str,
+    note: String,
+    who: &str,
+) -> Result<SnapshotInfo, Refusal> {
+    let name = free_name(&format!("{prefix}-{}", stamp()), |name| {
+        daemon.pool.snapshot(lun, name).is_some()
+    });
     let meta = Meta {
         requested: Consistency::Crash,
         cut_ms: 0,
@@ -315,7 +448,11 @@ pub(super) fn automatic(daemon: &Daemon, volume: VolumeId, lun: &str, prefix: &s
         elsewhere: false,
         proof: Proof::default(),
     };
-    let spec = SnapshotSpec { name, meta: meta.to_bytes(), ..SnapshotSpec::default() };
+    let spec = SnapshotSpec {
+        name,
+        meta: meta.to_bytes(),
+        ..SnapshotSpec::default()
+    };
     let made = daemon.pool.begin_cut(&[volume], &spec)?.commit()?;
     let made = made.into_iter().next();
     made.ok_or_else(|| Refusal::failed("internal", "the store took no snapshot", "report this"))

@@ -137,33 +137,66 @@ fn used_by(daemon: &Daemon, snapshot: &SnapshotInfo) -> Vec<String> {
     if snapshot.children == 0 {
         return Vec::new();
     }
-    let stands_on = |volume: &stillpoint_snapshot::VolumeInfo| volume.parent == Some(snapshot.id) && volume.id != snapshot.volume;
-    daemon.pool.volumes().into_iter().filter(stands_on).map(|volume| volume.name).collect()
+    let stands_on = |volume: &stillpoint_snapshot::VolumeInfo| {
+        volume.parent == Some(snapshot.id) && volume.id != snapshot.volume
+    };
+    daemon
+        .pool
+        .volumes()
+        .into_iter()
+        .filter(stands_on)
+        .map(|volume| volume.name)
+        .collect()
 }
 
 pub(crate) fn list(daemon: &Arc<Daemon>, lun: Option<&str>) -> Result<Vec<SnapshotRow>, Refusal> {
     let volume = match lun {
         None => None,
-        Some(name) => Some(daemon.pool.volume(name).ok_or_else(|| luns::unknown(daemon, name))?.id()),
+        Some(name) => Some(
+            daemon
+                .pool
+                .volume(name)
+                .ok_or_else(|| luns::unknown(daemon, name))?
+                .id(),
+        ),
     };
     let mut snapshots = daemon.pool.snapshots(volume);
-    snapshots.sort_by(|a, b| (&a.volume_name, a.id.epoch, a.created_ms).cmp(&(&b.volume_name, b.id.epoch, b.created_ms)));
-    Ok(snapshots.iter().filter(|s| !s.volume_name.is_empty()).map(|snapshot| row(daemon, snapshot)).collect())
+    snapshots.sort_by(|a, b| {
+        (&a.volume_name, a.id.epoch, a.created_ms).cmp(&(&b.volume_name, b.id.epoch, b.created_ms))
+    });
+    Ok(snapshots
+        .iter()
+        .filter(|s| !s.volume_name.is_empty())
+        .map(|snapshot| row(daemon, snapshot))
+        .collect())
 }
 
 pub(crate) fn show(daemon: &Arc<Daemon>, snapshot: &SnapshotRef) -> Result<SnapshotRow, Refusal> {
     Ok(row(daemon, &find(daemon, snapshot)?))
 }
 
-pub(crate) async fn hold(daemon: &Arc<Daemon>, snapshot: SnapshotRef, hold: bool, who: &str) -> Result<SnapshotRow, Refusal> {
+pub(crate) async fn hold(
+    daemon: &Arc<Daemon>,
+    snapshot: SnapshotRef,
+    hold: bool,
+    who: &str,
+) -> Result<SnapshotRow, Refusal> {
     let who = who.to_owned();
     blocking(daemon, move |daemon| {
         let info = find(daemon, &snapshot)?;
-        let change = SnapshotChange { hold: Some(hold), ..SnapshotChange::default() };
+        let change = SnapshotChange {
+            hold: Some(hold),
+            ..SnapshotChange::default()
+        };
         let info = daemon.pool.set_snapshot(info.id, &change)?;
-        let (event, text) =
-            if hold { (code::SNAPSHOT_HELD, "is held: it cannot be deleted") } else { (code::SNAPSHOT_RELEASED, "is released") };
-        daemon.events.emit(event, format!("snapshot {snapshot}"), text, &who);
+        let (event, text) = if hold {
+            (code::SNAPSHOT_HELD, "is held: it cannot be deleted")
+        } else {
+            (code::SNAPSHOT_RELEASED, "is released")
+        };
+        daemon
+            .events
+            .emit(event, format!("snapshot {snapshot}"), text, &who);
         Ok(row(daemon, &info))
     })
     .await
@@ -173,17 +206,27 @@ pub(crate) async fn hold(daemon: &Arc<Daemon>, snapshot: SnapshotRef, hold: bool
 pub(crate) fn check_deletable(daemon: &Daemon, snapshot: &SnapshotInfo) -> Result<(), Refusal> {
     let name = format!("{}@{}", snapshot.volume_name, snapshot.name);
     if snapshot.hold {
-        return Err(Refusal::refused("held", format!("snapshot {name} is held"), format!("`stillpoint snapshot release {name}` first")));
+        return Err(Refusal::refused(
+            "held",
+            format!("snapshot {name} is held"),
+            format!("`stillpoint snapshot release {name}` first"),
+        ));
     }
     if snapshot.lock_until_ms > jiff::Timestamp::now().as_millisecond() {
         return Err(Refusal::refused(
             "locked",
-            format!("snapshot {name} is locked until {}", time_text(snapshot.lock_until_ms)),
+            format!(
+                "snapshot {name} is locked until {}",
+                time_text(snapshot.lock_until_ms)
+            ),
             "nobody can delete it before",
         ));
     }
     let mounts = daemon.state.mounts()?;
-    if let Some(mount) = mounts.iter().find(|mount| mount.lun == snapshot.volume_name && mount.snapshot == snapshot.name) {
+    if let Some(mount) = mounts
+        .iter()
+        .find(|mount| mount.lun == snapshot.volume_name && mount.snapshot == snapshot.name)
+    {
         return Err(Refusal::refused(
             "mounted",
             format!("snapshot {name} is mounted as {}", mount.name),
@@ -208,7 +251,9 @@ pub(crate) async fn delete(daemon: &Arc<Daemon>, snapshot: SnapshotRef, who: &st
         } else {
             format!("deleted; {} stands on it and keeps its data", clones.join(", "))
         };
-        daemon.events.emit(code::SNAPSHOT_DELETED, format!("snapshot {snapshot}"), text, &who);
+        daemon
+            .events
+            .emit(code::SNAPSHOT_DELETED, format!("snapshot {snapshot}"), text, &who);
         Ok(done([
             ("lun", json!(snapshot.lun)),
             ("name", json!(snapshot.name)),
@@ -219,11 +264,19 @@ pub(crate) async fn delete(daemon: &Arc<Daemon>, snapshot: SnapshotRef, who: &st
     .await
 }
 
-pub(crate) fn diff(daemon: &Arc<Daemon>, from: SnapshotRef, to: Option<SnapshotRef>) -> Result<Diff, Refusal> {
+pub(crate) fn diff(
+    daemon: &Arc<Daemon>,
+    from: SnapshotRef,
+    to: Option<SnapshotRef>,
+) -> Result<Diff, Refusal> {
     let older = find(daemon, &from)?;
     let younger = match &to {
         Some(to) if to.lun != from.lun => {
-            return Err(Refusal::usage("other_lun", format!("{from} and {to} are of different LUNs"), "compare snapshots of one LUN"));
+            return Err(Refusal::usage(
+                "other_lun",
+                format!("{from} and {to} are of different LUNs"),
+                "compare snapshots of one LUN",
+            ));
         }
         Some(to) => DiffTo::Snapshot(find(daemon, to)?.id),
         None => DiffTo::Head(older.volume),
@@ -242,9 +295,20 @@ pub(crate) fn diff(daemon: &Arc<Daemon>, from: SnapshotRef, to: Option<SnapshotR
             ));
         }
     }
-    let extents: Vec<DiffExtent> =
-        extents.iter().map(|e| DiffExtent { offset_bytes: e.offset, length_bytes: e.len, kind: e.kind }).collect();
-    Ok(Diff { from, to, changed_bytes: extents.iter().map(|e| e.length_bytes).sum(), extents })
+    let extents: Vec<DiffExtent> = extents
+        .iter()
+        .map(|e| DiffExtent {
+            offset_bytes: e.offset,
+            length_bytes: e.len,
+            kind: e.kind,
+        })
+        .collect();
+    Ok(Diff {
+        from,
+        to,
+        changed_bytes: extents.iter().map(|e| e.length_bytes).sum(),
+        extents,
+    })
 }
 
 /// UTC as in a default name: `20261122T160000Z`.
@@ -255,7 +319,10 @@ fn stamp() -> String {
 /// `base`, or `base-2`, `base-3` … until nobody has that name.
 fn free_name(base: &str, taken: impl Fn(&str) -> bool) -> String {
     let numbered = (2u64..).map(|n| format!("{base}-{n}"));
-    std::iter::once(base.to_owned()).chain(numbered).find(|name| !taken(name)).unwrap_or_else(|| base.to_owned())
+    std::iter::once(base.to_owned())
+        .chain(numbered)
+        .find(|name| !taken(name))
+        .unwrap_or_else(|| base.to_owned())
 }
 
 #[cfg(test)]
@@ -267,14 +334,22 @@ mod tests {
         assert_eq!(free_name("a", |_| false), "a");
         assert_eq!(free_name("a", |name| ["a", "a-2"].contains(&name)), "a-3");
         let stamp = stamp();
-        assert!(stamp.len() == 16 && stamp.ends_with('Z') && stamp.as_bytes()[8] == b'T', "{stamp}");
+        assert!(
+            stamp.len() == 16 && stamp.ends_with('Z') && stamp.as_bytes()[8] == b'T',
+            "{stamp}"
+        );
     }
 
     #[test]
     fn a_record_without_readable_remarks_claims_nothing() {
-        let meta: Meta = serde_json::from_slice(br#"{"requested":"application","created_by":"ann"}"#).expect("short form");
+        let meta: Meta =
+            serde_json::from_slice(br#"{"requested":"application","created_by":"ann"}"#).expect("short form");
         assert!(!meta.pending && meta.proof.agents.is_empty());
-        let bytes = Meta { pending: true, ..meta }.to_bytes();
+        let bytes = Meta {
+            pending: true,
+            ..meta
+        }
+        .to_bytes();
         let back: Meta = serde_json::from_slice(&bytes).expect("read back");
         assert!(back.pending && back.requested == Consistency::Application);
     }

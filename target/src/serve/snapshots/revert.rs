@@ -9,6 +9,7 @@ use super::{find, level};
 use crate::serve::control::api::{Refusal, Revert, SessionLabel, SnapshotRef, VolumeKind, time_text};
 use crate::serve::control::{Caller, blocking, end_sessions};
 use crate::serve::events::code;
+use crate::serve::registry::LoginHold;
 use crate::serve::state::VolumeTag;
 use crate::serve::{Daemon, LunBackend};
 
@@ -28,35 +29,54 @@ pub(crate) async fn revert(
         return Ok(reverted);
     }
     let _changing = daemon.state.changing().await;
+    // An initiator that comes back by itself would go on writing what its caches remember of the old content.
+    let targets = daemon.registry.targets_of(&snapshot.lun);
+    let _held = LoginHold::new(daemon, targets.iter().map(|target| target.iqn().to_owned()));
+    reverted.sessions = sessions(daemon, &snapshot.lun);
     if !reverted.sessions.is_empty() {
         if !force {
             return Err(in_use(&snapshot.lun, &reverted.sessions));
         }
-        caller.progress(format!("ending {} sessions of {}", reverted.sessions.len(), snapshot.lun));
-        end_sessions(daemon, reverted.sessions.iter().map(|s| s.id), &format!("LUN {} is reverted", snapshot.lun)).await;
+        caller.progress(format!(
+            "ending {} sessions of {}",
+            reverted.sessions.len(),
+            snapshot.lun
+        ));
+        end_sessions(
+            daemon,
+            reverted.sessions.iter().map(|s| s.id),
+            &format!("LUN {} is reverted", snapshot.lun),
+        )
+        .await;
     }
-    let lun = daemon.registry.lun(&snapshot.lun);
-    if let Some(lun) = &lun {
+    if let Some(lun) = daemon.registry.lun(&snapshot.lun) {
         lun.drain().await;
-    }
-    // An initiator that comes back by itself would go on writing what its caches remember of the old content.
-    let back = sessions(daemon, &snapshot.lun);
-    if !back.is_empty() {
-        let refusal = in_use(&snapshot.lun, &back);
-        return Err(Refusal { message: format!("{} (logged in again)", refusal.message), ..refusal });
     }
     let who = caller.who.clone();
     let work = snapshot.clone();
     let automatic = blocking(daemon, move |daemon| go_back(daemon, &work, &who)).await?;
-    let text = format!("reverted to {snapshot}; what it held until now is in {}@{automatic}", snapshot.lun);
-    daemon.events.emit(code::LUN_REVERTED, format!("lun {}", snapshot.lun), text, &caller.who);
+    let text = format!(
+        "reverted to {snapshot}; what it held until now is in {}@{automatic}",
+        snapshot.lun
+    );
+    daemon.events.emit(
+        code::LUN_REVERTED,
+        format!("lun {}", snapshot.lun),
+        text,
+        &caller.who,
+    );
     reverted.automatic_snapshot = Some(automatic);
     reverted.reverted = true;
     Ok(reverted)
 }
 
 fn sessions(daemon: &Daemon, lun: &str) -> Vec<SessionLabel> {
-    daemon.registry.sessions_of_lun(lun).iter().map(SessionLabel::from).collect()
+    daemon
+        .registry
+        .sessions_of_lun(lun)
+        .iter()
+        .map(SessionLabel::from)
+        .collect()
 }
 
 fn in_use(lun: &str, sessions: &[SessionLabel]) -> Refusal {
@@ -71,9 +91,16 @@ fn in_use(lun: &str, sessions: &[SessionLabel]) -> Refusal {
 /// What a revert would do.
 fn look(daemon: &Daemon, snapshot: &SnapshotRef) -> Result<Revert, Refusal> {
     let info = find(daemon, snapshot)?;
-    let volume = daemon.pool.volume_by_id(info.volume).ok_or_else(|| gone(snapshot))?;
+    let volume = daemon
+        .pool
+        .volume_by_id(info.volume)
+        .ok_or_else(|| gone(snapshot))?;
     if VolumeTag::of(&volume.info()?)?.kind == VolumeKind::Mount {
-        return Err(Refusal::refused("mounted", format!("{:?} is a mounted snapshot", snapshot.lun), "unmount it and mount the other one"));
+        return Err(Refusal::refused(
+            "mounted",
+            format!("{:?} is a mounted snapshot", snapshot.lun),
+            "unmount it and mount the other one",
+        ));
     }
     let changed = daemon.pool.diff(Some(info.id), DiffTo::Head(info.volume))?;
     Ok(Revert {
@@ -82,8 +109,8 @@ fn look(daemon: &Daemon, snapshot: &SnapshotRef) -> Result<Revert, Refusal> {
         created_at: time_text(info.created_ms),
         consistency: level(info.consistency),
         changed_bytes: changed.iter().map(|extent| extent.len).sum(),
-        size_bytes_before: volume.size_bytes(),
-        size_bytes_after: info.size_bytes,
+        size_before_bytes: volume.size_bytes(),
+        size_after_bytes: info.size_bytes,
         sessions: sessions(daemon, &snapshot.lun),
         automatic_snapshot: None,
         reverted: false,
@@ -91,7 +118,11 @@ fn look(daemon: &Daemon, snapshot: &SnapshotRef) -> Result<Revert, Refusal> {
 }
 
 fn gone(snapshot: &SnapshotRef) -> Refusal {
-    Refusal::failed("not_found", format!("the volume of {snapshot} is gone"), "`stillpoint volume list` shows what there is")
+    Refusal::failed(
+        "not_found",
+        format!("the volume of {snapshot} is gone"),
+        "`stillpoint volume list` shows what there is",
+    )
 }
 
 /// Takes the automatic snapshot, goes back, and puts the new content below the LUN. Returns the automatic snapshot's name.
