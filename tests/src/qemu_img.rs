@@ -26,7 +26,18 @@ pub fn qemu_img(arguments: &[&str]) -> Result<Finished> {
 /// # Errors
 /// It cannot be started or does not end.
 pub fn qemu_io(url: &str, commands: &[&str]) -> Result<Finished> {
-    let mut finished = run(&mut qemu_io_command(url, commands)?, LIMIT)?;
+    spoken(run(&mut qemu_io_command(url, commands)?, LIMIT)?)
+}
+
+/// As [`qemu_io`] on a disk opened for reading only: QEMU opens a write-protected LUN in no other way.
+///
+/// # Errors
+/// It cannot be started or does not end.
+pub fn qemu_io_read_only(url: &str, commands: &[&str]) -> Result<Finished> {
+    spoken(run(qemu_io_command(url, commands)?.arg("-r"), LIMIT)?)
+}
+
+fn spoken(mut finished: Finished) -> Result<Finished> {
     let text = format!("{}{}", finished.stdout, finished.stderr).to_lowercase();
     if ["failed", "mismatch", "error", "can't", "no space"]
         .iter()

@@ -25,11 +25,16 @@ fn boot(scratch: &Scratch) -> Result<Guest> {
 }
 
 /// fio writes blocks that carry their checksums, and reads them all back; meanwhile `blow` strikes three times.
-fn verified_load(guest: &mut Guest, disk: &str, mut blow: impl FnMut() -> Result<()>) -> Result<()> {
+fn verified_load(
+    guest: &mut Guest,
+    disk: &str,
+    options: &str,
+    mut blow: impl FnMut() -> Result<()>,
+) -> Result<()> {
     // The rate keeps the writing phase longer than the blows on any machine.
     guest.run(&format!(
-        "(fio --name=load --filename={disk} --size=48m --rw=randwrite --bs=4k --direct=1 --ioengine=libaio \
-           --iodepth=8 --fsync=64 --rate=,3m --verify=crc32c --verify_fatal=1 --do_verify=1 --output=/run/fio.txt \
+        "(fio --name=load --filename={disk} --size=32m --rw=randwrite --bs=4k --direct=1 --ioengine=libaio \
+           --iodepth=8 --rate=,2m {options} --verify=crc32c --verify_fatal=1 --do_verify=1 --output=/run/fio.txt \
            >/run/fio.err 2>&1 && echo done >/run/fio.done || echo $? >/run/fio.failed) &"
     ))?;
     for round in 1..=3 {
@@ -65,22 +70,34 @@ fn verified_load(guest: &mut Guest, disk: &str, mut blow: impl FnMut() -> Result
     Ok(())
 }
 
+/// A target whose write cache is on promises what was flushed, one whose cache is off promises everything.
+fn daemon_killed(scratch: &Scratch, write_cache: bool, options: &str) -> Result<()> {
+    let config = format!(
+        "[[portal]]\naddress = \"127.0.0.1:$PORT\"\n\
+         [[lun]]\nname = \"disk\"\nsize = \"256MiB\"\nwrite_cache = {write_cache}\n\
+         [[target]]\niqn = \"iqn.2026-11.test:disk\"\nluns = [\"disk\"]\ninitiators = [\"{INITIATOR}\"]\n"
+    );
+    let mut daemon = Daemon::start(BINARY, scratch, &config)?;
+    let mut guest = boot(scratch)?;
+    let disk = guest.run(&format!("iscsi-login {} iqn.2026-11.test:disk", daemon.portal()))?;
+    verified_load(&mut guest, disk.trim(), options, || {
+        daemon.kill()?;
+        thread::sleep(Duration::from_millis(500));
+        daemon.resume()
+    })
+}
+
 #[test]
 fn daemon_killed_under_verified_load() {
-    story("daemon killed under fio --verify", |scratch| {
-        let mut daemon = Daemon::start(
-            BINARY,
-            scratch,
-            "[[portal]]\naddress = \"127.0.0.1:$PORT\"\n[[lun]]\nname = \"disk\"\nsize = \"256MiB\"\n\
-             [[target]]\niqn = \"iqn.2026-11.test:disk\"\nluns = [\"disk\"]\ninitiators = [\"iqn.2026-11.test.guest:recovery\"]\n",
-        )?;
-        let mut guest = boot(scratch)?;
-        let disk = guest.run(&format!("iscsi-login {} iqn.2026-11.test:disk", daemon.portal()))?;
-        verified_load(&mut guest, disk.trim(), || {
-            daemon.kill()?;
-            thread::sleep(Duration::from_millis(500));
-            daemon.resume()
-        })
+    story("daemon killed under fio --verify, flushed writes", |scratch| {
+        daemon_killed(scratch, true, "--sync=1")
+    });
+}
+
+#[test]
+fn daemon_killed_under_verified_load_without_write_cache() {
+    story("daemon killed under fio --verify, no write cache", |scratch| {
+        daemon_killed(scratch, false, "")
     });
 }
 
@@ -90,7 +107,7 @@ fn the_same_story_is_fair_to_tgt() {
         let mut tgt = Tgt::start(scratch, 256 << 20)?;
         let mut guest = boot(scratch)?;
         let disk = guest.run(&format!("iscsi-login {} {} 1", tgt.portal(), tgt.iqn()))?;
-        verified_load(&mut guest, disk.trim(), || {
+        verified_load(&mut guest, disk.trim(), "", || {
             tgt.kill();
             thread::sleep(Duration::from_millis(500));
             tgt.resume()

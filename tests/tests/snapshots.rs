@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use stillpoint_tests::{Daemon, Scratch, qemu_img, qemu_io, qemu_session, story, wait_until};
+use stillpoint_tests::{
+    Daemon, Scratch, qemu_img, qemu_io, qemu_io_read_only, qemu_session, story, wait_until,
+};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_stillpoint-under-test");
 const LIMIT: Duration = Duration::from_secs(30);
@@ -128,7 +130,7 @@ fn one_cut_over_two_luns() {
         qemu_io(&log, &["write -P 4 0 1M"])?.success()?;
         for (snapshot, pattern) in [("disk@both", 1), ("log@both", 2)] {
             let (_, url) = mount(&daemon, snapshot, &["--read-only"])?;
-            qemu_io(&url, &[&format!("read -P {pattern} 0 1M"), "read -P 0 1M 1M"])?.success()?;
+            qemu_io_read_only(&url, &[&format!("read -P {pattern} 0 1M"), "read -P 0 1M 1M"])?.success()?;
             ensure!(
                 qemu_io(&url, &["write -P 9 0 4k"])?.code != 0,
                 "a read-only mount was written"
