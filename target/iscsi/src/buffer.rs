@@ -27,7 +27,11 @@ impl Pool {
     fn take(&self, capacity: usize) -> Vec<u8> {
         if capacity >= POOLED_MIN {
             let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(at) = idle.buffers.iter().position(|buffer| buffer.capacity() >= capacity) {
+            if let Some(at) = idle
+                .buffers
+                .iter()
+                .position(|buffer| buffer.capacity() >= capacity)
+            {
                 let buffer = idle.buffers.swap_remove(at);
                 idle.bytes -= buffer.capacity();
                 return buffer;
@@ -57,7 +61,12 @@ pub(crate) struct Buffer {
 impl Buffer {
     /// `capacity` is what the first allocation will hold, made when the first byte is about to come.
     pub(crate) fn new(capacity: usize, pool: &Pool) -> Self {
-        Self { bytes: Vec::new(), filled: 0, capacity, pool: Some(pool.clone()) }
+        Self {
+            bytes: Vec::new(),
+            filled: 0,
+            capacity,
+            pool: Some(pool.clone()),
+        }
     }
 
     pub(crate) fn filled(&self) -> usize {
@@ -85,12 +94,17 @@ impl Buffer {
     /// `n` bytes were put into the space.
     pub(crate) fn advance(&mut self, n: usize) {
         self.filled += n;
-        assert!(self.filled <= self.bytes.len(), "more bytes than there was space for");
+        assert!(
+            self.filled <= self.bytes.len(),
+            "more bytes than there was space for"
+        );
     }
 
     /// The newest `n` bytes.
     pub(crate) fn newest(&self, n: usize) -> &[u8] {
-        self.bytes.get(self.filled.saturating_sub(n)..self.filled).unwrap_or_default()
+        self.bytes
+            .get(self.filled.saturating_sub(n)..self.filled)
+            .unwrap_or_default()
     }
 
     /// Copies from elsewhere.
@@ -107,9 +121,11 @@ impl Buffer {
     /// The data, to be read only. Its memory comes back to the pool when the last clone is dropped.
     pub(crate) fn freeze(mut self) -> Bytes {
         match self.pool.take() {
-            Some(pool) if self.bytes.capacity() >= POOLED_MIN => {
-                Bytes::from_owner(Frozen { bytes: self.bytes, filled: self.filled, pool })
-            }
+            Some(pool) if self.bytes.capacity() >= POOLED_MIN => Bytes::from_owner(Frozen {
+                bytes: self.bytes,
+                filled: self.filled,
+                pool,
+            }),
             _ => {
                 self.bytes.truncate(self.filled);
                 Bytes::from(self.bytes)

@@ -4,7 +4,7 @@
 //! - [`LoginStatus`]: refuse this login, with class and detail.
 //! - [`RejectReason`]: refuse this one PDU and go on.
 
-use crate::types::{CmdSn, Cid, DataSn, Isid, Itt, Ttt};
+use crate::types::{Cid, CmdSn, DataSn, Isid, Itt, Ttt};
 
 /// The connection cannot go on. Flush what is still to be sent (a Login Response that refuses, a Reject), then close.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -370,7 +370,9 @@ impl TransferFault {
     pub fn asc_ascq(self) -> (u8, u8) {
         match self {
             Self::UnexpectedUnsolicited { .. } => (0x0c, 0x0c),
-            Self::IncorrectAmount { .. } | Self::OffsetOutOfOrder { .. } | Self::WrongTtt { .. } => (0x0c, 0x0d),
+            Self::IncorrectAmount { .. } | Self::OffsetOutOfOrder { .. } | Self::WrongTtt { .. } => {
+                (0x0c, 0x0d)
+            }
             Self::DataSnOutOfOrder { .. } | Self::Digest { .. } => (0x47, 0x05),
         }
     }

@@ -65,7 +65,10 @@ impl Frame {
         let pad = padding(self.data.len());
         self.tail_len = pad;
         if digest {
-            let crc = crc32c::crc32c_append(crc32c::crc32c(&self.data), self.tail.get(..pad).unwrap_or_default());
+            let crc = crc32c::crc32c_append(
+                crc32c::crc32c(&self.data),
+                self.tail.get(..pad).unwrap_or_default(),
+            );
             if let Some(word) = self.tail.get_mut(pad..pad + DIGEST_LEN) {
                 word.copy_from_slice(&crc.to_le_bytes());
             }
@@ -117,14 +120,24 @@ mod tests {
     /// CRC of 32 zero bytes, RFC 7143 appendix A.4, in wire order aa 36 91 8a.
     #[test]
     fn data_digest_matches_the_rfc() {
-        let frame = Frame::new([0; 48], Bytes::from_static(&[0; 32]), Digests { header: false, data: true });
+        let frame = Frame::new(
+            [0; 48],
+            Bytes::from_static(&[0; 32]),
+            Digests {
+                header: false,
+                data: true,
+            },
+        );
         assert_eq!(frame.tail(), [0xaa, 0x36, 0x91, 0x8a]);
         assert_eq!(frame.len(), 48 + 32 + 4);
     }
 
     #[test]
     fn digests_cover_padding_and_no_data_means_no_digest() {
-        let digests = Digests { header: true, data: true };
+        let digests = Digests {
+            header: true,
+            data: true,
+        };
         let frame = Frame::new([0; 48], Bytes::from_static(b"abcde"), digests);
         assert_eq!(frame.tail().len(), 7);
         assert_eq!(frame.tail()[..3], [0, 0, 0]);

@@ -31,6 +31,6 @@ pub use event::{
 pub use frame::Frame;
 pub use login::{ChapAlgorithm, ChapPolicy, ChapPolicyError, Params};
 pub use types::{
-    Cid, CmdSn, DataSn, Isid, Itt, LogoutReason, Lun, R2tSn, SessionType, StatSn, TaskAttribute, TaskId, TmfFunction,
-    TmfId, TmfResponse, Tsih, Ttt,
+    Cid, CmdSn, DataSn, Isid, Itt, LogoutReason, Lun, R2tSn, SessionType, StatSn, TaskAttribute, TaskId,
+    TmfFunction, TmfId, TmfResponse, Tsih, Ttt,
 };

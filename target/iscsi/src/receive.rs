@@ -51,8 +51,17 @@ pub(crate) struct Received {
 #[derive(Debug)]
 enum State {
     Header,
-    Data { head: Head, sink: Sink, missing: usize, crc: u32 },
-    Tail { head: Head, sink: Sink, crc: u32 },
+    Data {
+        head: Head,
+        sink: Sink,
+        missing: usize,
+        crc: u32,
+    },
+    Tail {
+        head: Head,
+        sink: Sink,
+        crc: u32,
+    },
 }
 
 /// The receiving half of a connection.
@@ -66,7 +75,12 @@ pub(crate) struct Receiver {
 
 impl Receiver {
     pub(crate) fn new() -> Self {
-        Self { staging: vec![0; STAGING_LEN].into_boxed_slice(), start: 0, end: 0, state: State::Header }
+        Self {
+            staging: vec![0; STAGING_LEN].into_boxed_slice(),
+            start: 0,
+            end: 0,
+            state: State::Header,
+        }
     }
 
     fn staged(&self) -> &[u8] {
@@ -76,7 +90,11 @@ impl Receiver {
     /// Whether the next bytes go straight into a buffer.
     fn is_direct(&self) -> bool {
         match &self.state {
-            State::Data { sink: Sink::Into(_), missing, .. } => self.start == self.end && *missing >= DIRECT_MIN,
+            State::Data {
+                sink: Sink::Into(_),
+                missing,
+                ..
+            } => self.start == self.end && *missing >= DIRECT_MIN,
             _ => false,
         }
     }
@@ -84,7 +102,11 @@ impl Receiver {
     /// Where the next bytes go: never empty.
     pub(crate) fn space(&mut self) -> &mut [u8] {
         if self.is_direct()
-            && let State::Data { sink: Sink::Into(buffer), missing, .. } = &mut self.state
+            && let State::Data {
+                sink: Sink::Into(buffer),
+                missing,
+                ..
+            } = &mut self.state
         {
             return buffer.space(*missing);
         }
@@ -98,7 +120,12 @@ impl Receiver {
     /// `n` bytes are in the space.
     pub(crate) fn advance(&mut self, n: usize) {
         if self.is_direct()
-            && let State::Data { sink: Sink::Into(buffer), missing, crc, .. } = &mut self.state
+            && let State::Data {
+                sink: Sink::Into(buffer),
+                missing,
+                crc,
+                ..
+            } = &mut self.state
         {
             assert!(n <= *missing, "more bytes than there was space for");
             buffer.advance(n);
@@ -106,7 +133,10 @@ impl Receiver {
             *missing -= n;
         } else {
             self.end += n;
-            assert!(self.end <= self.staging.len(), "more bytes than there was space for");
+            assert!(
+                self.end <= self.staging.len(),
+                "more bytes than there was space for"
+            );
         }
     }
 
@@ -121,14 +151,21 @@ impl Receiver {
     /// A header digest that does not match: nothing after it can be trusted (RFC 7143 §7.8).
     pub(crate) fn next_head(&mut self, digest: bool) -> Result<Option<Head>, Error> {
         let staged = self.staged();
-        let Some(bhs) = staged.first_chunk::<BHS_LEN>() else { return Ok(None) };
+        let Some(bhs) = staged.first_chunk::<BHS_LEN>() else {
+            return Ok(None);
+        };
         let prefix = Prefix::parse(bhs);
         if prefix.ahs_len > 0 && prefix.opcode != Opcode::SCSI_COMMAND {
-            return Err(Error::UnexpectedAhs { opcode: prefix.opcode.0 });
+            return Err(Error::UnexpectedAhs {
+                opcode: prefix.opcode.0,
+            });
         }
         let header_len = BHS_LEN + prefix.ahs_len;
         let total = header_len + if digest { DIGEST_LEN } else { 0 };
-        let Some((header, word)) = staged.get(..total).and_then(|whole| whole.split_at_checked(header_len)) else {
+        let Some((header, word)) = staged
+            .get(..total)
+            .and_then(|whole| whole.split_at_checked(header_len))
+        else {
             return Ok(None);
         };
         if let Ok(word) = <[u8; DIGEST_LEN]>::try_from(word) {
@@ -137,7 +174,11 @@ impl Receiver {
                 return Err(Error::HeaderDigest { got, computed });
             }
         }
-        let head = Head { bhs: *bhs, ahs: Bytes::copy_from_slice(header.get(BHS_LEN..).unwrap_or_default()), prefix };
+        let head = Head {
+            bhs: *bhs,
+            ahs: Bytes::copy_from_slice(header.get(BHS_LEN..).unwrap_or_default()),
+            prefix,
+        };
         self.start += total;
         Ok(Some(head))
     }
@@ -145,32 +186,51 @@ impl Receiver {
     /// Says where the data of the header goes.
     pub(crate) fn begin(&mut self, head: Head, sink: Sink) {
         let missing = head.prefix.data_len as usize;
-        self.state = State::Data { head, sink, missing, crc: 0 };
+        self.state = State::Data {
+            head,
+            sink,
+            missing,
+            crc: 0,
+        };
     }
 
     /// Moves staged bytes on. The PDU, once all of it is here.
     pub(crate) fn finish(&mut self, digests: Digests) -> Option<Received> {
         self.move_data();
         let (data_len, crc) = match &self.state {
-            State::Data { missing: 0, head, crc, .. } => (head.prefix.data_len as usize, *crc),
+            State::Data {
+                missing: 0,
+                head,
+                crc,
+                ..
+            } => (head.prefix.data_len as usize, *crc),
             State::Tail { head, crc, .. } => (head.prefix.data_len as usize, *crc),
             _ => return None,
         };
-        let digest_len = if digests.data && data_len > 0 { DIGEST_LEN } else { 0 };
+        let digest_len = if digests.data && data_len > 0 {
+            DIGEST_LEN
+        } else {
+            0
+        };
         let pad = padding(data_len);
-        let Some((padding, word)) =
-            self.staged().get(..pad + digest_len).and_then(|tail| tail.split_at_checked(pad))
+        let Some((padding, word)) = self
+            .staged()
+            .get(..pad + digest_len)
+            .and_then(|tail| tail.split_at_checked(pad))
         else {
             self.wait_for_tail();
             return None;
         };
-        let digest_ok = <[u8; DIGEST_LEN]>::try_from(word)
-            .map_or(true, |word| crc32c::crc32c_append(crc, padding) == u32::from_le_bytes(word));
+        let digest_ok = <[u8; DIGEST_LEN]>::try_from(word).map_or(true, |word| {
+            crc32c::crc32c_append(crc, padding) == u32::from_le_bytes(word)
+        });
         self.start += pad + digest_len;
         match core::mem::replace(&mut self.state, State::Header) {
-            State::Data { head, sink, .. } | State::Tail { head, sink, .. } => {
-                Some(Received { head, sink, digest_ok })
-            }
+            State::Data { head, sink, .. } | State::Tail { head, sink, .. } => Some(Received {
+                head,
+                sink,
+                digest_ok,
+            }),
             State::Header => None,
         }
     }
@@ -183,7 +243,12 @@ impl Receiver {
     }
 
     fn move_data(&mut self) {
-        let State::Data { sink, missing, crc, .. } = &mut self.state else { return };
+        let State::Data {
+            sink, missing, crc, ..
+        } = &mut self.state
+        else {
+            return;
+        };
         let len = (self.end - self.start).min(*missing);
         let bytes = self.staging.get(self.start..self.start + len).unwrap_or_default();
         *crc = crc32c::crc32c_append(*crc, bytes);
@@ -202,7 +267,10 @@ mod tests {
 
     fn feed(receiver: &mut Receiver, mut bytes: &[u8], step: usize) -> Vec<Received> {
         let mut all = Vec::new();
-        let digests = Digests { header: true, data: true };
+        let digests = Digests {
+            header: true,
+            data: true,
+        };
         while !bytes.is_empty() {
             let space = receiver.space();
             assert!(!space.is_empty());
@@ -212,10 +280,14 @@ mod tests {
             receiver.advance(n);
             loop {
                 if receiver.wants_header() {
-                    let Some(head) = receiver.next_head(true).unwrap() else { break };
+                    let Some(head) = receiver.next_head(true).unwrap() else {
+                        break;
+                    };
                     receiver.begin(head, Sink::Into(Buffer::new(0, &Pool::default())));
                 }
-                let Some(received) = receiver.finish(digests) else { break };
+                let Some(received) = receiver.finish(digests) else {
+                    break;
+                };
                 all.push(received);
             }
         }
@@ -226,7 +298,14 @@ mod tests {
         let mut bhs = [0; BHS_LEN];
         bhs[0] = 5;
         let data: Vec<u8> = (0..=250).cycle().take(len).collect();
-        let frame = crate::Frame::new(bhs, data.into(), Digests { header: true, data: true });
+        let frame = crate::Frame::new(
+            bhs,
+            data.into(),
+            Digests {
+                header: true,
+                data: true,
+            },
+        );
         frame.chunks().concat()
     }
 
@@ -239,7 +318,9 @@ mod tests {
             assert_eq!(all.len(), lens.len());
             for (received, len) in all.iter().zip(lens) {
                 assert!(received.digest_ok, "{len} in steps of {step}");
-                let Sink::Into(buffer) = &received.sink else { panic!("discarded") };
+                let Sink::Into(buffer) = &received.sink else {
+                    panic!("discarded")
+                };
                 assert_eq!(buffer.data().len(), len);
                 assert!(buffer.data().iter().copied().eq((0..=250).cycle().take(len)));
             }
@@ -257,6 +338,9 @@ mod tests {
         let mut receiver = Receiver::new();
         receiver.space()[..bytes.len()].copy_from_slice(&bytes);
         receiver.advance(bytes.len());
-        assert!(matches!(receiver.next_head(true), Err(Error::HeaderDigest { .. })));
+        assert!(matches!(
+            receiver.next_head(true),
+            Err(Error::HeaderDigest { .. })
+        ));
     }
 }

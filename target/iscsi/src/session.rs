@@ -25,7 +25,11 @@ pub(crate) struct CommandWindow {
 impl CommandWindow {
     pub(crate) fn new(first: CmdSn, depth: u32) -> Self {
         assert!(depth > 0 && depth < 1 << 16, "a window has room");
-        Self { exp: first, max: first.plus(depth - 1), ahead: Vec::new() }
+        Self {
+            exp: first,
+            max: first.plus(depth - 1),
+            ahead: Vec::new(),
+        }
     }
 
     pub(crate) fn exp_cmd_sn(&self) -> CmdSn {
@@ -87,7 +91,12 @@ pub(crate) struct WriteBudget {
 
 impl WriteBudget {
     pub(crate) fn new(cap: usize) -> Self {
-        Self { cap, used: 0, running: 0, open_sequences: 0 }
+        Self {
+            cap,
+            used: 0,
+            running: 0,
+            open_sequences: 0,
+        }
     }
 
     /// Whether an R2T for `len` bytes may be sent now. Above the cap only when nothing else can make progress: no data is
@@ -159,7 +168,10 @@ mod tests {
     #[test]
     fn budget_goes_over_its_cap_only_when_nothing_else_moves() {
         let mut budget = WriteBudget::new(10);
-        assert!(budget.allows(100, true), "one command longer than the cap gets through alone");
+        assert!(
+            budget.allows(100, true),
+            "one command longer than the cap gets through alone"
+        );
         budget.reserve(8);
         budget.sequences_begin(1);
         assert!(budget.allows(2, true) && !budget.allows(3, true));

@@ -66,7 +66,10 @@ pub(crate) struct Tasks {
 impl Tasks {
     pub(crate) fn next_id(&mut self, itt: Itt) -> TaskId {
         self.numbers += 1;
-        TaskId { number: self.numbers, itt: itt.0 }
+        TaskId {
+            number: self.numbers,
+            itt: itt.0,
+        }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -102,7 +105,12 @@ impl Tasks {
     }
 
     pub(crate) fn matching(&self, filter: impl Fn(&Task) -> bool) -> Vec<TaskId> {
-        let mut ids: Vec<_> = self.by_itt.values().filter(|task| filter(task)).map(|task| task.id).collect();
+        let mut ids: Vec<_> = self
+            .by_itt
+            .values()
+            .filter(|task| filter(task))
+            .map(|task| task.id)
+            .collect();
         ids.sort_unstable();
         ids
     }
@@ -122,7 +130,12 @@ impl Tasks {
                 cmd_sn.precedes(other.cmd_sn) && other.attribute != TaskAttribute::HEAD_OF_QUEUE
             })
         };
-        let later = self.ready.iter().rev().take_while(|other| comes_after(other)).count();
+        let later = self
+            .ready
+            .iter()
+            .rev()
+            .take_while(|other| comes_after(other))
+            .count();
         self.ready.insert(self.ready.len() - later, id);
     }
 
@@ -132,9 +145,9 @@ impl Tasks {
             return self.ready.front().copied();
         }
         self.ready.iter().copied().find(|id| {
-            self.by_itt.get(&Itt(id.itt)).is_some_and(|task| {
-                (task.immediate || window.is_due(task.cmd_sn)) && !self.is_barred(task)
-            })
+            self.by_itt
+                .get(&Itt(id.itt))
+                .is_some_and(|task| (task.immediate || window.is_due(task.cmd_sn)) && !self.is_barred(task))
         })
     }
 
@@ -143,10 +156,18 @@ impl Tasks {
         if task.attribute == TaskAttribute::HEAD_OF_QUEUE {
             return false;
         }
-        let older = self.by_itt.values().filter(|other| other.lun == task.lun && other.id < task.id);
+        let older = self
+            .by_itt
+            .values()
+            .filter(|other| other.lun == task.lun && other.id < task.id);
         match task.attribute {
             TaskAttribute::ORDERED => older.count() > 0,
-            _ => older.filter(|other| other.attribute == TaskAttribute::ORDERED).count() > 0,
+            _ => {
+                older
+                    .filter(|other| other.attribute == TaskAttribute::ORDERED)
+                    .count()
+                    > 0
+            }
         }
     }
 

@@ -72,7 +72,9 @@ pub(crate) fn number(value: &str) -> Option<u64> {
         return all_hex.then(|| u64::from_str_radix(digits, 16).ok()).flatten();
     }
     let canonical = value == "0" || (!value.starts_with('0') && value.bytes().all(|c| c.is_ascii_digit()));
-    (canonical && !value.is_empty()).then(|| value.parse().ok()).flatten()
+    (canonical && !value.is_empty())
+        .then(|| value.parse().ok())
+        .flatten()
 }
 
 /// A boolean-value.
@@ -92,8 +94,14 @@ pub(crate) fn yes_no(value: bool) -> &'static str {
 /// A binary-value: hexadecimal (an odd digit count has an implicit leading zero) or base64.
 pub(crate) fn binary(value: &str) -> Option<Vec<u8>> {
     if let Some(digits) = hex_digits(value) {
-        let even = if digits.len() % 2 == 1 { format!("0{digits}") } else { digits.to_owned() };
-        return (!even.is_empty()).then(|| HEXLOWER_PERMISSIVE.decode(even.as_bytes()).ok()).flatten();
+        let even = if digits.len() % 2 == 1 {
+            format!("0{digits}")
+        } else {
+            digits.to_owned()
+        };
+        return (!even.is_empty())
+            .then(|| HEXLOWER_PERMISSIVE.decode(even.as_bytes()).ok())
+            .flatten();
     }
     let digits = value.strip_prefix("0b").or_else(|| value.strip_prefix("0B"))?;
     let bare = digits.trim_end_matches('=');
@@ -158,18 +166,27 @@ mod tests {
 
     #[test]
     fn pairs() {
-        assert_eq!(parse(b"A=1\0B=x=y\0\0\0C=").unwrap(), [("A", "1"), ("B", "x=y"), ("C", "")]);
+        assert_eq!(
+            parse(b"A=1\0B=x=y\0\0\0C=").unwrap(),
+            [("A", "1"), ("B", "x=y"), ("C", "")]
+        );
         assert_eq!(parse(b"").unwrap(), []);
         assert_eq!(parse(b"A\0"), Err(TextError::NoEquals));
         assert_eq!(parse(b"=1\0"), Err(TextError::BadKey));
         assert_eq!(parse(b"a=1\0"), Err(TextError::BadKey));
         assert_eq!(parse(b"A b=1\0"), Err(TextError::BadKey));
         assert_eq!(parse(b"A=\xff\0"), Err(TextError::NotUtf8));
-        assert_eq!(parse("A=1\0".repeat(129).as_bytes()), Err(TextError::TooManyKeys(128)));
+        assert_eq!(
+            parse("A=1\0".repeat(129).as_bytes()),
+            Err(TextError::TooManyKeys(128))
+        );
         let long = format!("{}=1\0", "K".repeat(64));
         assert_eq!(parse(long.as_bytes()), Err(TextError::BadKey));
         let long = format!("TargetName={}\0", "k".repeat(256));
-        assert_eq!(parse(long.as_bytes()), Err(TextError::ValueTooLong("TargetName".to_owned())));
+        assert_eq!(
+            parse(long.as_bytes()),
+            Err(TextError::ValueTooLong("TargetName".to_owned()))
+        );
         let long = format!("CHAP_R=0x{}\0", "k".repeat(2048));
         assert!(parse(long.as_bytes()).is_ok());
     }

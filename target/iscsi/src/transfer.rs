@@ -73,7 +73,11 @@ impl Inbound {
             end: first_burst,
             data_sn: DataSn(0),
         });
-        let requested = if unsolicited.is_some() { first_burst } else { immediate_len.min(want) };
+        let requested = if unsolicited.is_some() {
+            first_burst
+        } else {
+            immediate_len.min(want)
+        };
         Self {
             itt,
             want,
@@ -108,7 +112,10 @@ impl Inbound {
 
     /// Tags whose data is still to come.
     pub(crate) fn open_tags(&self) -> impl Iterator<Item = Ttt> + '_ {
-        self.unsolicited.iter().chain(&self.bursts).map(|sequence| sequence.ttt)
+        self.unsolicited
+            .iter()
+            .chain(&self.bursts)
+            .map(|sequence| sequence.ttt)
     }
 
     /// Sequences that have not ended.
@@ -137,7 +144,12 @@ impl Inbound {
         assert_eq!(offset, self.requested, "R2Ts are contiguous");
         self.requested = offset + len;
         self.reserved += len as usize;
-        self.bursts.push_back(Sequence { ttt, next: offset, end: offset + len, data_sn: DataSn(0) });
+        self.bursts.push_back(Sequence {
+            ttt,
+            next: offset,
+            end: offset + len,
+            data_sn: DataSn(0),
+        });
         let number = self.r2t_sn;
         self.r2t_sn = number.next();
         number
@@ -152,27 +164,43 @@ impl Inbound {
             return Placement::Discard;
         }
         let end = self.buffer.filled() + len as usize;
-        assert!(end <= self.want as usize, "no sequence reaches beyond what is wanted");
+        assert!(
+            end <= self.want as usize,
+            "no sequence reaches beyond what is wanted"
+        );
         Placement::Into(core::mem::take(&mut self.buffer))
     }
 
     fn check(&mut self, pdu: &DataOut, len: u32) -> Result<(), TransferFault> {
         let itt = self.itt;
         let sequence = if pdu.ttt == Ttt::RESERVED {
-            self.unsolicited.as_mut().ok_or(TransferFault::UnexpectedUnsolicited { itt })?
+            self.unsolicited
+                .as_mut()
+                .ok_or(TransferFault::UnexpectedUnsolicited { itt })?
         } else {
             // "Within a task, outstanding R2Ts MUST be fulfilled in the order in which they were received" (§11.8).
             let wrong = TransferFault::WrongTtt { itt, got: pdu.ttt };
-            self.bursts.front_mut().filter(|burst| burst.ttt == pdu.ttt).ok_or(wrong)?
+            self.bursts
+                .front_mut()
+                .filter(|burst| burst.ttt == pdu.ttt)
+                .ok_or(wrong)?
         };
         let (expected_sn, expected_offset) = (sequence.data_sn, sequence.next);
         sequence.data_sn = expected_sn.next();
         sequence.next = sequence.next.saturating_add(len);
         if pdu.data_sn != expected_sn {
-            return Err(TransferFault::DataSnOutOfOrder { itt, expected: expected_sn, got: pdu.data_sn });
+            return Err(TransferFault::DataSnOutOfOrder {
+                itt,
+                expected: expected_sn,
+                got: pdu.data_sn,
+            });
         }
         if pdu.buffer_offset != expected_offset {
-            return Err(TransferFault::OffsetOutOfOrder { itt, expected: expected_offset, got: pdu.buffer_offset });
+            return Err(TransferFault::OffsetOutOfOrder {
+                itt,
+                expected: expected_offset,
+                got: pdu.buffer_offset,
+            });
         }
         if sequence.next > sequence.end || (pdu.is_final && sequence.next < sequence.end) {
             return Err(TransferFault::IncorrectAmount { itt });

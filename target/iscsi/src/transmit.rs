@@ -44,11 +44,21 @@ pub(crate) struct Control {
 
 impl Control {
     pub(crate) fn new(bhs: Bhs, data: Bytes) -> Self {
-        Self { bhs, data, stat: Stat::Advance, mark: Mark::None }
+        Self {
+            bhs,
+            data,
+            stat: Stat::Advance,
+            mark: Mark::None,
+        }
     }
 
     pub(crate) fn peek(bhs: Bhs) -> Self {
-        Self { bhs, data: Bytes::new(), stat: Stat::Peek, mark: Mark::None }
+        Self {
+            bhs,
+            data: Bytes::new(),
+            stat: Stat::Peek,
+            mark: Mark::None,
+        }
     }
 
     pub(crate) fn marked(self, mark: Mark) -> Self {
@@ -170,7 +180,12 @@ impl Transmitter {
         }
     }
 
-    fn send_answer(&mut self, mut answer: Box<Outbound>, window: &mut CommandWindow, limits: SegmentLimits) -> Sent {
+    fn send_answer(
+        &mut self,
+        mut answer: Box<Outbound>,
+        window: &mut CommandWindow,
+        limits: SegmentLimits,
+    ) -> Sent {
         let before = answer.unsent();
         let piece = answer.next_piece(limits);
         let read_bytes = before - answer.unsent();
@@ -186,7 +201,12 @@ impl Transmitter {
         if !over {
             self.bulk.push_front(Bulk::Answer(answer));
         }
-        Sent { frame, mark: Mark::None, read_bytes, command_over }
+        Sent {
+            frame,
+            mark: Mark::None,
+            read_bytes,
+            command_over,
+        }
     }
 
     fn frame(&mut self, mut bhs: Bhs, data: Bytes, stat: Stat, window: &CommandWindow) -> Frame {
@@ -199,7 +219,11 @@ impl Transmitter {
             None => {}
         }
         let numbers = Numbers {
-            stat_sn: if stat == Stat::Reserved { StatSn(0) } else { self.stat_sn },
+            stat_sn: if stat == Stat::Reserved {
+                StatSn(0)
+            } else {
+                self.stat_sn
+            },
             exp_cmd_sn: window.exp_cmd_sn(),
             max_cmd_sn: window.max_cmd_sn(),
         };

@@ -1,10 +1,19 @@
 //! What real initiators send and cannot do without. The bytes and keys are measured or published facts about them
 //! (Microsoft initiator, ESXi, open-iscsi 2.1.8, QEMU 7.2 with libiscsi 1.19, iPXE 1.0.0+2019).
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "helpers of tests, where a panic is a failed test"
+)]
 
 mod common;
 
 use common::*;
-use stillpoint_iscsi::pdu::{Bhs, DataIn, LoginResponse, Opcode, R2t, Residual, ScsiCommand, ScsiResponse, Stage, TextResponse, TmfReply};
+use stillpoint_iscsi::pdu::{
+    Bhs, DataIn, LoginResponse, Opcode, R2t, Residual, ScsiCommand, ScsiResponse, Stage, TextResponse,
+    TmfReply,
+};
 use stillpoint_iscsi::{CmdSn, Isid, Outcome, TmfFunction, TmfResponse, Ttt};
 
 /// A Login Request header as bytes: opcode and flags, ISID, CID, ITT and CmdSN.
@@ -23,8 +32,15 @@ fn finish(pair: &mut Pair) -> Pdu {
     pair.admit();
     let pdu = pair.only();
     let response = LoginResponse::parse(&pdu.bhs);
-    assert_eq!((response.status, response.transit, response.next), ((0, 0), true, Stage::FULL_FEATURE));
-    assert_eq!(response.numbers.max_cmd_sn, response.numbers.exp_cmd_sn.plus(127), "the window is open");
+    assert_eq!(
+        (response.status, response.transit, response.next),
+        ((0, 0), true, Stage::FULL_FEATURE)
+    );
+    assert_eq!(
+        response.numbers.max_cmd_sn,
+        response.numbers.exp_cmd_sn.plus(127),
+        "the window is open"
+    );
     pair.event();
     pair.cmd_sn = response.numbers.exp_cmd_sn;
     pdu
@@ -50,7 +66,8 @@ fn windows(ours: stillpoint_iscsi::ConnectionConfig) -> (Pair, Vec<String>) {
         "TargetName=iqn.2026-01.test:disk",
         "AuthMethod=None",
     ];
-    pair.send(&login_bytes(0x81, WINDOWS, 1, 1, 1), &text(&names)).unwrap();
+    pair.send(&login_bytes(0x81, WINDOWS, 1, 1, 1), &text(&names))
+        .unwrap();
     let pdu = pair.only();
     // Without the portal group in the first response it waits until its login timer ends.
     assert_eq!(pdu.text(), ["TargetPortalGroupTag=1", "AuthMethod=None"]);
@@ -71,7 +88,8 @@ fn windows(ours: stillpoint_iscsi::ConnectionConfig) -> (Pair, Vec<String>) {
         "DefaultTime2Retain=60",
         "MaxOutstandingR2T=16",
     ];
-    pair.send(&login_bytes(0x87, WINDOWS, 1, 1, 1), &text(&offer)).unwrap();
+    pair.send(&login_bytes(0x87, WINDOWS, 1, 1, 1), &text(&offer))
+        .unwrap();
     let answer = finish(&mut pair).text();
     only_offered(&offer, &answer);
     (pair, answer)
@@ -114,12 +132,22 @@ fn windows_writes_256_kib_in_four_data_out_with_a_foreign_lun() {
         assert_eq!((ask.buffer_offset, ask.desired_len), (65536, 196_608));
         for (number, offset) in (65536..262_144).step_by(65536).enumerate() {
             let last = offset == 196_608;
-            pair.data_out(7, ask.ttt, number as u32, offset as u32, last, &data[offset..offset + 65536]);
+            pair.data_out(
+                7,
+                ask.ttt,
+                number as u32,
+                offset as u32,
+                last,
+                &data[offset..offset + 65536],
+            );
         }
         let command = pair.command();
         assert_eq!(command.data, data);
         pair.good(&command);
-        assert_eq!(ScsiResponse::parse(&pair.only().bhs).numbers.stat_sn, ask.numbers.stat_sn);
+        assert_eq!(
+            ScsiResponse::parse(&pair.only().bhs).numbers.stat_sn,
+            ask.numbers.stat_sn
+        );
     }
 }
 
@@ -132,7 +160,14 @@ fn windows_asks_for_luns_with_an_allocation_of_16() {
     pair.scsi(command, &[]);
     let command = pair.command();
     let luns = [0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-    pair.complete(&command, Outcome { data: bytes(&luns), transfer_len: 16, ..Outcome::default() });
+    pair.complete(
+        &command,
+        Outcome {
+            data: bytes(&luns),
+            transfer_len: 16,
+            ..Outcome::default()
+        },
+    );
     let pdu = pair.only();
     assert_eq!(DataIn::parse(&pdu.bhs).status, Some((GOOD, Residual::Exact)));
     // A missing pad makes it lose the frames: the length on the wire is always whole words (checked by the harness).
@@ -140,8 +175,18 @@ fn windows_asks_for_luns_with_an_allocation_of_16() {
     command.cdb[0] = 0x12;
     pair.scsi(command, &[]);
     let command = pair.command();
-    pair.complete(&command, Outcome { data: bytes(&[1; 5]), transfer_len: 5, ..Outcome::default() });
-    assert_eq!(DataIn::parse(&pair.only().bhs).status, Some((GOOD, Residual::Underflow(250))));
+    pair.complete(
+        &command,
+        Outcome {
+            data: bytes(&[1; 5]),
+            transfer_len: 5,
+            ..Outcome::default()
+        },
+    );
+    assert_eq!(
+        DataIn::parse(&pair.only().bhs).status,
+        Some((GOOD, Residual::Underflow(250)))
+    );
 }
 
 #[test]
@@ -150,7 +195,9 @@ fn windows_resets_and_logs_in_again() {
     pair.scsi(read(1, 512), &[]);
     let slow = pair.command();
     pair.tmf(TmfFunction::LOGICAL_UNIT_RESET, 2, u32::MAX, CmdSn(0));
-    let stillpoint_iscsi::Event::TaskManagement { tmf, affected, .. } = pair.event() else { panic!() };
+    let stillpoint_iscsi::Event::TaskManagement { tmf, affected, .. } = pair.event() else {
+        panic!()
+    };
     assert_eq!(affected, [slow.task]);
     pair.conn.tmf_complete(pair.now, tmf, TmfResponse::COMPLETE);
     pair.silent();
@@ -186,10 +233,16 @@ fn linux_logs_in_with_one_pdu() {
         "DataSequenceInOrder=Yes",
         "MaxRecvDataSegmentLength=262144",
     ];
-    pair.send(&login_bytes(0x87, [0, 2, 0x3d, 0, 0, 1], 0, 0, 1), &text(&offer)).unwrap();
+    pair.send(&login_bytes(0x87, [0, 2, 0x3d, 0, 0, 1], 0, 0, 1), &text(&offer))
+        .unwrap();
     let answer = finish(&mut pair).text();
     only_offered(&offer, &answer);
-    for expected in ["IFMarker=No", "OFMarker=No", "MaxBurstLength=1048576", "FirstBurstLength=262144"] {
+    for expected in [
+        "IFMarker=No",
+        "OFMarker=No",
+        "MaxBurstLength=1048576",
+        "FirstBurstLength=262144",
+    ] {
         assert!(answer.contains(&expected.to_owned()), "{expected} in {answer:?}");
     }
     let info = pair.conn.info();
@@ -202,11 +255,22 @@ fn linux_logs_in_with_one_pdu() {
     assert_eq!((ask.buffer_offset, ask.desired_len), (262_144, 786_432));
     for (number, offset) in (262_144..1 << 20).step_by(262_144).enumerate() {
         let last = offset == 786_432;
-        pair.data_out(1, ask.ttt, number as u32, offset as u32, last, &data[offset..offset + 262_144]);
+        pair.data_out(
+            1,
+            ask.ttt,
+            number as u32,
+            offset as u32,
+            last,
+            &data[offset..offset + 262_144],
+        );
     }
     assert_eq!(pair.command().data, data);
     // Its pings, every five seconds.
-    pair.send(&nop_out(0x1000_0000, Ttt::RESERVED, true, pair.cmd_sn).encode(), &[]).unwrap();
+    pair.send(
+        &nop_out(0x1000_0000, Ttt::RESERVED, true, pair.cmd_sn).encode(),
+        &[],
+    )
+    .unwrap();
     assert_eq!(pair.only().opcode(), Opcode::NOP_IN);
 }
 
@@ -219,30 +283,57 @@ fn linux_asks_for_four_bytes_of_each_page_first() {
         let command = pair.command();
         // The SCSI layer truncates by ALLOCATION LENGTH: no residual.
         let data = bytes(&page[..edtl as usize]);
-        pair.complete(&command, Outcome { data, transfer_len: u64::from(edtl), ..Outcome::default() });
-        assert_eq!(DataIn::parse(&pair.only().bhs).status, Some((GOOD, Residual::Exact)));
+        pair.complete(
+            &command,
+            Outcome {
+                data,
+                transfer_len: u64::from(edtl),
+                ..Outcome::default()
+            },
+        );
+        assert_eq!(
+            DataIn::parse(&pair.only().bhs).status,
+            Some((GOOD, Residual::Exact))
+        );
     }
 }
 
 #[test]
 fn open_iscsi_with_chap_begins_with_security_and_no_transit() {
     let secret = b"chap-secret-12";
-    let chap = stillpoint_iscsi::ChapPolicy::new("u", secret, None, stillpoint_iscsi::ChapAlgorithm::ALL).unwrap();
-    let mut pair = Pair::new(config(), Targets { chap: Some(chap), ..Targets::default() });
+    let chap =
+        stillpoint_iscsi::ChapPolicy::new("u", secret, None, stillpoint_iscsi::ChapAlgorithm::ALL).unwrap();
+    let mut pair = Pair::new(
+        config(),
+        Targets {
+            chap: Some(chap),
+            ..Targets::default()
+        },
+    );
     let isid = [0, 2, 0x3d, 0, 0, 1];
-    let names = ["InitiatorName=iqn.1993-08.org.debian:01:abc", "TargetName=iqn.2026-01.test:disk", "AuthMethod=CHAP,None"];
-    pair.send(&login_bytes(0x00, isid, 0, 0, 1), &text(&names)).unwrap();
+    let names = [
+        "InitiatorName=iqn.1993-08.org.debian:01:abc",
+        "TargetName=iqn.2026-01.test:disk",
+        "AuthMethod=CHAP,None",
+    ];
+    pair.send(&login_bytes(0x00, isid, 0, 0, 1), &text(&names))
+        .unwrap();
     assert!(pair.only().text().contains(&"AuthMethod=CHAP".to_owned()));
-    pair.send(&login_bytes(0x00, isid, 0, 0, 1), &text(&["CHAP_A=5"])).unwrap();
+    pair.send(&login_bytes(0x00, isid, 0, 0, 1), &text(&["CHAP_A=5"]))
+        .unwrap();
     let answer = pair.only().text();
     let value = |key: &str| answer.iter().find_map(|pair| pair.strip_prefix(key)).unwrap();
-    let challenge = data_encoding::HEXLOWER.decode(value("CHAP_C=0x").as_bytes()).unwrap();
+    let challenge = data_encoding::HEXLOWER
+        .decode(value("CHAP_C=0x").as_bytes())
+        .unwrap();
     let identifier = value("CHAP_I=").parse().unwrap();
     let response = stillpoint_iscsi::ChapAlgorithm::Md5.response(identifier, secret, &challenge);
     let response = format!("CHAP_R=0x{}", data_encoding::HEXLOWER.encode(&response));
-    pair.send(&login_bytes(0x81, isid, 0, 0, 1), &text(&["CHAP_N=u", &response])).unwrap();
+    pair.send(&login_bytes(0x81, isid, 0, 0, 1), &text(&["CHAP_N=u", &response]))
+        .unwrap();
     assert_eq!(pair.only().bhs[1], 0x81);
-    pair.send(&login_bytes(0x87, isid, 0, 0, 1), &text(&["HeaderDigest=None"])).unwrap();
+    pair.send(&login_bytes(0x87, isid, 0, 0, 1), &text(&["HeaderDigest=None"]))
+        .unwrap();
     finish(&mut pair);
 }
 
@@ -264,7 +355,8 @@ fn qemu_logs_in() {
         "IFMarker=No",
         "OFMarker=No",
     ];
-    pair.send(&login_bytes(0x87, [0x80, 1, 2, 3, 0, 0], 1, 1, 0), &text(&offer)).unwrap();
+    pair.send(&login_bytes(0x87, [0x80, 1, 2, 3, 0, 0], 1, 1, 0), &text(&offer))
+        .unwrap();
     only_offered(&offer, &finish(&mut pair).text());
     assert_eq!(pair.cmd_sn, CmdSn(0));
 }
@@ -273,9 +365,14 @@ fn qemu_logs_in() {
 fn ipxe_boots() {
     let mut pair = Pair::new(config(), Targets::default());
     let isid = [0x40, 0, 0x27, 0x12, 0x34, 0x56];
-    let names =
-        ["InitiatorName=iqn.2010-04.org.ipxe:abc", "TargetName=iqn.2026-01.test:disk", "SessionType=Normal", "AuthMethod=None"];
-    pair.send(&login_bytes(0x81, isid, 0, 1, 0), &text(&names)).unwrap();
+    let names = [
+        "InitiatorName=iqn.2010-04.org.ipxe:abc",
+        "TargetName=iqn.2026-01.test:disk",
+        "SessionType=Normal",
+        "AuthMethod=None",
+    ];
+    pair.send(&login_bytes(0x81, isid, 0, 1, 0), &text(&names))
+        .unwrap();
     assert_eq!(pair.only().text(), ["TargetPortalGroupTag=1", "AuthMethod=None"]);
     let offer = [
         "HeaderDigest=None",
@@ -293,13 +390,26 @@ fn ipxe_boots() {
         "DataSequenceInOrder=Yes",
         "ErrorRecoveryLevel=0",
     ];
-    pair.send(&login_bytes(0x87, isid, 0, 1, 0), &text(&offer)).unwrap();
+    pair.send(&login_bytes(0x87, isid, 0, 1, 0), &text(&offer))
+        .unwrap();
     let answer = finish(&mut pair).text();
     only_offered(&offer, &answer);
-    assert!(!answer.iter().any(|pair| pair.ends_with("Irrelevant") || pair.ends_with("Reject")), "{answer:?}");
+    assert!(
+        !answer
+            .iter()
+            .any(|pair| pair.ends_with("Irrelevant") || pair.ends_with("Reject")),
+        "{answer:?}"
+    );
     pair.scsi(read(2, 65536), &[]);
     let command = pair.command();
-    pair.complete(&command, Outcome { data: vec![1; 65536].into(), transfer_len: 65536, ..Outcome::default() });
+    pair.complete(
+        &command,
+        Outcome {
+            data: vec![1; 65536].into(),
+            transfer_len: 65536,
+            ..Outcome::default()
+        },
+    );
     assert_eq!(pair.receive().len(), 8, "its segments have 8192 bytes");
     // It never answers a ping, and is not ended for that while the operator looks at a boot menu.
     let times = config().times;
@@ -322,7 +432,8 @@ fn esxi() -> Pair {
         "FirstBurstLength=262144",
         "MaxRecvDataSegmentLength=131072",
     ];
-    pair.send(&login_bytes(0x87, [0, 2, 0x3d, 0, 0, 1], 1, 1, 1), &text(&offer)).unwrap();
+    pair.send(&login_bytes(0x87, [0, 2, 0x3d, 0, 0, 1], 1, 1, 1), &text(&offer))
+        .unwrap();
     finish(&mut pair);
     pair
 }
@@ -335,10 +446,23 @@ fn esxi_polls_with_the_r_bit() {
     let command = pair.command();
     pair.good(&command);
     assert_eq!(ScsiResponse::parse(&pair.only().bhs).residual, Residual::Exact);
-    pair.scsi(ScsiCommand { edtl: 512, ..read(2, 512) }, &[]);
+    pair.scsi(
+        ScsiCommand {
+            edtl: 512,
+            ..read(2, 512)
+        },
+        &[],
+    );
     let command = pair.command();
     let sense = [0x70, 0, 5, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x20, 0, 0, 0, 0, 0];
-    pair.complete(&command, Outcome { status: CHECK_CONDITION, sense: bytes(&sense), ..Outcome::default() });
+    pair.complete(
+        &command,
+        Outcome {
+            status: CHECK_CONDITION,
+            sense: bytes(&sense),
+            ..Outcome::default()
+        },
+    );
     let pdu = pair.only();
     assert_eq!(ScsiResponse::parse(&pdu.bhs).residual, Residual::Underflow(512));
     assert_eq!((pdu.data.len(), pdu.data[4], pdu.data[14]), (20, 5, 0x20));
@@ -355,7 +479,10 @@ fn esxi_gets_no_false_underflow_on_writes() {
     let command = pair.command();
     pair.good(&command);
     let pdu = pair.only();
-    assert_eq!((ScsiResponse::parse(&pdu.bhs).residual, pdu.bhs[1]), (Residual::Exact, 0x80));
+    assert_eq!(
+        (ScsiResponse::parse(&pdu.bhs).residual, pdu.bhs[1]),
+        (Residual::Exact, 0x80)
+    );
 }
 
 #[test]
@@ -369,7 +496,10 @@ fn esxi_aborts_what_has_just_ended() {
     assert_eq!(TmfReply::parse(&pair.only().bhs).response, TmfResponse::COMPLETE);
     // What never was is still not there, for ESXi too.
     pair.tmf(TmfFunction::ABORT_TASK, 51, 77, CmdSn(1));
-    assert_eq!(TmfReply::parse(&pair.only().bhs).response, TmfResponse::TASK_DOES_NOT_EXIST);
+    assert_eq!(
+        TmfReply::parse(&pair.only().bhs).response,
+        TmfResponse::TASK_DOES_NOT_EXIST
+    );
 }
 
 #[test]
@@ -384,12 +514,20 @@ fn discovery_as_windows_does_it() {
         "DefaultTime2Wait=0",
         "DefaultTime2Retain=60",
     ];
-    pair.send(&login_bytes(0x87, WINDOWS, 1, 1, 1), &text(&offer)).unwrap();
+    pair.send(&login_bytes(0x87, WINDOWS, 1, 1, 1), &text(&offer))
+        .unwrap();
     only_offered(&offer, &finish(&mut pair).text());
     let sn = pair.next_cmd_sn();
-    pair.send(&text_request(2, Ttt::RESERVED, sn).encode(), &text(&["SendTargets=All"])).unwrap();
+    pair.send(
+        &text_request(2, Ttt::RESERVED, sn).encode(),
+        &text(&["SendTargets=All"]),
+    )
+    .unwrap();
     let pdu = pair.only();
     assert!(TextResponse::parse(&pdu.bhs).is_final);
     // Two separate keys, and the group after a comma.
-    assert_eq!(pdu.data, b"TargetName=iqn.2026-01.test:disk\0TargetAddress=[::1]:3260,1\0");
+    assert_eq!(
+        pdu.data,
+        b"TargetName=iqn.2026-01.test:disk\0TargetAddress=[::1]:3260,1\0"
+    );
 }

@@ -1,16 +1,25 @@
 //! The login phase (RFC 7143 §6.3, §12): stages, keys, CHAP, refusals.
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "helpers of tests, where a panic is a failed test"
+)]
 
 mod common;
 
 use common::*;
 use stillpoint_iscsi::pdu::{LoginRequest, LoginResponse, NopOut, Opcode, Stage};
 use stillpoint_iscsi::{
-    Admission, AuthFault, ChapAlgorithm, ChapPolicy, Cid, CmdSn, DigestPolicy, Error, Isid, Itt, LoginFault, LoginStatus,
-    Phase, Ttt, Tsih,
+    Admission, AuthFault, ChapAlgorithm, ChapPolicy, Cid, CmdSn, DigestPolicy, Error, Isid, Itt, LoginFault,
+    LoginStatus, Phase, Tsih, Ttt,
 };
 
-const NAMES: [&str; 3] =
-    ["InitiatorName=iqn.2026-01.test:initiator", "TargetName=iqn.2026-01.test:disk", "SessionType=Normal"];
+const NAMES: [&str; 3] = [
+    "InitiatorName=iqn.2026-01.test:initiator",
+    "TargetName=iqn.2026-01.test:disk",
+    "SessionType=Normal",
+];
 
 fn names_and(keys: &[&str]) -> Vec<u8> {
     text(&NAMES.iter().chain(keys).copied().collect::<Vec<_>>())
@@ -27,7 +36,9 @@ fn operational(next: Option<Stage>) -> LoginRequest {
 /// Sends one request that must be refused; the status, on the wire and in the error.
 fn refused(pair: &mut Pair, request: &LoginRequest, data: &[u8]) -> LoginStatus {
     let error = pair.send(&request.encode(), data).unwrap_err();
-    let Error::LoginRefused(status) = error else { panic!("{error}") };
+    let Error::LoginRefused(status) = error else {
+        panic!("{error}")
+    };
     let response = LoginResponse::parse(&pair.only().bhs);
     assert_eq!(response.status, status.code());
     assert!(!response.transit);
@@ -46,7 +57,12 @@ fn one_pdu_login_answers_offered_keys_only() {
     // TargetPortalGroupTag in the first response, and our own MaxRecvDataSegmentLength.
     assert_eq!(
         answer,
-        ["TargetPortalGroupTag=1", "MaxRecvDataSegmentLength=262144", "HeaderDigest=None", "InitialR2T=Yes"]
+        [
+            "TargetPortalGroupTag=1",
+            "MaxRecvDataSegmentLength=262144",
+            "HeaderDigest=None",
+            "InitialR2T=Yes"
+        ]
     );
     assert_eq!(pair.conn.info().phase, Phase::FullFeature);
 }
@@ -57,14 +73,20 @@ fn max_cmd_sn_runs_ahead_from_the_first_response() {
     pair.send(&security(None).encode(), &names_and(&[])).unwrap();
     let pdu = pair.only();
     let response = LoginResponse::parse(&pdu.bhs);
-    assert_eq!((response.numbers.exp_cmd_sn, response.numbers.max_cmd_sn), (CmdSn(1), CmdSn(128)));
+    assert_eq!(
+        (response.numbers.exp_cmd_sn, response.numbers.max_cmd_sn),
+        (CmdSn(1), CmdSn(128))
+    );
     assert_eq!(response.tsih, Tsih(0), "only the final response has the handle");
     assert_eq!(pdu.text(), ["TargetPortalGroupTag=1"]);
 }
 
 #[test]
 fn alias_is_declared() {
-    let targets = Targets { alias: Some("Database".to_owned()), ..Targets::default() };
+    let targets = Targets {
+        alias: Some("Database".to_owned()),
+        ..Targets::default()
+    };
     let mut pair = Pair::new(config(), targets);
     assert!(pair.login(&[]).contains(&"TargetAlias=Database".to_owned()));
 }
@@ -89,8 +111,15 @@ fn directory_refuses_and_redirects() {
     let data = text(&["InitiatorName=a", "TargetName=iqn.unknown"]);
     assert_eq!(refused_at_once(&operational(next), &data), LoginStatus::NotFound);
     let moved = LoginStatus::MovedTemporarily("[2001:db8::1]:3261".to_owned());
-    let mut pair = Pair::new(config(), Targets { refuse: Some(moved), ..Targets::default() });
-    pair.send(&operational(next).encode(), &names_and(&[])).unwrap_err();
+    let mut pair = Pair::new(
+        config(),
+        Targets {
+            refuse: Some(moved),
+            ..Targets::default()
+        },
+    );
+    pair.send(&operational(next).encode(), &names_and(&[]))
+        .unwrap_err();
     let pdu = pair.only();
     assert_eq!(LoginResponse::parse(&pdu.bhs).status, (1, 1));
     // "the comma and portal-group-tag MUST be omitted" (§13.8).
@@ -100,11 +129,19 @@ fn directory_refuses_and_redirects() {
 #[test]
 fn version_tsih_and_identity() {
     let data = names_and(&[]);
-    let newer = LoginRequest { version_min: 1, version_max: 2, ..security(None) };
+    let newer = LoginRequest {
+        version_min: 1,
+        version_max: 2,
+        ..security(None)
+    };
     assert_eq!(refused_at_once(&newer, &data), LoginStatus::UnsupportedVersion);
-    let joining = LoginRequest { tsih: Tsih(5), ..security(None) };
+    let joining = LoginRequest {
+        tsih: Tsih(5),
+        ..security(None)
+    };
     assert_eq!(refused_at_once(&joining, &data), LoginStatus::SessionDoesNotExist);
-    let changes: [(&str, fn(&mut LoginRequest)); 4] = [
+    type Change = fn(&mut LoginRequest);
+    let changes: [(&str, Change); 4] = [
         ("InitiatorTaskTag", |r| r.itt = Itt(2)),
         ("ISID", |r| r.isid = Isid([9; 6])),
         ("TSIH", |r| r.tsih = Tsih(1)),
@@ -128,35 +165,74 @@ fn stages_and_flags_are_checked() {
         LoginStatus::InitiatorError(fault) => fault,
         other => panic!("{other}"),
     };
-    assert_eq!(bad(&login_request(CmdSn(1), Stage(2), None)), LoginFault::ReservedStage(2));
-    assert_eq!(bad(&login_request(CmdSn(1), Stage(3), None)), LoginFault::ReservedStage(3));
-    assert_eq!(bad(&operational(Some(Stage(1)))), LoginFault::Transition { from: 1, to: 1 });
-    assert_eq!(bad(&operational(Some(Stage(0)))), LoginFault::Transition { from: 1, to: 0 });
-    assert_eq!(bad(&security(Some(Stage(2)))), LoginFault::Transition { from: 0, to: 2 });
-    assert_eq!(bad(&security(Some(Stage(0)))), LoginFault::Transition { from: 0, to: 0 });
-    let both = LoginRequest { continues: true, ..operational(Some(Stage::FULL_FEATURE)) };
+    assert_eq!(
+        bad(&login_request(CmdSn(1), Stage(2), None)),
+        LoginFault::ReservedStage(2)
+    );
+    assert_eq!(
+        bad(&login_request(CmdSn(1), Stage(3), None)),
+        LoginFault::ReservedStage(3)
+    );
+    assert_eq!(
+        bad(&operational(Some(Stage(1)))),
+        LoginFault::Transition { from: 1, to: 1 }
+    );
+    assert_eq!(
+        bad(&operational(Some(Stage(0)))),
+        LoginFault::Transition { from: 1, to: 0 }
+    );
+    assert_eq!(
+        bad(&security(Some(Stage(2)))),
+        LoginFault::Transition { from: 0, to: 2 }
+    );
+    assert_eq!(
+        bad(&security(Some(Stage(0)))),
+        LoginFault::Transition { from: 0, to: 0 }
+    );
+    let both = LoginRequest {
+        continues: true,
+        ..operational(Some(Stage::FULL_FEATURE))
+    };
     assert_eq!(bad(&both), LoginFault::TransitAndContinue);
     // Back from operational to security.
     let mut pair = Pair::new(config(), Targets::default());
     pair.send(&operational(None).encode(), &data).unwrap();
     pair.only();
     let status = refused(&mut pair, &security(None), &[]);
-    assert_eq!(status, LoginStatus::InitiatorError(LoginFault::WrongStage { expected: 1, got: 0 }));
+    assert_eq!(
+        status,
+        LoginStatus::InitiatorError(LoginFault::WrongStage { expected: 1, got: 0 })
+    );
 }
 
 #[test]
 fn security_then_operational_then_full_feature() {
     let mut pair = Pair::new(config(), Targets::default());
-    pair.send(&security(Some(Stage::OPERATIONAL)).encode(), &names_and(&["AuthMethod=CHAP,None"])).unwrap();
+    pair.send(
+        &security(Some(Stage::OPERATIONAL)).encode(),
+        &names_and(&["AuthMethod=CHAP,None"]),
+    )
+    .unwrap();
     let pdu = pair.only();
     let response = LoginResponse::parse(&pdu.bhs);
-    assert_eq!((response.transit, response.current, response.next), (true, Stage::SECURITY, Stage::OPERATIONAL));
+    assert_eq!(
+        (response.transit, response.current, response.next),
+        (true, Stage::SECURITY, Stage::OPERATIONAL)
+    );
     assert_eq!(pdu.text(), ["TargetPortalGroupTag=1", "AuthMethod=None"]);
-    pair.send(&operational(None).encode(), &text(&["MaxBurstLength=524288"])).unwrap();
+    pair.send(&operational(None).encode(), &text(&["MaxBurstLength=524288"]))
+        .unwrap();
     let pdu = pair.only();
-    assert!(!LoginResponse::parse(&pdu.bhs).transit, "the target moves on only when asked to");
-    assert_eq!(pdu.text(), ["MaxRecvDataSegmentLength=262144", "MaxBurstLength=524288"]);
-    pair.send(&operational(Some(Stage::FULL_FEATURE)).encode(), &[]).unwrap();
+    assert!(
+        !LoginResponse::parse(&pdu.bhs).transit,
+        "the target moves on only when asked to"
+    );
+    assert_eq!(
+        pdu.text(),
+        ["MaxRecvDataSegmentLength=262144", "MaxBurstLength=524288"]
+    );
+    pair.send(&operational(Some(Stage::FULL_FEATURE)).encode(), &[])
+        .unwrap();
     pair.silent();
     pair.admit();
     assert!(LoginResponse::parse(&pair.only().bhs).transit);
@@ -165,12 +241,23 @@ fn security_then_operational_then_full_feature() {
 #[test]
 fn security_straight_to_full_feature_means_defaults() {
     let mut pair = Pair::new(config(), Targets::default());
-    pair.send(&security(Some(Stage::FULL_FEATURE)).encode(), &names_and(&[])).unwrap();
+    pair.send(&security(Some(Stage::FULL_FEATURE)).encode(), &names_and(&[]))
+        .unwrap();
     pair.admit();
     let response = LoginResponse::parse(&pair.only().bhs);
-    assert_eq!((response.next, response.tsih), (Stage::FULL_FEATURE, Tsih(0x1234)));
+    assert_eq!(
+        (response.next, response.tsih),
+        (Stage::FULL_FEATURE, Tsih(0x1234))
+    );
     let params = pair.conn.info().params.unwrap();
-    assert_eq!((params.target_max_recv, params.first_burst_length, params.initial_r2t), (8192, 65536, true));
+    assert_eq!(
+        (
+            params.target_max_recv,
+            params.first_burst_length,
+            params.initial_r2t
+        ),
+        (8192, 65536, true)
+    );
 }
 
 #[test]
@@ -181,34 +268,67 @@ fn keys_come_once_and_in_their_place() {
         other => panic!("{other}"),
     };
     let twice = ["MaxBurstLength=512", "MaxBurstLength=512"];
-    assert_eq!(fault(&operational(next), &twice), LoginFault::KeyRepeated("MaxBurstLength".to_owned()));
+    assert_eq!(
+        fault(&operational(next), &twice),
+        LoginFault::KeyRepeated("MaxBurstLength".to_owned())
+    );
     let twice = ["TargetName=iqn.2026-01.test:disk"];
-    assert_eq!(fault(&operational(next), &twice), LoginFault::KeyRepeated("TargetName".to_owned()));
+    assert_eq!(
+        fault(&operational(next), &twice),
+        LoginFault::KeyRepeated("TargetName".to_owned())
+    );
     for key in ["SendTargets=All", "CHAP_A=5", "TargetAddress=a"] {
         let name = key.split_once('=').unwrap().0.to_owned();
         assert_eq!(fault(&operational(next), &[key]), LoginFault::KeyNotAllowed(name));
     }
-    for key in ["MaxBurstLength=512", "HeaderDigest=None", "SendTargets=All", "KRB_AP_REQ=0x00"] {
+    for key in [
+        "MaxBurstLength=512",
+        "HeaderDigest=None",
+        "SendTargets=All",
+        "KRB_AP_REQ=0x00",
+    ] {
         let name = key.split_once('=').unwrap().0.to_owned();
         assert_eq!(fault(&security(next), &[key]), LoginFault::KeyNotAllowed(name));
     }
-    assert_eq!(fault(&operational(next), &["MaxBurstLength=Reject"]), LoginFault::BadValue("MaxBurstLength".to_owned()));
+    assert_eq!(
+        fault(&operational(next), &["MaxBurstLength=Reject"]),
+        LoginFault::BadValue("MaxBurstLength".to_owned())
+    );
     // Twice in two requests.
     let mut pair = Pair::new(config(), Targets::default());
-    pair.send(&operational(None).encode(), &names_and(&["MaxBurstLength=512"])).unwrap();
+    pair.send(&operational(None).encode(), &names_and(&["MaxBurstLength=512"]))
+        .unwrap();
     pair.only();
     let status = refused(&mut pair, &operational(next), &text(&["MaxBurstLength=1024"]));
-    assert_eq!(status, LoginStatus::InitiatorError(LoginFault::KeyRepeated("MaxBurstLength".to_owned())));
+    assert_eq!(
+        status,
+        LoginStatus::InitiatorError(LoginFault::KeyRepeated("MaxBurstLength".to_owned()))
+    );
 }
 
 #[test]
 fn unknown_keys_are_not_understood_in_both_stages() {
     let mut pair = Pair::new(config(), Targets::default());
-    pair.send(&security(Some(Stage::OPERATIONAL)).encode(), &names_and(&["X-com.example.a=1"])).unwrap();
-    assert!(pair.only().text().contains(&"X-com.example.a=NotUnderstood".to_owned()));
-    pair.send(&operational(None).encode(), &text(&["X-com.example.b=1", "Foo=2"])).unwrap();
+    pair.send(
+        &security(Some(Stage::OPERATIONAL)).encode(),
+        &names_and(&["X-com.example.a=1"]),
+    )
+    .unwrap();
+    assert!(
+        pair.only()
+            .text()
+            .contains(&"X-com.example.a=NotUnderstood".to_owned())
+    );
+    pair.send(
+        &operational(None).encode(),
+        &text(&["X-com.example.b=1", "Foo=2"]),
+    )
+    .unwrap();
     let answer = pair.only().text();
-    assert!(answer.ends_with(&["X-com.example.b=NotUnderstood".to_owned(), "Foo=NotUnderstood".to_owned()]));
+    assert!(answer.ends_with(&[
+        "X-com.example.b=NotUnderstood".to_owned(),
+        "Foo=NotUnderstood".to_owned()
+    ]));
 }
 
 #[test]
@@ -223,12 +343,16 @@ fn text_over_several_requests_is_put_together_first() {
     let mut pair = Pair::new(config(), Targets::default());
     let whole = names_and(&["InitialR2T=No", "MaxBurstLength=524288"]);
     let cut = whole.len() - 9;
-    let first = LoginRequest { continues: true, ..operational(None) };
+    let first = LoginRequest {
+        continues: true,
+        ..operational(None)
+    };
     pair.send(&first.encode(), &whole[..cut]).unwrap();
     let pdu = pair.only();
     // "MUST answer with a [...] Login Response with no data segment" (§6.2).
     assert_eq!((pdu.data.len(), pdu.bhs[1] & 0xc0), (0, 0));
-    pair.send(&operational(Some(Stage::FULL_FEATURE)).encode(), &whole[cut..]).unwrap();
+    pair.send(&operational(Some(Stage::FULL_FEATURE)).encode(), &whole[cut..])
+        .unwrap();
     pair.admit();
     assert!(pair.only().text().contains(&"MaxBurstLength=524288".to_owned()));
 }
@@ -236,13 +360,20 @@ fn text_over_several_requests_is_put_together_first() {
 #[test]
 fn text_has_a_cap_and_logins_have_an_end() {
     let mut pair = Pair::new(config(), Targets::default());
-    let request = LoginRequest { continues: true, ..operational(None) }.encode();
+    let request = LoginRequest {
+        continues: true,
+        ..operational(None)
+    }
+    .encode();
     for _ in 0..8 {
         pair.send(&request, &[b'a'; 8192]).unwrap();
         pair.only();
     }
     let error = pair.send(&request, &[b'a'; 8192]).unwrap_err();
-    assert!(matches!(error, Error::LoginRefused(LoginStatus::InitiatorError(LoginFault::Text(_)))));
+    assert!(matches!(
+        error,
+        Error::LoginRefused(LoginStatus::InitiatorError(LoginFault::Text(_)))
+    ));
 
     let mut pair = Pair::new(config(), Targets::default());
     pair.send(&security(None).encode(), &names_and(&[])).unwrap();
@@ -252,7 +383,10 @@ fn text_has_a_cap_and_logins_have_an_end() {
             break error;
         }
     };
-    assert_eq!(error, Error::LoginRefused(LoginStatus::InitiatorError(LoginFault::TooManyRequests)));
+    assert_eq!(
+        error,
+        Error::LoginRefused(LoginStatus::InitiatorError(LoginFault::TooManyRequests))
+    );
 }
 
 #[test]
@@ -263,34 +397,50 @@ fn long_answers_are_fetched_with_empty_requests() {
     let mut pair = Pair::new(config(), Targets::default());
     let (first, rest) = data.split_at(8192.min(data.len()));
     assert!(rest.is_empty());
-    pair.send(&operational(Some(Stage::FULL_FEATURE)).encode(), first).unwrap();
+    pair.send(&operational(Some(Stage::FULL_FEATURE)).encode(), first)
+        .unwrap();
     let one = pair.only();
     let response = LoginResponse::parse(&one.bhs);
     assert!(response.continues && !response.transit && one.data.len() == 8192);
-    pair.send(&operational(Some(Stage::FULL_FEATURE)).encode(), &[]).unwrap();
+    pair.send(&operational(Some(Stage::FULL_FEATURE)).encode(), &[])
+        .unwrap();
     pair.admit();
     let two = pair.only();
     assert!(LoginResponse::parse(&two.bhs).transit);
     let all = String::from_utf8([one.data, two.data].concat()).unwrap();
-    assert_eq!(all.split_terminator('\0').filter(|pair| pair.ends_with("=NotUnderstood")).count(), 120);
+    assert_eq!(
+        all.split_terminator('\0')
+            .filter(|pair| pair.ends_with("=NotUnderstood"))
+            .count(),
+        120
+    );
 }
 
 #[test]
 fn login_waits_for_our_answer_and_for_admission() {
     let mut pair = Pair::new(config(), Targets::default());
     pair.send(&security(None).encode(), &names_and(&[])).unwrap();
-    assert_eq!(pair.send(&security(None).encode(), &[]), Err(Error::LoginOutOfTurn));
+    assert_eq!(
+        pair.send(&security(None).encode(), &[]),
+        Err(Error::LoginOutOfTurn)
+    );
     let mut pair = Pair::new(config(), Targets::default());
-    pair.send(&operational(Some(Stage::FULL_FEATURE)).encode(), &names_and(&[])).unwrap();
-    assert_eq!(pair.send(&operational(None).encode(), &[]), Err(Error::LoginOutOfTurn));
+    pair.send(&operational(Some(Stage::FULL_FEATURE)).encode(), &names_and(&[]))
+        .unwrap();
+    assert_eq!(
+        pair.send(&operational(None).encode(), &[]),
+        Err(Error::LoginOutOfTurn)
+    );
 }
 
 #[test]
 fn the_owner_may_refuse() {
     let mut pair = Pair::new(config(), Targets::default());
-    pair.send(&operational(Some(Stage::FULL_FEATURE)).encode(), &names_and(&[])).unwrap();
+    pair.send(&operational(Some(Stage::FULL_FEATURE)).encode(), &names_and(&[]))
+        .unwrap();
     pair.event();
-    pair.conn.admit(pair.now, Admission::Refuse(LoginStatus::OutOfResources));
+    pair.conn
+        .admit(pair.now, Admission::Refuse(LoginStatus::OutOfResources));
     assert!(!pair.conn.is_closed(), "the refusal is still to be sent");
     assert_eq!(LoginResponse::parse(&pair.only().bhs).status, (3, 2));
     assert!(pair.conn.is_closed());
@@ -299,7 +449,10 @@ fn the_owner_may_refuse() {
 
 #[test]
 fn other_pdus_before_login_end_the_connection() {
-    let nop = NopOut { ..nop_out(1, Ttt::RESERVED, true, CmdSn(1)) }.encode();
+    let nop = NopOut {
+        ..nop_out(1, Ttt::RESERVED, true, CmdSn(1))
+    }
+    .encode();
     let mut pair = Pair::new(config(), Targets::default());
     assert_eq!(pair.send(&nop, &[]), Err(Error::NotLoggedIn { opcode: 0 }));
     pair.silent();
@@ -317,19 +470,37 @@ fn other_pdus_before_login_end_the_connection() {
 fn login_pdus_have_at_most_8192_bytes() {
     let mut pair = Pair::new(config(), Targets::default());
     let error = pair.send(&security(None).encode(), &[0; 8193]).unwrap_err();
-    assert_eq!(error, Error::SegmentTooLong { opcode: Opcode::LOGIN_REQUEST.0, len: 8193, max: 8192 });
+    assert_eq!(
+        error,
+        Error::SegmentTooLong {
+            opcode: Opcode::LOGIN_REQUEST.0,
+            len: 8193,
+            max: 8192
+        }
+    );
 }
 
 #[test]
 fn first_burst_follows_max_burst_whatever_the_order() {
     let mut pair = Pair::new(config(), Targets::default());
     let answer = pair.login(&["FirstBurstLength=262144", "MaxBurstLength=65536"]);
-    assert!(answer.contains(&"FirstBurstLength=65536".to_owned()), "{answer:?}");
+    assert!(
+        answer.contains(&"FirstBurstLength=65536".to_owned()),
+        "{answer:?}"
+    );
     // In a later request the answer cannot be taken back: what holds is the smaller one.
     let mut pair = Pair::new(config(), Targets::default());
-    pair.send(&operational(None).encode(), &names_and(&["FirstBurstLength=262144"])).unwrap();
+    pair.send(
+        &operational(None).encode(),
+        &names_and(&["FirstBurstLength=262144"]),
+    )
+    .unwrap();
     pair.only();
-    pair.send(&operational(Some(Stage::FULL_FEATURE)).encode(), &text(&["MaxBurstLength=65536"])).unwrap();
+    pair.send(
+        &operational(Some(Stage::FULL_FEATURE)).encode(),
+        &text(&["MaxBurstLength=65536"]),
+    )
+    .unwrap();
     pair.admit();
     pair.only();
     assert_eq!(pair.conn.info().params.unwrap().first_burst_length, 65536);
@@ -340,7 +511,11 @@ fn required_digests_are_required() {
     let mut strict = config();
     strict.keys.header_digest = DigestPolicy::Require;
     let mut pair = Pair::new(strict.clone(), Targets::default());
-    let status = refused(&mut pair, &operational(Some(Stage::FULL_FEATURE)), &names_and(&[]));
+    let status = refused(
+        &mut pair,
+        &operational(Some(Stage::FULL_FEATURE)),
+        &names_and(&[]),
+    );
     assert_eq!(status, LoginStatus::MissingParameter("HeaderDigest"));
     let mut pair = Pair::new(strict, Targets::default());
     let answer = pair.login(&["HeaderDigest=None,CRC32C"]);
@@ -354,7 +529,10 @@ const MUTUAL: &[u8] = b"our-own-secret!!";
 
 fn chap(mutual: bool, algorithms: &[ChapAlgorithm]) -> Targets {
     let mutual = mutual.then(|| ("target-user".to_owned(), MUTUAL.to_vec()));
-    Targets { chap: Some(ChapPolicy::new("user", SECRET, mutual, algorithms).unwrap()), ..Targets::default() }
+    Targets {
+        chap: Some(ChapPolicy::new("user", SECRET, mutual, algorithms).unwrap()),
+        ..Targets::default()
+    }
 }
 
 fn value<'a>(answer: &'a [String], key: &str) -> &'a str {
@@ -366,7 +544,9 @@ fn value<'a>(answer: &'a [String], key: &str) -> &'a str {
 }
 
 fn unhex(value: &str) -> Vec<u8> {
-    data_encoding::HEXLOWER_PERMISSIVE.decode(value.strip_prefix("0x").unwrap().as_bytes()).unwrap()
+    data_encoding::HEXLOWER_PERMISSIVE
+        .decode(value.strip_prefix("0x").unwrap().as_bytes())
+        .unwrap()
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -375,14 +555,20 @@ fn hex(bytes: &[u8]) -> String {
 
 /// Goes through CHAP up to our challenge; algorithm, identifier and challenge.
 fn challenged(pair: &mut Pair, offer: &str) -> (ChapAlgorithm, u8, Vec<u8>) {
-    pair.send(&security(None).encode(), &names_and(&["AuthMethod=CHAP,None"])).unwrap();
+    pair.send(&security(None).encode(), &names_and(&["AuthMethod=CHAP,None"]))
+        .unwrap();
     let pdu = pair.only();
     assert_eq!(value(&pdu.text(), "AuthMethod"), "CHAP");
     assert!(!LoginResponse::parse(&pdu.bhs).transit);
-    pair.send(&security(None).encode(), &text(&[&format!("CHAP_A={offer}")])).unwrap();
+    pair.send(&security(None).encode(), &text(&[&format!("CHAP_A={offer}")]))
+        .unwrap();
     let answer = pair.only().text();
     let algorithm = ChapAlgorithm::from_number(value(&answer, "CHAP_A").parse().unwrap()).unwrap();
-    (algorithm, value(&answer, "CHAP_I").parse().unwrap(), unhex(value(&answer, "CHAP_C")))
+    (
+        algorithm,
+        value(&answer, "CHAP_I").parse().unwrap(),
+        unhex(value(&answer, "CHAP_C")),
+    )
 }
 
 fn proof(keys: &[String]) -> Vec<u8> {
@@ -406,7 +592,8 @@ fn chap_one_way_with_every_algorithm() {
         assert_eq!(challenge.len(), algorithm.challenge_len());
         let response = algorithm.response(identifier, SECRET, &challenge);
         let data = proof(&["CHAP_N=user".to_owned(), format!("CHAP_R={}", hex(&response))]);
-        pair.send(&security(Some(Stage::OPERATIONAL)).encode(), &data).unwrap();
+        pair.send(&security(Some(Stage::OPERATIONAL)).encode(), &data)
+            .unwrap();
         let pdu = pair.only();
         assert!(LoginResponse::parse(&pdu.bhs).transit);
         assert_eq!(pdu.data.len(), 0);
@@ -421,7 +608,11 @@ fn chap_mutual_proves_us() {
         let response = algorithm.response(identifier, SECRET, &challenge);
         let theirs = pattern(1, 32);
         let encode = |bytes: &[u8]| {
-            if base64 { format!("0b{}", data_encoding::BASE64.encode(bytes)) } else { hex(bytes) }
+            if base64 {
+                format!("0b{}", data_encoding::BASE64.encode(bytes))
+            } else {
+                hex(bytes)
+            }
         };
         let data = proof(&[
             "CHAP_N=user".to_owned(),
@@ -429,11 +620,15 @@ fn chap_mutual_proves_us() {
             "CHAP_I=42".to_owned(),
             format!("CHAP_C={}", encode(&theirs)),
         ]);
-        pair.send(&security(Some(Stage::OPERATIONAL)).encode(), &data).unwrap();
+        pair.send(&security(Some(Stage::OPERATIONAL)).encode(), &data)
+            .unwrap();
         let pdu = pair.only();
         let answer = pdu.text();
         assert_eq!(value(&answer, "CHAP_N"), "target-user");
-        assert_eq!(unhex(value(&answer, "CHAP_R")), algorithm.response(42, MUTUAL, &theirs));
+        assert_eq!(
+            unhex(value(&answer, "CHAP_R")),
+            algorithm.response(42, MUTUAL, &theirs)
+        );
         assert!(LoginResponse::parse(&pdu.bhs).transit);
     }
 }
@@ -454,33 +649,77 @@ fn chap_fails(mutual: bool, keys: impl Fn(String, &[u8]) -> Vec<String>) -> Auth
 fn chap_refuses_what_proves_nothing() {
     let n = || "CHAP_N=user".to_owned();
     let wrong = hex(&[0; 16]);
-    assert_eq!(chap_fails(false, |_, _| vec![n(), format!("CHAP_R={wrong}")]), AuthFault::WrongSecret);
-    assert_eq!(chap_fails(false, |_, _| vec![n(), "CHAP_R=0x00".to_owned()]), AuthFault::WrongSecret);
     assert_eq!(
-        chap_fails(false, |r, _| vec!["CHAP_N=someone".to_owned(), format!("CHAP_R={r}")]),
+        chap_fails(false, |_, _| vec![n(), format!("CHAP_R={wrong}")]),
+        AuthFault::WrongSecret
+    );
+    assert_eq!(
+        chap_fails(false, |_, _| vec![n(), "CHAP_R=0x00".to_owned()]),
+        AuthFault::WrongSecret
+    );
+    assert_eq!(
+        chap_fails(false, |r, _| vec![
+            "CHAP_N=someone".to_owned(),
+            format!("CHAP_R={r}")
+        ]),
         AuthFault::UnknownUser
     );
-    assert_eq!(chap_fails(false, |r, _| vec![format!("CHAP_R={r}")]), AuthFault::OutOfTurn("CHAP_N"));
-    assert_eq!(chap_fails(false, |_, _| vec![n()]), AuthFault::OutOfTurn("CHAP_R"));
-    assert_eq!(chap_fails(false, |_, _| vec![n(), "CHAP_R=17".to_owned()]), AuthFault::Unreadable("CHAP_R"));
+    assert_eq!(
+        chap_fails(false, |r, _| vec![format!("CHAP_R={r}")]),
+        AuthFault::OutOfTurn("CHAP_N")
+    );
+    assert_eq!(
+        chap_fails(false, |_, _| vec![n()]),
+        AuthFault::OutOfTurn("CHAP_R")
+    );
+    assert_eq!(
+        chap_fails(false, |_, _| vec![n(), "CHAP_R=17".to_owned()]),
+        AuthFault::Unreadable("CHAP_R")
+    );
     let long = format!("CHAP_R={}", hex(&[0; 1025]));
-    assert_eq!(chap_fails(false, |_, _| vec![n(), long.clone()]), AuthFault::Unreadable("CHAP_R"));
+    assert_eq!(
+        chap_fails(false, |_, _| vec![n(), long.clone()]),
+        AuthFault::Unreadable("CHAP_R")
+    );
 }
 
 #[test]
 fn chap_mutual_refusals() {
     let keys = |r: String, i: &str, c: String| {
-        vec!["CHAP_N=user".to_owned(), format!("CHAP_R={r}"), format!("CHAP_I={i}"), format!("CHAP_C={c}")]
+        vec![
+            "CHAP_N=user".to_owned(),
+            format!("CHAP_R={r}"),
+            format!("CHAP_I={i}"),
+            format!("CHAP_C={c}"),
+        ]
     };
     let theirs = hex(&[1; 16]);
     // Nobody may use us to learn the answer to our own challenge.
-    assert_eq!(chap_fails(true, |r, ours| keys(r, "1", hex(ours))), AuthFault::ReflectedChallenge);
-    assert_eq!(chap_fails(false, |r, _| keys(r, "1", theirs.clone())), AuthFault::NoMutualSecret);
-    assert_eq!(chap_fails(true, |r, _| keys(r, "256", theirs.clone())), AuthFault::Unreadable("CHAP_I"));
-    assert_eq!(chap_fails(true, |r, _| keys(r, "1", hex(&[1; 1025]))), AuthFault::Unreadable("CHAP_C"));
-    assert_eq!(chap_fails(true, |r, _| keys(r, "1", theirs.clone())[..3].to_vec()), AuthFault::OutOfTurn("CHAP_C"));
+    assert_eq!(
+        chap_fails(true, |r, ours| keys(r, "1", hex(ours))),
+        AuthFault::ReflectedChallenge
+    );
+    assert_eq!(
+        chap_fails(false, |r, _| keys(r, "1", theirs.clone())),
+        AuthFault::NoMutualSecret
+    );
+    assert_eq!(
+        chap_fails(true, |r, _| keys(r, "256", theirs.clone())),
+        AuthFault::Unreadable("CHAP_I")
+    );
+    assert_eq!(
+        chap_fails(true, |r, _| keys(r, "1", hex(&[1; 1025]))),
+        AuthFault::Unreadable("CHAP_C")
+    );
+    assert_eq!(
+        chap_fails(true, |r, _| keys(r, "1", theirs.clone())[..3].to_vec()),
+        AuthFault::OutOfTurn("CHAP_C")
+    );
     // A wrong response gets no proof of ours.
-    assert_eq!(chap_fails(true, |_, _| keys(hex(&[0; 16]), "1", theirs.clone())), AuthFault::WrongSecret);
+    assert_eq!(
+        chap_fails(true, |_, _| keys(hex(&[0; 16]), "1", theirs.clone())),
+        AuthFault::WrongSecret
+    );
 }
 
 #[test]
@@ -496,10 +735,22 @@ fn chap_cannot_be_avoided() {
     assert_eq!(auth(&operational(full), &[]), AuthFault::ChapNotOffered);
     assert_eq!(auth(&security(op), &[]), AuthFault::ChapNotOffered);
     assert_eq!(auth(&security(full), &[]), AuthFault::ChapNotOffered);
-    assert_eq!(auth(&security(op), &["AuthMethod=None"]), AuthFault::ChapNotOffered);
-    assert_eq!(auth(&security(op), &["AuthMethod=KRB5,SRP"]), AuthFault::ChapNotOffered);
-    assert_eq!(auth(&security(None), &["AuthMethod=CHAP", "CHAP_A=5"]), AuthFault::NoAlgorithm);
-    assert_eq!(auth(&security(None), &["CHAP_A=7"]), AuthFault::OutOfTurn("AuthMethod"));
+    assert_eq!(
+        auth(&security(op), &["AuthMethod=None"]),
+        AuthFault::ChapNotOffered
+    );
+    assert_eq!(
+        auth(&security(op), &["AuthMethod=KRB5,SRP"]),
+        AuthFault::ChapNotOffered
+    );
+    assert_eq!(
+        auth(&security(None), &["AuthMethod=CHAP", "CHAP_A=5"]),
+        AuthFault::NoAlgorithm
+    );
+    assert_eq!(
+        auth(&security(None), &["CHAP_A=7"]),
+        AuthFault::OutOfTurn("AuthMethod")
+    );
     let early = ["AuthMethod=CHAP", "CHAP_N=user", "CHAP_R=0x00"];
     assert_eq!(auth(&security(None), &early), AuthFault::OutOfTurn("CHAP_A"));
 }
@@ -508,10 +759,18 @@ fn chap_cannot_be_avoided() {
 fn chap_offer_may_come_with_the_method_and_waiting_is_no_failure() {
     let mut pair = Pair::new(config(), chap(false, &ChapAlgorithm::ALL));
     // T is set, as some initiators always do: we stay.
-    pair.send(&security(Some(Stage::OPERATIONAL)).encode(), &names_and(&["AuthMethod=CHAP"])).unwrap();
+    pair.send(
+        &security(Some(Stage::OPERATIONAL)).encode(),
+        &names_and(&["AuthMethod=CHAP"]),
+    )
+    .unwrap();
     assert!(!LoginResponse::parse(&pair.only().bhs).transit);
     let mut pair = Pair::new(config(), chap(false, &ChapAlgorithm::ALL));
-    pair.send(&security(None).encode(), &names_and(&["AuthMethod=CHAP", "CHAP_A=8,5"])).unwrap();
+    pair.send(
+        &security(None).encode(),
+        &names_and(&["AuthMethod=CHAP", "CHAP_A=8,5"]),
+    )
+    .unwrap();
     assert_eq!(value(&pair.only().text(), "CHAP_A"), "8");
 }
 
@@ -520,14 +779,20 @@ fn a_target_without_secrets_cannot_do_chap() {
     let status = refused_at_once(&security(None), &names_and(&["AuthMethod=CHAP"]));
     assert_eq!(status, LoginStatus::AuthenticationFailure(AuthFault::NoMethod));
     let status = refused_at_once(&security(None), &names_and(&["CHAP_A=5"]));
-    assert_eq!(status, LoginStatus::AuthenticationFailure(AuthFault::OutOfTurn("CHAP")));
+    assert_eq!(
+        status,
+        LoginStatus::AuthenticationFailure(AuthFault::OutOfTurn("CHAP"))
+    );
 }
 
 #[test]
 fn challenges_differ() {
     let challenge = |seed| {
         let mut pair = Pair::new(
-            stillpoint_iscsi::ConnectionConfig { seed: [seed; 32], ..config() },
+            stillpoint_iscsi::ConnectionConfig {
+                seed: [seed; 32],
+                ..config()
+            },
             chap(false, &ChapAlgorithm::ALL),
         );
         challenged(&mut pair, "7").2
@@ -542,7 +807,11 @@ fn login_has_a_deadline() {
     let deadline = pair.conn.poll_timeout().unwrap();
     pair.send(&security(None).encode(), &names_and(&[])).unwrap();
     pair.only();
-    assert_eq!(pair.conn.poll_timeout(), Some(deadline), "requests do not extend it");
+    assert_eq!(
+        pair.conn.poll_timeout(),
+        Some(deadline),
+        "requests do not extend it"
+    );
     assert_eq!(pair.sleep(deadline - pair.now), Err(Error::LoginTimeout));
     assert!(pair.conn.is_closed());
 }

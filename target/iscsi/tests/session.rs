@@ -1,5 +1,11 @@
 //! The full feature phase beyond data (RFC 7143 §4.2.2, §11.5, §11.9 to §11.19): window, order, task management, NOP, text,
 //! logout, asynchronous messages, time.
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "helpers of tests, where a panic is a failed test"
+)]
 
 mod common;
 
@@ -8,12 +14,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use common::*;
 use stillpoint_iscsi::pdu::{
-    AsyncEvent, AsyncMessage, DataIn, LogoutRequest, LogoutResponse, NopIn, Opcode, R2t, Reject, ScsiCommand, ScsiResponse,
-    SnackRequest, TextRequest, TextResponse, TmfReply,
+    AsyncEvent, AsyncMessage, DataIn, LogoutRequest, LogoutResponse, NopIn, Opcode, R2t, Reject, ScsiCommand,
+    ScsiResponse, SnackRequest, TextRequest, TextResponse, TmfReply,
 };
 use stillpoint_iscsi::{
-    Cid, CmdSn, Command, Error, Event, Itt, LogoutReason, Outcome, Phase, RejectReason, StatSn, TargetRecord, TaskAttribute,
-    TaskId, TmfFunction, TmfId, TmfResponse, Ttt,
+    Cid, CmdSn, Command, Error, Event, Itt, LogoutReason, Outcome, Phase, RejectReason, StatSn, TargetRecord,
+    TaskAttribute, TaskId, TmfFunction, TmfId, TmfResponse, Ttt,
 };
 
 fn pair() -> Pair {
@@ -37,7 +43,12 @@ fn tmf_reply(pdu: &Pdu) -> (u32, TmfResponse) {
 
 fn tmf_event(pair: &mut Pair) -> (TmfId, TmfFunction, Vec<TaskId>) {
     match pair.event() {
-        Event::TaskManagement { tmf, function, affected, .. } => (tmf, function, affected),
+        Event::TaskManagement {
+            tmf,
+            function,
+            affected,
+            ..
+        } => (tmf, function, affected),
         other => panic!("{other:?}"),
     }
 }
@@ -53,7 +64,10 @@ fn start(pair: &mut Pair, itt: u32) -> Command {
 fn numbers_outside_the_window_and_duplicates_are_met_with_silence() {
     let mut pair = pair();
     let send = |pair: &mut Pair, cmd_sn: u32| {
-        let command = ScsiCommand { cmd_sn: CmdSn(cmd_sn), ..plain(cmd_sn) };
+        let command = ScsiCommand {
+            cmd_sn: CmdSn(cmd_sn),
+            ..plain(cmd_sn)
+        };
         pair.send(&command.encode(), &[]).unwrap();
     };
     for cmd_sn in [0, 129, 1 << 31, u32::MAX] {
@@ -74,10 +88,19 @@ fn numbers_outside_the_window_and_duplicates_are_met_with_silence() {
 fn commands_ahead_wait_until_the_hole_is_filled() {
     let mut pair = pair();
     let send = |pair: &mut Pair, cmd_sn: u32| {
-        pair.send(&ScsiCommand { cmd_sn: CmdSn(cmd_sn), ..plain(cmd_sn) }.encode(), &[]).unwrap();
+        pair.send(
+            &ScsiCommand {
+                cmd_sn: CmdSn(cmd_sn),
+                ..plain(cmd_sn)
+            }
+            .encode(),
+            &[],
+        )
+        .unwrap();
     };
     send(&mut pair, 3);
-    pair.send(&nop_out(77, Ttt::RESERVED, false, CmdSn(4)).encode(), &[]).unwrap();
+    pair.send(&nop_out(77, Ttt::RESERVED, false, CmdSn(4)).encode(), &[])
+        .unwrap();
     send(&mut pair, 2);
     pair.no_event();
     pair.silent();
@@ -85,7 +108,10 @@ fn commands_ahead_wait_until_the_hole_is_filled() {
     let order: Vec<u32> = (0..3).map(|_| pair.command().itt.0).collect();
     assert_eq!(order, [1, 2, 3]);
     let pdu = pair.only();
-    assert_eq!((pdu.opcode(), pdu.numbers().exp_cmd_sn), (Opcode::NOP_IN, CmdSn(5)));
+    assert_eq!(
+        (pdu.opcode(), pdu.numbers().exp_cmd_sn),
+        (Opcode::NOP_IN, CmdSn(5))
+    );
 }
 
 #[test]
@@ -96,14 +122,34 @@ fn the_window_moves_only_when_answers_leave() {
     let first = start(&mut pair, 1);
     let second = start(&mut pair, 2);
     // Closed: the third is ignored.
-    pair.send(&ScsiCommand { cmd_sn: CmdSn(3), ..plain(3) }.encode(), &[]).unwrap();
+    pair.send(
+        &ScsiCommand {
+            cmd_sn: CmdSn(3),
+            ..plain(3)
+        }
+        .encode(),
+        &[],
+    )
+    .unwrap();
     pair.no_event();
     pair.good(&first);
     pair.good(&second);
     // Answered but not sent: a peer that does not read gets no more room.
-    pair.send(&ScsiCommand { cmd_sn: CmdSn(3), ..plain(3) }.encode(), &[]).unwrap();
+    pair.send(
+        &ScsiCommand {
+            cmd_sn: CmdSn(3),
+            ..plain(3)
+        }
+        .encode(),
+        &[],
+    )
+    .unwrap();
     pair.no_event();
-    let numbers: Vec<_> = pair.receive().iter().map(|pdu| pdu.numbers().max_cmd_sn).collect();
+    let numbers: Vec<_> = pair
+        .receive()
+        .iter()
+        .map(|pdu| pdu.numbers().max_cmd_sn)
+        .collect();
     assert_eq!(numbers, [CmdSn(3), CmdSn(4)]);
     pair.cmd_sn = CmdSn(3);
     start(&mut pair, 3);
@@ -115,16 +161,34 @@ fn immediate_commands_have_a_limit_of_their_own() {
     let limit = config().limits.immediate_commands as u32;
     let mut running = Vec::new();
     for itt in 0..limit {
-        pair.scsi(ScsiCommand { immediate: true, ..plain(itt) }, &[]);
+        pair.scsi(
+            ScsiCommand {
+                immediate: true,
+                ..plain(itt)
+            },
+            &[],
+        );
         running.push(pair.command());
     }
     assert!(running[0].immediate);
-    pair.scsi(ScsiCommand { immediate: true, ..plain(limit) }, &[]);
+    pair.scsi(
+        ScsiCommand {
+            immediate: true,
+            ..plain(limit)
+        },
+        &[],
+    );
     assert_eq!(rejected(&pair.only()), RejectReason::TOO_MANY_IMMEDIATE);
     pair.no_event();
     pair.good(&running[0]);
     pair.only();
-    pair.scsi(ScsiCommand { immediate: true, ..plain(limit) }, &[]);
+    pair.scsi(
+        ScsiCommand {
+            immediate: true,
+            ..plain(limit)
+        },
+        &[],
+    );
     pair.command();
     // None of this touched the window.
     pair.scsi(plain(500), &[]);
@@ -153,7 +217,11 @@ fn receiving_pauses_while_nobody_reads_our_answers() {
 #[test]
 fn ordered_tasks_wait_for_older_and_hold_back_newer_ones_of_their_lun() {
     let mut pair = pair();
-    let with = |itt, attribute, number| ScsiCommand { attribute, lun: lun(number), ..plain(itt) };
+    let with = |itt, attribute, number| ScsiCommand {
+        attribute,
+        lun: lun(number),
+        ..plain(itt)
+    };
     pair.scsi(with(1, TaskAttribute::SIMPLE, 0), &[]);
     pair.scsi(with(2, TaskAttribute::ORDERED, 0), &[]);
     pair.scsi(with(3, TaskAttribute::SIMPLE, 0), &[]);
@@ -163,7 +231,10 @@ fn ordered_tasks_wait_for_older_and_hold_back_newer_ones_of_their_lun() {
     while let Some(Event::Command(command)) = pair.poll_event() {
         started.push(command);
     }
-    assert_eq!(started.iter().map(|command| command.itt.0).collect::<Vec<_>>(), [5, 1, 4]);
+    assert_eq!(
+        started.iter().map(|command| command.itt.0).collect::<Vec<_>>(),
+        [5, 1, 4]
+    );
     for command in &started {
         pair.no_event();
         pair.good(command);
@@ -194,7 +265,10 @@ fn abort_of_a_running_task_waits_for_the_owner() {
     let command = start(&mut pair, 1);
     pair.tmf(TmfFunction::ABORT_TASK, 100, 1, CmdSn(1));
     let (tmf, function, affected) = tmf_event(&mut pair);
-    assert_eq!((function, &affected[..]), (TmfFunction::ABORT_TASK, &[command.task][..]));
+    assert_eq!(
+        (function, &affected[..]),
+        (TmfFunction::ABORT_TASK, &[command.task][..])
+    );
     pair.conn.tmf_complete(pair.now, tmf, TmfResponse::COMPLETE);
     pair.silent();
     assert_eq!(pair.conn.outstanding(), 1);
@@ -202,7 +276,11 @@ fn abort_of_a_running_task_waits_for_the_owner() {
     pair.good(&command);
     let pdu = pair.only();
     assert_eq!(tmf_reply(&pdu), (100, TmfResponse::COMPLETE));
-    assert_eq!(pdu.numbers().max_cmd_sn, CmdSn(129), "the place in the window is free again");
+    assert_eq!(
+        pdu.numbers().max_cmd_sn,
+        CmdSn(129),
+        "the place in the window is free again"
+    );
     assert_eq!(pair.conn.outstanding(), 0);
     pair.good(&command);
     pair.silent();
@@ -233,7 +311,13 @@ fn abort_of_a_task_in_the_middle_of_its_data() {
     let mut pair = pair();
     pair.scsi(write(1, 65536), &[]);
     let ask = R2t::parse(&pair.only().bhs);
-    let bytes = wire(&data_out(1, ask.ttt, 0, 0, true).encode(), &[], &[1; 65536], false, false);
+    let bytes = wire(
+        &data_out(1, ask.ttt, 0, 0, true).encode(),
+        &[],
+        &[1; 65536],
+        false,
+        false,
+    );
     pair.send_bytes(&bytes[..30_000]).unwrap();
     assert!(pair.conn.abort_lun_tasks(None).is_empty());
     pair.send_bytes(&bytes[30_000..]).unwrap();
@@ -241,7 +325,10 @@ fn abort_of_a_task_in_the_middle_of_its_data() {
     assert_eq!(pair.conn.outstanding(), 0);
     // What comes is the news that the window has moved, and no complaint about the data.
     let pdu = pair.only();
-    assert_eq!((pdu.opcode(), NopIn::parse(&pdu.bhs).ttt), (Opcode::NOP_IN, Ttt::RESERVED));
+    assert_eq!(
+        (pdu.opcode(), NopIn::parse(&pdu.bhs).ttt),
+        (Opcode::NOP_IN, Ttt::RESERVED)
+    );
     assert_eq!(pdu.numbers().max_cmd_sn, CmdSn(129));
 }
 
@@ -259,11 +346,23 @@ fn abort_of_nothing_follows_the_three_cases() {
     pair.tmf(TmfFunction::ABORT_TASK, 101, 2, CmdSn(2));
     let pdu = pair.only();
     assert_eq!(tmf_reply(&pdu), (101, TmfResponse::COMPLETE));
-    assert_eq!((pdu.numbers().exp_cmd_sn, pdu.numbers().max_cmd_sn), (CmdSn(3), CmdSn(130)));
-    pair.send(&ScsiCommand { cmd_sn: CmdSn(2), ..plain(2) }.encode(), &[]).unwrap();
+    assert_eq!(
+        (pdu.numbers().exp_cmd_sn, pdu.numbers().max_cmd_sn),
+        (CmdSn(3), CmdSn(130))
+    );
+    pair.send(
+        &ScsiCommand {
+            cmd_sn: CmdSn(2),
+            ..plain(2)
+        }
+        .encode(),
+        &[],
+    )
+    .unwrap();
     pair.no_event();
     // Plugging the hole sets free what waited behind it.
-    pair.send(&nop_out(9, Ttt::RESERVED, false, CmdSn(4)).encode(), &[]).unwrap();
+    pair.send(&nop_out(9, Ttt::RESERVED, false, CmdSn(4)).encode(), &[])
+        .unwrap();
     pair.silent();
     pair.cmd_sn = CmdSn(5);
     pair.tmf(TmfFunction::ABORT_TASK, 102, 3, CmdSn(3));
@@ -305,19 +404,34 @@ fn scopes_of_functions() {
         let mut pair = pair();
         let mut commands = Vec::new();
         for (itt, number) in [(1, 0), (2, 0), (3, 1)] {
-            pair.scsi(ScsiCommand { lun: lun(number), ..plain(itt) }, &[]);
+            pair.scsi(
+                ScsiCommand {
+                    lun: lun(number),
+                    ..plain(itt)
+                },
+                &[],
+            );
             commands.push(pair.command());
         }
         let mut asks = Vec::new();
         for (itt, number) in [(4, 0), (5, 1)] {
-            pair.scsi(ScsiCommand { lun: lun(number), ..write(itt, 512) }, &[]);
+            pair.scsi(
+                ScsiCommand {
+                    lun: lun(number),
+                    ..write(itt, 512)
+                },
+                &[],
+            );
             asks.push(R2t::parse(&pair.only().bhs));
         }
         pair.tmf(function, 100, u32::MAX, CmdSn(0));
         let (tmf, got, affected) = tmf_event(&mut pair);
         assert_eq!(got, function);
-        let expected: Vec<_> =
-            commands.iter().filter(|command| running.contains(&command.itt.0)).map(|command| command.task).collect();
+        let expected: Vec<_> = commands
+            .iter()
+            .filter(|command| running.contains(&command.itt.0))
+            .map(|command| command.task)
+            .collect();
         assert_eq!(affected, expected, "{function:?}");
         for ask in &asks {
             pair.data_out(ask.itt.0, ask.ttt, 0, 0, true, &[1; 512]);
@@ -351,7 +465,10 @@ fn a_reset_waits_for_tasks_that_were_aborted_before_it() {
     pair.silent();
     pair.good(&command);
     let replies: Vec<_> = pair.receive().iter().map(tmf_reply).collect();
-    assert_eq!(replies, [(100, TmfResponse::COMPLETE), (101, TmfResponse::COMPLETE)]);
+    assert_eq!(
+        replies,
+        [(100, TmfResponse::COMPLETE), (101, TmfResponse::COMPLETE)]
+    );
 }
 
 #[test]
@@ -375,7 +492,8 @@ fn the_owners_refusal_is_the_response() {
     let mut pair = pair();
     pair.tmf(TmfFunction::LOGICAL_UNIT_RESET, 100, u32::MAX, CmdSn(0));
     let (tmf, ..) = tmf_event(&mut pair);
-    pair.conn.tmf_complete(pair.now, tmf, TmfResponse::LUN_DOES_NOT_EXIST);
+    pair.conn
+        .tmf_complete(pair.now, tmf, TmfResponse::LUN_DOES_NOT_EXIST);
     assert_eq!(tmf_reply(&pair.only()), (100, TmfResponse::LUN_DOES_NOT_EXIST));
 }
 
@@ -395,7 +513,13 @@ fn another_nexus_clears_our_tasks() {
     let mut pair = pair();
     let command = start(&mut pair, 1);
     let other = {
-        pair.scsi(ScsiCommand { lun: lun(1), ..plain(2) }, &[]);
+        pair.scsi(
+            ScsiCommand {
+                lun: lun(1),
+                ..plain(2)
+            },
+            &[],
+        );
         pair.command()
     };
     assert_eq!(pair.conn.abort_lun_tasks(Some(lun(0))), [command.task]);
@@ -412,20 +536,30 @@ fn another_nexus_clears_our_tasks() {
 fn pings_are_echoed_within_the_initiators_limits() {
     let mut pair = Pair::logged_in(config(), &["MaxRecvDataSegmentLength=512"]);
     let data = pattern(1, 1000);
-    pair.send(&nop_out(5, Ttt::RESERVED, true, CmdSn(1)).encode(), &data).unwrap();
+    pair.send(&nop_out(5, Ttt::RESERVED, true, CmdSn(1)).encode(), &data)
+        .unwrap();
     let pdu = pair.only();
     let echo = NopIn::parse(&pdu.bhs);
-    assert_eq!((echo.itt, echo.ttt, &pdu.data[..]), (Itt(5), Ttt::RESERVED, &data[..512]));
+    assert_eq!(
+        (echo.itt, echo.ttt, &pdu.data[..]),
+        (Itt(5), Ttt::RESERVED, &data[..512])
+    );
     // Not immediate: takes a CmdSN.
     let sn = pair.next_cmd_sn();
-    pair.send(&nop_out(6, Ttt::RESERVED, false, sn).encode(), b"abc").unwrap();
+    pair.send(&nop_out(6, Ttt::RESERVED, false, sn).encode(), b"abc")
+        .unwrap();
     let pdu = pair.only();
-    assert_eq!((&pdu.data[..], pdu.numbers().exp_cmd_sn, pdu.numbers().max_cmd_sn), (&b"abc"[..], CmdSn(2), CmdSn(129)));
+    assert_eq!(
+        (&pdu.data[..], pdu.numbers().exp_cmd_sn, pdu.numbers().max_cmd_sn),
+        (&b"abc"[..], CmdSn(2), CmdSn(129))
+    );
     // Only an acknowledgement: no answer.
-    pair.send(&nop_out(u32::MAX, Ttt::RESERVED, true, CmdSn(2)).encode(), &[]).unwrap();
+    pair.send(&nop_out(u32::MAX, Ttt::RESERVED, true, CmdSn(2)).encode(), &[])
+        .unwrap();
     pair.silent();
     let sn = pair.next_cmd_sn();
-    pair.send(&nop_out(u32::MAX, Ttt::RESERVED, false, sn).encode(), &[]).unwrap();
+    pair.send(&nop_out(u32::MAX, Ttt::RESERVED, false, sn).encode(), &[])
+        .unwrap();
     assert_eq!(rejected(&pair.only()), RejectReason::PROTOCOL_ERROR);
 }
 
@@ -438,9 +572,14 @@ fn the_owners_ping_is_answered() {
     let ping = NopIn::parse(&pdu.bhs);
     assert_eq!((ping.itt, pdu.data.len()), (Itt::RESERVED, 0));
     assert_ne!(ping.ttt, Ttt::RESERVED);
-    pair.send(&nop_out(u32::MAX, Ttt(ping.ttt.0 + 1), true, CmdSn(1)).encode(), &[]).unwrap();
+    pair.send(
+        &nop_out(u32::MAX, Ttt(ping.ttt.0 + 1), true, CmdSn(1)).encode(),
+        &[],
+    )
+    .unwrap();
     pair.no_event();
-    pair.send(&nop_out(u32::MAX, ping.ttt, true, CmdSn(1)).encode(), &[]).unwrap();
+    pair.send(&nop_out(u32::MAX, ping.ttt, true, CmdSn(1)).encode(), &[])
+        .unwrap();
     assert!(matches!(pair.event(), Event::Pong));
     pair.silent();
 }
@@ -449,12 +588,14 @@ fn the_owners_ping_is_answered() {
 fn idle_sessions_are_pinged_and_silent_ones_end() {
     let mut pair = pair();
     let times = config().times;
-    pair.send(&nop_out(1, Ttt::RESERVED, true, CmdSn(1)).encode(), &[]).unwrap();
+    pair.send(&nop_out(1, Ttt::RESERVED, true, CmdSn(1)).encode(), &[])
+        .unwrap();
     pair.only();
     assert_eq!(pair.conn.poll_timeout(), Some(pair.now + times.ping_idle));
     pair.sleep(times.ping_idle).unwrap();
     let ping = NopIn::parse(&pair.only().bhs);
-    pair.send(&nop_out(u32::MAX, ping.ttt, true, CmdSn(1)).encode(), &[]).unwrap();
+    pair.send(&nop_out(u32::MAX, ping.ttt, true, CmdSn(1)).encode(), &[])
+        .unwrap();
     pair.no_event();
     // The next ping gets no answer.
     pair.sleep(times.ping_idle).unwrap();
@@ -471,7 +612,10 @@ fn an_initiator_that_never_spoke_nop_may_be_silent_for_long() {
     let times = config().times;
     pair.sleep(times.ping_idle).unwrap();
     assert_eq!(pair.only().opcode(), Opcode::NOP_IN);
-    assert_eq!(pair.conn.poll_timeout(), Some(pair.now - times.ping_idle + times.silent));
+    assert_eq!(
+        pair.conn.poll_timeout(),
+        Some(pair.now - times.ping_idle + times.silent)
+    );
     pair.sleep(times.ping_answer * 10).unwrap();
     let command = start(&mut pair, 1);
     pair.good(&command);
@@ -514,28 +658,63 @@ fn solicited_data_must_come() {
 #[test]
 fn send_targets_in_a_discovery_session() {
     let records = vec![
-        TargetRecord { name: TARGET.to_owned(), portals: vec![("192.0.2.1:3260".to_owned(), 1), ("[2001:db8::1]:3260".to_owned(), 2)] },
-        TargetRecord { name: "iqn.2026-01.test:other".to_owned(), portals: vec![("192.0.2.1:3260".to_owned(), 1)] },
+        TargetRecord {
+            name: TARGET.to_owned(),
+            portals: vec![
+                ("192.0.2.1:3260".to_owned(), 1),
+                ("[2001:db8::1]:3260".to_owned(), 2),
+            ],
+        },
+        TargetRecord {
+            name: "iqn.2026-01.test:other".to_owned(),
+            portals: vec![("192.0.2.1:3260".to_owned(), 1)],
+        },
     ];
-    let mut pair = Pair::new(config(), Targets { records, ..Targets::default() });
+    let mut pair = Pair::new(
+        config(),
+        Targets {
+            records,
+            ..Targets::default()
+        },
+    );
     let answer = pair.login_with(&[&format!("InitiatorName={INITIATOR}"), "SessionType=Discovery"]);
-    assert_eq!(answer, ["MaxRecvDataSegmentLength=262144"], "no target, no portal group");
+    assert_eq!(
+        answer,
+        ["MaxRecvDataSegmentLength=262144"],
+        "no target, no portal group"
+    );
     let mut ask = |value: &str| {
         let sn = pair.next_cmd_sn();
-        pair.send(&text_request(3, Ttt::RESERVED, sn).encode(), &text(&[&format!("SendTargets={value}")])).unwrap();
+        pair.send(
+            &text_request(3, Ttt::RESERVED, sn).encode(),
+            &text(&[&format!("SendTargets={value}")]),
+        )
+        .unwrap();
         let pdu = pair.only();
         let response = TextResponse::parse(&pdu.bhs);
-        assert_eq!((response.is_final, response.ttt, response.itt), (true, Ttt::RESERVED, Itt(3)));
+        assert_eq!(
+            (response.is_final, response.ttt, response.itt),
+            (true, Ttt::RESERVED, Itt(3))
+        );
         pdu.text()
     };
-    assert_eq!(ask("All"), [
-        "TargetName=iqn.2026-01.test:disk",
-        "TargetAddress=192.0.2.1:3260,1",
-        "TargetAddress=[2001:db8::1]:3260,2",
-        "TargetName=iqn.2026-01.test:other",
-        "TargetAddress=192.0.2.1:3260,1",
-    ]);
-    assert_eq!(ask("iqn.2026-01.test:other"), ["TargetName=iqn.2026-01.test:other", "TargetAddress=192.0.2.1:3260,1"]);
+    assert_eq!(
+        ask("All"),
+        [
+            "TargetName=iqn.2026-01.test:disk",
+            "TargetAddress=192.0.2.1:3260,1",
+            "TargetAddress=[2001:db8::1]:3260,2",
+            "TargetName=iqn.2026-01.test:other",
+            "TargetAddress=192.0.2.1:3260,1",
+        ]
+    );
+    assert_eq!(
+        ask("iqn.2026-01.test:other"),
+        [
+            "TargetName=iqn.2026-01.test:other",
+            "TargetAddress=192.0.2.1:3260,1"
+        ]
+    );
     assert_eq!(ask("iqn.2026-01.test:none"), [""; 0]);
     assert_eq!(ask(""), ["SendTargets=Reject"]);
 }
@@ -560,7 +739,11 @@ fn send_targets_in_a_normal_session_knows_its_own_target() {
     let mut pair = pair();
     let mut ask = |value: &str| {
         let sn = pair.next_cmd_sn();
-        pair.send(&text_request(3, Ttt::RESERVED, sn).encode(), &text(&[&format!("SendTargets={value}")])).unwrap();
+        pair.send(
+            &text_request(3, Ttt::RESERVED, sn).encode(),
+            &text(&[&format!("SendTargets={value}")]),
+        )
+        .unwrap();
         pair.only().text()
     };
     let own = ["TargetName=iqn.2026-01.test:disk", "TargetAddress=[::1]:3260,1"];
@@ -573,10 +756,23 @@ fn send_targets_in_a_normal_session_knows_its_own_target() {
 #[test]
 fn long_text_is_fetched_in_pieces() {
     let records: Vec<_> = (0..300)
-        .map(|i| TargetRecord { name: format!("iqn.2026-01.test:disk{i}"), portals: vec![("192.0.2.1:3260".to_owned(), 1)] })
+        .map(|i| TargetRecord {
+            name: format!("iqn.2026-01.test:disk{i}"),
+            portals: vec![("192.0.2.1:3260".to_owned(), 1)],
+        })
         .collect();
-    let mut pair = Pair::new(config(), Targets { records, ..Targets::default() });
-    pair.login_with(&[&format!("InitiatorName={INITIATOR}"), "SessionType=Discovery", "MaxRecvDataSegmentLength=512"]);
+    let mut pair = Pair::new(
+        config(),
+        Targets {
+            records,
+            ..Targets::default()
+        },
+    );
+    pair.login_with(&[
+        &format!("InitiatorName={INITIATOR}"),
+        "SessionType=Discovery",
+        "MaxRecvDataSegmentLength=512",
+    ]);
     let mut all = Vec::new();
     let mut ttt = Ttt::RESERVED;
     let mut data = text(&["SendTargets=All"]);
@@ -596,16 +792,32 @@ fn long_text_is_fetched_in_pieces() {
         assert_ne!(response.ttt, Ttt::RESERVED);
         ttt = response.ttt;
     }
-    assert_eq!(String::from_utf8(all).unwrap().matches("TargetName=").count(), 300);
+    assert_eq!(
+        String::from_utf8(all).unwrap().matches("TargetName=").count(),
+        300
+    );
 }
 
 #[test]
 fn text_exchanges_are_reset_and_stale_tags_rejected() {
     let records: Vec<_> = (0..100)
-        .map(|i| TargetRecord { name: format!("iqn.2026-01.test:disk{i}"), portals: Vec::new() })
+        .map(|i| TargetRecord {
+            name: format!("iqn.2026-01.test:disk{i}"),
+            portals: Vec::new(),
+        })
         .collect();
-    let mut pair = Pair::new(config(), Targets { records, ..Targets::default() });
-    pair.login_with(&[&format!("InitiatorName={INITIATOR}"), "SessionType=Discovery", "MaxRecvDataSegmentLength=512"]);
+    let mut pair = Pair::new(
+        config(),
+        Targets {
+            records,
+            ..Targets::default()
+        },
+    );
+    pair.login_with(&[
+        &format!("InitiatorName={INITIATOR}"),
+        "SessionType=Discovery",
+        "MaxRecvDataSegmentLength=512",
+    ]);
     let mut send = |ttt: Ttt, itt: u32, data: &[u8]| {
         let sn = pair.next_cmd_sn();
         pair.send(&text_request(itt, ttt, sn).encode(), data).unwrap();
@@ -626,8 +838,16 @@ fn text_exchanges_are_reset_and_stale_tags_rejected() {
 fn text_negotiation_in_full_feature_phase() {
     let mut pair = pair();
     let sn = pair.next_cmd_sn();
-    let first = TextRequest { is_final: false, ..text_request(3, Ttt::RESERVED, sn) };
-    let keys = ["MaxRecvDataSegmentLength=512", "HeaderDigest=CRC32C", "X-com.example=1", "InitiatorAlias=me"];
+    let first = TextRequest {
+        is_final: false,
+        ..text_request(3, Ttt::RESERVED, sn)
+    };
+    let keys = [
+        "MaxRecvDataSegmentLength=512",
+        "HeaderDigest=CRC32C",
+        "X-com.example=1",
+        "InitiatorAlias=me",
+    ];
     pair.send(&first.encode(), &text(&keys)).unwrap();
     let pdu = pair.only();
     assert_eq!(pdu.text(), ["HeaderDigest=Reject", "X-com.example=NotUnderstood"]);
@@ -637,25 +857,46 @@ fn text_negotiation_in_full_feature_phase() {
     // "only become effective after the negotiation sequence is completed" (§6.4).
     assert_eq!(pair.conn.info().params.unwrap().initiator_max_recv, 8192);
     let sn = pair.next_cmd_sn();
-    pair.send(&text_request(3, response.ttt, sn).encode(), &[]).unwrap();
+    pair.send(&text_request(3, response.ttt, sn).encode(), &[])
+        .unwrap();
     pair.only();
     assert_eq!(pair.conn.info().params.unwrap().initiator_max_recv, 512);
     pair.scsi(read(1, 1024), &[]);
     let command = pair.command();
-    pair.complete(&command, Outcome { data: Bytes::from_static(&[0; 1024]), transfer_len: 1024, ..Outcome::default() });
+    pair.complete(
+        &command,
+        Outcome {
+            data: Bytes::from_static(&[0; 1024]),
+            transfer_len: 1024,
+            ..Outcome::default()
+        },
+    );
     assert_eq!(pair.receive().len(), 2);
     // A key twice, continuation with F, a second request before our answer.
     for (request, data) in [
-        (TextRequest { ..text_request(4, Ttt::RESERVED, CmdSn(0)) }, text(&["X-a=1", "X-a=1"])),
-        (TextRequest { continues: true, ..text_request(4, Ttt::RESERVED, CmdSn(0)) }, text(&["X-a=1"])),
+        (
+            TextRequest {
+                ..text_request(4, Ttt::RESERVED, CmdSn(0))
+            },
+            text(&["X-a=1", "X-a=1"]),
+        ),
+        (
+            TextRequest {
+                continues: true,
+                ..text_request(4, Ttt::RESERVED, CmdSn(0))
+            },
+            text(&["X-a=1"]),
+        ),
     ] {
         let cmd_sn = pair.next_cmd_sn();
-        pair.send(&TextRequest { cmd_sn, ..request }.encode(), &data).unwrap();
+        pair.send(&TextRequest { cmd_sn, ..request }.encode(), &data)
+            .unwrap();
         assert_eq!(rejected(&pair.only()), RejectReason::PROTOCOL_ERROR);
     }
     for _ in 0..2 {
         let cmd_sn = pair.next_cmd_sn();
-        pair.send(&text_request(5, Ttt::RESERVED, cmd_sn).encode(), &[]).unwrap();
+        pair.send(&text_request(5, Ttt::RESERVED, cmd_sn).encode(), &[])
+            .unwrap();
     }
     let opcodes: Vec<_> = pair.receive().iter().map(Pdu::opcode).collect();
     assert_eq!(opcodes, [Opcode::TEXT_RESPONSE, Opcode::REJECT]);
@@ -668,7 +909,11 @@ fn text_continues_and_has_a_cap() {
     let whole = text(&["X-com.example.long.name=1"]);
     for (piece, continues) in [(&whole[..7], true), (&whole[7..], false)] {
         let cmd_sn = pair.next_cmd_sn();
-        let request = TextRequest { continues, is_final: !continues, ..text_request(3, ttt, cmd_sn) };
+        let request = TextRequest {
+            continues,
+            is_final: !continues,
+            ..text_request(3, ttt, cmd_sn)
+        };
         pair.send(&request.encode(), piece).unwrap();
         let pdu = pair.only();
         ttt = TextResponse::parse(&pdu.bhs).ttt;
@@ -677,7 +922,11 @@ fn text_continues_and_has_a_cap() {
         }
     }
     let cmd_sn = pair.next_cmd_sn();
-    pair.send(&text_request(3, Ttt::RESERVED, cmd_sn).encode(), &vec![b'a'; 70_000]).unwrap();
+    pair.send(
+        &text_request(3, Ttt::RESERVED, cmd_sn).encode(),
+        &vec![b'a'; 70_000],
+    )
+    .unwrap();
     assert_eq!(rejected(&pair.only()), RejectReason::OUT_OF_RESOURCES);
 }
 
@@ -718,7 +967,8 @@ fn reject_holds_the_additional_segments_too() {
     command.is_final = false;
     command.cmd_sn = pair.next_cmd_sn();
     let ahs = [0, 5, 2, 0, 0, 0, 4, 0];
-    pair.send_bytes(&wire(&command.encode(), &ahs, &[], false, false)).unwrap();
+    pair.send_bytes(&wire(&command.encode(), &ahs, &[], false, false))
+        .unwrap();
     let pdu = pair.only();
     assert_eq!(rejected(&pdu), RejectReason::INVALID_FIELD);
     assert_eq!((pdu.data.len(), &pdu.data[48..]), (56, &ahs[..]));
@@ -740,7 +990,10 @@ fn logout(pair: &mut Pair, reason: LogoutReason, cid: u16) {
 
 #[test]
 fn logout_closes() {
-    for (reason, cid) in [(LogoutReason::CLOSE_SESSION, 99), (LogoutReason::CLOSE_CONNECTION, 1)] {
+    for (reason, cid) in [
+        (LogoutReason::CLOSE_SESSION, 99),
+        (LogoutReason::CLOSE_CONNECTION, 1),
+    ] {
         let mut pair = pair();
         logout(&mut pair, reason, cid);
         assert!(matches!(pair.event(), Event::LoggedOut { reason: got } if got == reason));
@@ -750,7 +1003,8 @@ fn logout_closes() {
         assert!(pair.conn.is_closed());
         assert_eq!(pair.conn.info().phase, Phase::LoggedOut);
         // What comes after is ignored.
-        pair.send(&nop_out(1, Ttt::RESERVED, true, CmdSn(1)).encode(), &[]).unwrap();
+        pair.send(&nop_out(1, Ttt::RESERVED, true, CmdSn(1)).encode(), &[])
+            .unwrap();
         pair.silent();
     }
 }
@@ -785,7 +1039,10 @@ fn logout_waits_for_what_the_owner_runs_and_drops_the_rest() {
     assert!(matches!(pair.event(), Event::LoggedOut { .. }));
     pair.no_event();
     pair.silent();
-    assert_eq!((pair.conn.info().phase, pair.conn.outstanding()), (Phase::LoggedOut, 1));
+    assert_eq!(
+        (pair.conn.info().phase, pair.conn.outstanding()),
+        (Phase::LoggedOut, 1)
+    );
     pair.good(&running);
     assert_eq!(pair.only().opcode(), Opcode::LOGOUT_RESPONSE);
     assert!(pair.conn.is_closed());
@@ -813,7 +1070,10 @@ fn a_logout_is_asked_for_and_enforced() {
     let mut pair = pair();
     pair.conn.request_logout(pair.now, secs(5));
     let message = async_message(&pair.only());
-    assert_eq!((message.event, message.parameters), (AsyncEvent::LOGOUT, [0, 0, 5]));
+    assert_eq!(
+        (message.event, message.parameters),
+        (AsyncEvent::LOGOUT, [0, 0, 5])
+    );
     // Commands are still served.
     let command = start(&mut pair, 1);
     pair.good(&command);
@@ -821,7 +1081,10 @@ fn a_logout_is_asked_for_and_enforced() {
     assert_eq!(pair.conn.poll_timeout(), Some(pair.now + secs(5)));
     assert_eq!(pair.sleep(secs(5)), Err(Error::LogoutTimeout));
     let message = async_message(&pair.only());
-    assert_eq!((message.event, message.parameters), (AsyncEvent::DROP_CONNECTION, [1, 2, 0]));
+    assert_eq!(
+        (message.event, message.parameters),
+        (AsyncEvent::DROP_CONNECTION, [1, 2, 0])
+    );
     assert!(pair.conn.is_closed());
 }
 
@@ -832,7 +1095,10 @@ fn sessions_are_dropped_with_a_word() {
     pair.good(&command);
     pair.conn.drop_session();
     let message = async_message(&pair.only());
-    assert_eq!((message.event, message.parameters), (AsyncEvent::DROP_SESSION, [0, 2, 0]));
+    assert_eq!(
+        (message.event, message.parameters),
+        (AsyncEvent::DROP_SESSION, [0, 2, 0])
+    );
     assert!(pair.conn.is_closed());
 }
 
@@ -841,7 +1107,10 @@ fn other_asynchronous_messages() {
     let mut pair = pair();
     pair.conn.send_async_scsi(lun(3), &[0x70, 0, 6]);
     let pdu = pair.only();
-    assert_eq!((async_message(&pdu).event, async_message(&pdu).lun), (AsyncEvent::SCSI, lun(3)));
+    assert_eq!(
+        (async_message(&pdu).event, async_message(&pdu).lun),
+        (AsyncEvent::SCSI, lun(3))
+    );
     assert_eq!(pdu.data, [0, 3, 0x70, 0, 6]);
     pair.conn.request_negotiation(pair.now);
     assert_eq!(async_message(&pair.only()).event, AsyncEvent::NEGOTIATE);
@@ -862,7 +1131,14 @@ fn close_drops_answers_and_ends() {
     let mut pair = pair();
     pair.scsi(read(1, 512), &[]);
     let command = pair.command();
-    pair.complete(&command, Outcome { data: bytes(&[1; 512]), transfer_len: 512, ..Outcome::default() });
+    pair.complete(
+        &command,
+        Outcome {
+            data: bytes(&[1; 512]),
+            transfer_len: 512,
+            ..Outcome::default()
+        },
+    );
     pair.conn.close();
     assert!(pair.conn.is_closed());
     pair.silent();
@@ -874,11 +1150,19 @@ fn small_answers_overtake_large_reads() {
     let mut pair = pair();
     pair.scsi(read(1, 100_000), &[]);
     let command = pair.command();
-    pair.complete(&command, Outcome { data: vec![1; 100_000].into(), transfer_len: 100_000, ..Outcome::default() });
+    pair.complete(
+        &command,
+        Outcome {
+            data: vec![1; 100_000].into(),
+            transfer_len: 100_000,
+            ..Outcome::default()
+        },
+    );
     let first = pair.receive_one().unwrap();
     assert_eq!(DataIn::parse(&first.bhs).buffer_offset, 0);
     pair.scsi(write(2, 512), &[]);
-    pair.send(&nop_out(3, Ttt::RESERVED, true, pair.cmd_sn).encode(), &[]).unwrap();
+    pair.send(&nop_out(3, Ttt::RESERVED, true, pair.cmd_sn).encode(), &[])
+        .unwrap();
     let opcodes: Vec<_> = (0..3).map(|_| pair.receive_one().unwrap().opcode()).collect();
     assert_eq!(opcodes, [Opcode::R2T, Opcode::NOP_IN, Opcode::DATA_IN]);
     let last = pair.receive().pop().unwrap();

@@ -3,6 +3,12 @@
 //! what was acknowledged, and nothing of what was aborted.
 //!
 //! A failure names its seed: `SEED=… cargo test -p stillpoint-iscsi --test sim one_seed -- --nocapture`.
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "helpers of tests, where a panic is a failed test"
+)]
 
 mod common;
 
@@ -13,11 +19,12 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use common::*;
 use stillpoint_iscsi::pdu::{
-    Bhs, DataIn, LogoutRequest, NopIn, Opcode, Prefix, R2t, Residual, ScsiCommand, ScsiResponse, Stage, TmfReply, TmfRequest,
+    Bhs, DataIn, LogoutRequest, NopIn, Opcode, Prefix, R2t, Residual, ScsiCommand, ScsiResponse, Stage,
+    TmfReply, TmfRequest,
 };
 use stillpoint_iscsi::{
-    Admission, Cid, CmdSn, Command, Connection, ConnectionConfig, DataSn, Event, Itt, LogoutReason, Outcome, StatSn,
-    TaskAttribute, TmfFunction, TmfId, TmfResponse, Tsih, Ttt,
+    Admission, Cid, CmdSn, Command, Connection, ConnectionConfig, DataSn, Event, Itt, LogoutReason, Outcome,
+    StatSn, TaskAttribute, TmfFunction, TmfId, TmfResponse, Tsih, Ttt,
 };
 
 /// Regions of the disk. Each belongs to one command at a time.
@@ -71,10 +78,17 @@ impl Owner {
             assert_eq!(command.data.len(), len, "all data is there");
             self.disk[region][..len].copy_from_slice(&command.data);
             self.writes_done += 1;
-            return Outcome { transfer_len: len as u64, ..Outcome::default() };
+            return Outcome {
+                transfer_len: len as u64,
+                ..Outcome::default()
+            };
         }
         let data = Bytes::copy_from_slice(&self.disk[region][..len.min(REGION_LEN)]);
-        Outcome { transfer_len: data.len() as u64, data, ..Outcome::default() }
+        Outcome {
+            transfer_len: data.len() as u64,
+            data,
+            ..Outcome::default()
+        }
     }
 }
 
@@ -134,7 +148,12 @@ impl World {
             rng,
             now,
             conn,
-            owner: Owner { disk, running: Vec::new(), tmfs: Vec::new(), writes_done: 0 },
+            owner: Owner {
+                disk,
+                running: Vec::new(),
+                tmfs: Vec::new(),
+                writes_done: 0,
+            },
             contents: vec![Content::Known(vec![0; REGION_LEN]); REGIONS],
             keys,
             to_target: Vec::new(),
@@ -196,7 +215,8 @@ impl World {
         ];
         let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
         let request = login_request(self.cmd_sn, Stage::OPERATIONAL, Some(Stage::FULL_FEATURE)).encode();
-        self.to_target.extend(wire(&request, &[], &text(&keys), false, false));
+        self.to_target
+            .extend(wire(&request, &[], &text(&keys), false, false));
         while self.delivered < self.to_target.len() {
             self.deliver();
         }
@@ -220,7 +240,13 @@ impl World {
     }
 
     fn put(&mut self, bhs: &Bhs, data: &[u8]) {
-        self.to_target.extend(wire(bhs, &[], data, self.keys.header_digest, self.keys.data_digest));
+        self.to_target.extend(wire(
+            bhs,
+            &[],
+            data,
+            self.keys.header_digest,
+            self.keys.data_digest,
+        ));
     }
 
     /// Some bytes reach the target.
@@ -228,7 +254,11 @@ impl World {
         let space = self.conn.space();
         let waiting = &self.to_target[self.delivered..];
         let most = space.len().min(waiting.len());
-        let n = if self.rng.chance(50) { most } else { self.rng.below(most) + 1 };
+        let n = if self.rng.chance(50) {
+            most
+        } else {
+            self.rng.below(most) + 1
+        };
         space[..n].copy_from_slice(&waiting[..n]);
         self.delivered += n;
         if self.delivered == self.to_target.len() {
@@ -265,15 +295,31 @@ impl World {
             return;
         }
         let itt = self.new_itt();
-        let len = if self.rng.chance(20) { self.rng.below(16) } else { self.rng.below(REGION_LEN) } + 1;
+        let len = if self.rng.chance(20) {
+            self.rng.below(16)
+        } else {
+            self.rng.below(REGION_LEN)
+        } + 1;
         let data = self.rng.chance(50).then(|| pattern(self.rng.next(), len));
         let cmd_sn = self.cmd_sn;
         self.cmd_sn = cmd_sn.next();
-        let mut command = ScsiCommand { cmd_sn, ..if data.is_some() { write(itt, 0) } else { read(itt, 0) } };
+        let mut command = ScsiCommand {
+            cmd_sn,
+            ..if data.is_some() {
+                write(itt, 0)
+            } else {
+                read(itt, 0)
+            }
+        };
         command.edtl = u32::try_from(len).unwrap();
         command.cdb[0] = if data.is_some() { 0x8a } else { 0x88 };
         command.cdb[1] = u8::try_from(region).unwrap();
-        command.attribute = self.rng.pick(&[TaskAttribute::SIMPLE, TaskAttribute::SIMPLE, TaskAttribute::ORDERED, TaskAttribute::HEAD_OF_QUEUE]);
+        command.attribute = self.rng.pick(&[
+            TaskAttribute::SIMPLE,
+            TaskAttribute::SIMPLE,
+            TaskAttribute::ORDERED,
+            TaskAttribute::HEAD_OF_QUEUE,
+        ]);
         let mut op = Op {
             region,
             cmd_sn,
@@ -300,7 +346,10 @@ impl World {
             _ => 0,
         };
         let unsolicited = !self.keys.initial_r2t && immediate < first && self.rng.chance(70);
-        let command = ScsiCommand { is_final: !unsolicited, ..command };
+        let command = ScsiCommand {
+            is_final: !unsolicited,
+            ..command
+        };
         self.put(&command.encode(), &data[..immediate]);
         if unsolicited {
             self.data_out(op, command.itt.0, Ttt::RESERVED, immediate, first);
@@ -312,9 +361,19 @@ impl World {
         let mut data_sn = 0;
         while from < to {
             let most = self.keys.target_max.min(to - from);
-            let len = if self.rng.chance(60) { most } else { self.rng.below(most) + 1 };
+            let len = if self.rng.chance(60) {
+                most
+            } else {
+                self.rng.below(most) + 1
+            };
             let header = data_out(itt, ttt, data_sn, u32::try_from(from).unwrap(), from + len == to).encode();
-            let mut bytes = wire(&header, &[], &data[from..from + len], self.keys.header_digest, self.keys.data_digest);
+            let mut bytes = wire(
+                &header,
+                &[],
+                &data[from..from + len],
+                self.keys.header_digest,
+                self.keys.data_digest,
+            );
             if self.keys.data_digest && self.rng.chance(1) {
                 let last = bytes.len() - 1;
                 bytes[last] ^= 1;
@@ -329,7 +388,9 @@ impl World {
     /// A frame or more leaves the target.
     fn transmit(&mut self) {
         for _ in 0..=self.rng.below(4) {
-            let Some(frame) = self.conn.poll_transmit() else { return };
+            let Some(frame) = self.conn.poll_transmit() else {
+                return;
+            };
             self.receive(&frame.chunks().concat());
         }
     }
@@ -361,7 +422,10 @@ impl World {
             }
             Opcode::REJECT => {
                 let rejected = ScsiCommand::parse(data[..48].try_into().unwrap());
-                assert!(self.ops.get(&rejected.itt.0).is_none_or(|op| op.corrupted), "rejected: {rejected:?}");
+                assert!(
+                    self.ops.get(&rejected.itt.0).is_none_or(|op| op.corrupted),
+                    "rejected: {rejected:?}"
+                );
             }
             Opcode::LOGOUT_RESPONSE => {}
             other => panic!("{other:?}"),
@@ -371,8 +435,13 @@ impl World {
     fn on_r2t(&mut self, ask: R2t) {
         let itt = ask.itt.0;
         // After an abort the initiator still answers, or not, as it likes.
-        let Some(mut op) = self.ops.remove(&itt) else { return };
-        let (from, to) = (ask.buffer_offset as usize, (ask.buffer_offset + ask.desired_len) as usize);
+        let Some(mut op) = self.ops.remove(&itt) else {
+            return;
+        };
+        let (from, to) = (
+            ask.buffer_offset as usize,
+            (ask.buffer_offset + ask.desired_len) as usize,
+        );
         assert!(ask.desired_len as usize <= self.keys.max_burst && to <= op.len && ask.desired_len > 0);
         if !op.aborting || self.rng.chance(50) {
             self.data_out(&mut op, itt, ask.ttt, from, to);
@@ -381,7 +450,10 @@ impl World {
     }
 
     fn on_data_in(&mut self, header: DataIn, data: &[u8]) {
-        let op = self.ops.get_mut(&header.itt.0).expect("data of a command that exists");
+        let op = self
+            .ops
+            .get_mut(&header.itt.0)
+            .expect("data of a command that exists");
         assert_eq!(header.data_sn, DataSn(op.next_data_sn));
         assert_eq!(header.buffer_offset as usize, op.got.len());
         op.next_data_sn += 1;
@@ -393,7 +465,10 @@ impl World {
     }
 
     fn on_status(&mut self, itt: u32, status: u8, residual: Residual, sense: &[u8]) {
-        let op = self.ops.remove(&itt).expect("status of a command that exists, once");
+        let op = self
+            .ops
+            .remove(&itt)
+            .expect("status of a command that exists, once");
         if status == CHECK_CONDITION {
             assert!(op.corrupted, "only a broken digest fails a command");
             assert_eq!((sense[4], sense[14], sense[15]), (0x0b, 0x47, 0x05));
@@ -533,7 +608,12 @@ impl World {
     }
 
     fn abort_one(&mut self) {
-        let open: Vec<u32> = self.ops.iter().filter(|(_, op)| !op.aborting).map(|(itt, _)| *itt).collect();
+        let open: Vec<u32> = self
+            .ops
+            .iter()
+            .filter(|(_, op)| !op.aborting)
+            .map(|(itt, _)| *itt)
+            .collect();
         if !open.is_empty() {
             let itt = self.rng.pick(&open);
             let cmd_sn = self.ops[&itt].cmd_sn;
@@ -542,8 +622,17 @@ impl World {
     }
 
     fn reset(&mut self) {
-        let open: Vec<u32> = self.ops.iter().filter(|(_, op)| !op.aborting).map(|(itt, _)| *itt).collect();
-        let function = self.rng.pick(&[TmfFunction::LOGICAL_UNIT_RESET, TmfFunction::ABORT_TASK_SET, TmfFunction::TARGET_WARM_RESET]);
+        let open: Vec<u32> = self
+            .ops
+            .iter()
+            .filter(|(_, op)| !op.aborting)
+            .map(|(itt, _)| *itt)
+            .collect();
+        let function = self.rng.pick(&[
+            TmfFunction::LOGICAL_UNIT_RESET,
+            TmfFunction::ABORT_TASK_SET,
+            TmfFunction::TARGET_WARM_RESET,
+        ]);
         self.tmf(function, u32::MAX, CmdSn(0), open);
     }
 
@@ -583,7 +672,11 @@ impl World {
     fn cut(&mut self) {
         self.conn.close();
         while let Some(command) = self.owner.running.pop() {
-            let outcome = if self.rng.chance(50) { self.owner.run(&command) } else { Outcome::default() };
+            let outcome = if self.rng.chance(50) {
+                self.owner.run(&command)
+            } else {
+                Outcome::default()
+            };
             self.conn.complete(self.now, command.task, outcome);
         }
         self.owner.tmfs.clear();
@@ -617,10 +710,16 @@ impl World {
                 return;
             }
         }
-        assert!(self.ops.is_empty() && self.tmfs.is_empty(), "{} commands hang", self.ops.len());
+        assert!(
+            self.ops.is_empty() && self.tmfs.is_empty(),
+            "{} commands hang",
+            self.ops.len()
+        );
         assert_eq!(self.conn.outstanding(), 0);
         for (region, content) in self.contents.iter().enumerate() {
-            let Content::Known(image) = content else { panic!("settled") };
+            let Content::Known(image) = content else {
+                panic!("settled")
+            };
             assert!(*image == self.owner.disk[region], "region {region}");
         }
     }
@@ -651,11 +750,19 @@ fn simulate(seed: u64, steps: usize) -> Report {
         }
     }
     world.drain();
-    Report { acknowledged: world.acknowledged, reads: world.reads_checked, sessions }
+    Report {
+        acknowledged: world.acknowledged,
+        reads: world.reads_checked,
+        sessions,
+    }
 }
 
 fn run(seeds: impl Iterator<Item = u64>, steps: usize) -> Report {
-    let mut all = Report { acknowledged: 0, reads: 0, sessions: 0 };
+    let mut all = Report {
+        acknowledged: 0,
+        reads: 0,
+        sessions: 0,
+    };
     for seed in seeds {
         let result = std::panic::catch_unwind(|| simulate(seed, steps));
         let Ok(report) = result else { panic!("SEED={seed}") };
@@ -677,6 +784,9 @@ fn a_thousand_seeds() {
 
 #[test]
 fn one_seed() {
-    let seed = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(42);
+    let seed = std::env::var("SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or(42);
     simulate(seed, 1200);
 }

@@ -1,14 +1,26 @@
 //! Data of commands (RFC 7143 §4.2.5.2, §11.3, §11.4, §11.7, §11.8): every way in, every way out, and every way to break it.
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "helpers of tests, where a panic is a failed test"
+)]
 
 mod common;
 
 use bytes::Bytes;
 use common::*;
 use stillpoint_iscsi::pdu::{DataIn, Opcode, R2t, Reject, Residual, ScsiCommand, ScsiResponse};
-use stillpoint_iscsi::{Cdb, CmdSn, ConnectionConfig, DataSn, Error, Outcome, R2tSn, RejectReason, TaskAttribute, Ttt};
+use stillpoint_iscsi::{
+    Cdb, CmdSn, ConnectionConfig, DataSn, Error, Outcome, R2tSn, RejectReason, TaskAttribute, Ttt,
+};
 
-const UNSOLICITED: [&str; 4] =
-    ["InitialR2T=No", "ImmediateData=Yes", "FirstBurstLength=65536", "MaxBurstLength=262144"];
+const UNSOLICITED: [&str; 4] = [
+    "InitialR2T=No",
+    "ImmediateData=Yes",
+    "FirstBurstLength=65536",
+    "MaxBurstLength=262144",
+];
 
 fn unsolicited() -> Pair {
     let mut ours = config();
@@ -48,12 +60,21 @@ fn immediate_data_is_the_whole_write() {
     let command = pair.command();
     assert_eq!(command.data, data);
     assert!(command.write && !command.read && !command.immediate);
-    assert_eq!((command.edtl, command.lun.number(), command.attribute), (4096, Some(0), TaskAttribute::SIMPLE));
+    assert_eq!(
+        (command.edtl, command.lun.number(), command.attribute),
+        (4096, Some(0), TaskAttribute::SIMPLE)
+    );
     pair.good(&command);
     let pdu = pair.only();
     let answer = response(&pdu);
-    assert_eq!((answer.status, answer.residual, answer.exp_data_sn), (GOOD, Residual::Exact, DataSn(0)));
-    assert_eq!((answer.numbers.exp_cmd_sn, answer.numbers.max_cmd_sn), (CmdSn(2), CmdSn(129)));
+    assert_eq!(
+        (answer.status, answer.residual, answer.exp_data_sn),
+        (GOOD, Residual::Exact, DataSn(0))
+    );
+    assert_eq!(
+        (answer.numbers.exp_cmd_sn, answer.numbers.max_cmd_sn),
+        (CmdSn(2), CmdSn(129))
+    );
 }
 
 #[test]
@@ -64,7 +85,10 @@ fn r2t_starts_after_the_immediate_data() {
     pair.scsi(write(1, 65536), &data[..8192]);
     let pdu = pair.only();
     let ask = r2t(&pdu);
-    assert_eq!((ask.buffer_offset, ask.desired_len, ask.r2t_sn), (8192, 57344, R2tSn(0)));
+    assert_eq!(
+        (ask.buffer_offset, ask.desired_len, ask.r2t_sn),
+        (8192, 57344, R2tSn(0))
+    );
     assert_eq!(ask.lun.number(), Some(0));
     pair.no_event();
     pair.data_out(1, ask.ttt, 0, 8192, true, &data[8192..]);
@@ -84,7 +108,10 @@ fn one_r2t_asks_for_a_whole_burst_and_next_ones_follow() {
     let mut offset = 0;
     for (number, len) in [262_144, 262_144, 75_712].into_iter().enumerate() {
         let ask = r2t(&pair.only());
-        assert_eq!((ask.buffer_offset, ask.desired_len, ask.r2t_sn), (offset, len, R2tSn(number as u32)));
+        assert_eq!(
+            (ask.buffer_offset, ask.desired_len, ask.r2t_sn),
+            (offset, len, R2tSn(number as u32))
+        );
         // Windows: four Data-Out of 64 KiB.
         let mut sn = 0;
         let end = offset + len;
@@ -102,7 +129,10 @@ fn one_r2t_asks_for_a_whole_burst_and_next_ones_follow() {
 #[test]
 fn outstanding_r2ts_are_as_many_as_agreed() {
     for (offer, expected) in [("1", 1), ("3", 3), ("16", 4)] {
-        let mut pair = Pair::logged_in(config(), &["MaxBurstLength=512", &format!("MaxOutstandingR2T={offer}")]);
+        let mut pair = Pair::logged_in(
+            config(),
+            &["MaxBurstLength=512", &format!("MaxOutstandingR2T={offer}")],
+        );
         pair.scsi(write(1, 5120), &[]);
         let asks: Vec<R2t> = pair.receive().iter().map(r2t).collect();
         assert_eq!(asks.len(), expected);
@@ -111,7 +141,14 @@ fn outstanding_r2ts_are_as_many_as_agreed() {
         let mut open: std::collections::VecDeque<R2t> = asks.into();
         while let Some(ask) = open.pop_front() {
             let at = ask.buffer_offset as usize;
-            pair.data_out(1, ask.ttt, 0, ask.buffer_offset, true, &data[at..at + ask.desired_len as usize]);
+            pair.data_out(
+                1,
+                ask.ttt,
+                0,
+                ask.buffer_offset,
+                true,
+                &data[at..at + ask.desired_len as usize],
+            );
             open.extend(pair.receive().iter().map(r2t));
         }
         assert_eq!(pair.command().data, data);
@@ -123,7 +160,13 @@ fn unsolicited_data_with_and_without_immediate() {
     for immediate in [0, 512, 65535] {
         let mut pair = unsolicited();
         let data = pattern(5, 100_000);
-        pair.scsi(ScsiCommand { is_final: false, ..write(1, 100_000) }, &data[..immediate]);
+        pair.scsi(
+            ScsiCommand {
+                is_final: false,
+                ..write(1, 100_000)
+            },
+            &data[..immediate],
+        );
         pair.silent();
         let middle = immediate.midpoint(65536);
         let at = u32::try_from(immediate).unwrap();
@@ -131,7 +174,14 @@ fn unsolicited_data_with_and_without_immediate() {
             pair.data_out(1, Ttt::RESERVED, 0, at, false, &data[immediate..middle]);
         }
         let sn = u32::from(middle > immediate);
-        pair.data_out(1, Ttt::RESERVED, sn, u32::try_from(middle).unwrap(), true, &data[middle..65536]);
+        pair.data_out(
+            1,
+            Ttt::RESERVED,
+            sn,
+            u32::try_from(middle).unwrap(),
+            true,
+            &data[middle..65536],
+        );
         let ask = r2t(&pair.only());
         assert_eq!((ask.buffer_offset, ask.desired_len), (65536, 34464));
         pair.data_out(1, ask.ttt, 0, 65536, true, &data[65536..]);
@@ -143,7 +193,13 @@ fn unsolicited_data_with_and_without_immediate() {
 fn unsolicited_data_may_be_all_of_it() {
     let mut pair = unsolicited();
     let data = pattern(6, 3000);
-    pair.scsi(ScsiCommand { is_final: false, ..write(1, 3000) }, &[]);
+    pair.scsi(
+        ScsiCommand {
+            is_final: false,
+            ..write(1, 3000)
+        },
+        &[],
+    );
     // Commands may come between (§4.2.5.2).
     pair.scsi(plain(2), &[]);
     pair.data_out(1, Ttt::RESERVED, 0, 0, true, &data);
@@ -155,23 +211,42 @@ fn unsolicited_data_may_be_all_of_it() {
 
 #[test]
 fn reads_are_cut_to_the_initiators_segments_with_status_in_the_last() {
-    let mut pair = Pair::logged_in(config(), &["MaxRecvDataSegmentLength=1000", "MaxBurstLength=2500"]);
+    let mut pair = Pair::logged_in(
+        config(),
+        &["MaxRecvDataSegmentLength=1000", "MaxBurstLength=2500"],
+    );
     pair.scsi(read(1, 6000), &[]);
     let command = pair.command();
     let data = Bytes::from(pattern(7, 5500));
-    pair.complete(&command, Outcome { data: data.clone(), transfer_len: 5500, ..Outcome::default() });
+    pair.complete(
+        &command,
+        Outcome {
+            data: data.clone(),
+            transfer_len: 5500,
+            ..Outcome::default()
+        },
+    );
     let pdus = pair.receive();
     let lens: Vec<_> = pdus.iter().map(|pdu| pdu.data.len()).collect();
     assert_eq!(lens, [1000, 1000, 500, 1000, 1000, 500, 500]);
     let mut offset = 0;
     for (number, pdu) in pdus.iter().enumerate() {
         let header = DataIn::parse(&pdu.bhs);
-        assert_eq!((header.data_sn, header.buffer_offset), (DataSn(number as u32), offset));
+        assert_eq!(
+            (header.data_sn, header.buffer_offset),
+            (DataSn(number as u32), offset)
+        );
         assert_eq!(header.is_final, [2, 5, 6].contains(&number), "PDU {number}");
-        assert_eq!(header.status, (number == 6).then_some((GOOD, Residual::Underflow(500))));
+        assert_eq!(
+            header.status,
+            (number == 6).then_some((GOOD, Residual::Underflow(500)))
+        );
         offset += u32::try_from(pdu.data.len()).unwrap();
     }
-    assert_eq!(pdus.iter().flat_map(|pdu| pdu.data.clone()).collect::<Vec<_>>(), data);
+    assert_eq!(
+        pdus.iter().flat_map(|pdu| pdu.data.clone()).collect::<Vec<_>>(),
+        data
+    );
 }
 
 #[test]
@@ -180,10 +255,20 @@ fn data_in_shares_the_owners_buffer() {
     pair.scsi(read(1, 100_000), &[]);
     let command = pair.command();
     let data = Bytes::from(pattern(8, 100_000));
-    pair.complete(&command, Outcome { data: data.clone(), transfer_len: 100_000, ..Outcome::default() });
+    pair.complete(
+        &command,
+        Outcome {
+            data: data.clone(),
+            transfer_len: 100_000,
+            ..Outcome::default()
+        },
+    );
     let frame = pair.conn.poll_transmit().unwrap();
     assert_eq!(frame.data().as_ptr(), data.as_ptr());
-    assert_eq!(pair.conn.poll_transmit().unwrap().data().as_ptr(), data[65536..].as_ptr());
+    assert_eq!(
+        pair.conn.poll_transmit().unwrap().data().as_ptr(),
+        data[65536..].as_ptr()
+    );
 }
 
 #[test]
@@ -200,8 +285,11 @@ fn residuals_in_both_places() {
         let mut pair = Pair::logged_in(config(), &[]);
         pair.scsi(read(1, edtl), &[]);
         let command = pair.command();
-        let outcome =
-            Outcome { data: Bytes::from(pattern(9, delivered)), transfer_len: delivered as u64, ..Outcome::default() };
+        let outcome = Outcome {
+            data: Bytes::from(pattern(9, delivered)),
+            transfer_len: delivered as u64,
+            ..Outcome::default()
+        };
         pair.complete(&command, outcome);
         let pdu = pair.only();
         let sent = delivered.min(edtl as usize);
@@ -209,7 +297,11 @@ fn residuals_in_both_places() {
         if sent == 0 {
             assert_eq!(response(&pdu).residual, residual, "EDTL {edtl}");
         } else {
-            assert_eq!(DataIn::parse(&pdu.bhs).status, Some((GOOD, residual)), "EDTL {edtl}");
+            assert_eq!(
+                DataIn::parse(&pdu.bhs).status,
+                Some((GOOD, residual)),
+                "EDTL {edtl}"
+            );
         }
     }
 }
@@ -219,19 +311,25 @@ fn check_condition_after_data_has_its_own_response() {
     let mut pair = Pair::logged_in(config(), &[]);
     pair.scsi(read(1, 4096), &[]);
     let command = pair.command();
-    pair.complete(&command, Outcome {
-        status: CHECK_CONDITION,
-        sense: Bytes::from_static(&[0x70, 0, 3, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x11, 0, 0, 0, 0, 0]),
-        data: Bytes::from(pattern(10, 1024)),
-        transfer_len: 1024,
-    });
+    pair.complete(
+        &command,
+        Outcome {
+            status: CHECK_CONDITION,
+            sense: Bytes::from_static(&[0x70, 0, 3, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x11, 0, 0, 0, 0, 0]),
+            data: Bytes::from(pattern(10, 1024)),
+            transfer_len: 1024,
+        },
+    );
     let pdus = pair.receive();
     assert_eq!(pdus.len(), 2);
     let first = DataIn::parse(&pdus[0].bhs);
     assert_eq!((first.is_final, first.status), (true, None));
     assert_eq!(sense(&pdus[1]), (3, 0x11, 0));
     let answer = response(&pdus[1]);
-    assert_eq!((answer.residual, answer.exp_data_sn), (Residual::Underflow(3072), DataSn(1)));
+    assert_eq!(
+        (answer.residual, answer.exp_data_sn),
+        (Residual::Underflow(3072), DataSn(1))
+    );
 }
 
 #[test]
@@ -239,12 +337,27 @@ fn data_that_the_initiator_does_not_expect_is_not_sent() {
     // READ flagged as a write (libiscsi's Read10Invalid), and a command that says neither.
     for command in [write(1, 512), plain(1)] {
         let mut pair = Pair::logged_in(config(), &[]);
-        let data = if command.write { pattern(11, 512) } else { Vec::new() };
+        let data = if command.write {
+            pattern(11, 512)
+        } else {
+            Vec::new()
+        };
         pair.scsi(command, &data);
         let command = pair.command();
-        pair.complete(&command, Outcome { data: bytes(&[1; 512]), transfer_len: 512, ..Outcome::default() });
+        pair.complete(
+            &command,
+            Outcome {
+                data: bytes(&[1; 512]),
+                transfer_len: 512,
+                ..Outcome::default()
+            },
+        );
         let pdu = pair.only();
-        let expected = if command.edtl == 512 { Residual::Exact } else { Residual::Overflow(512) };
+        let expected = if command.edtl == 512 {
+            Residual::Exact
+        } else {
+            Residual::Overflow(512)
+        };
         assert_eq!((response(&pdu).status, response(&pdu).residual), (GOOD, expected));
     }
 }
@@ -269,15 +382,30 @@ fn extended_cdb_and_bidirectional_lengths() {
     ahs.extend([9; 16]);
     ahs.extend([0, 5, 2, 0, 0, 0, 4, 0]);
     let data = pattern(12, 512);
-    pair.send_bytes(&wire(&command.encode(), &ahs, &data, false, false)).unwrap();
+    pair.send_bytes(&wire(&command.encode(), &ahs, &data, false, false))
+        .unwrap();
     let got = pair.command();
     assert!(matches!(&got.cdb, Cdb::Extended(cdb) if cdb.len() == 32 && cdb[16..] == [9; 16]));
     assert_eq!((got.bidi_read_edtl, &got.data[..]), (Some(1024), &data[..]));
-    pair.complete(&got, Outcome { data: bytes(&[1; 1000]), transfer_len: 500, ..Outcome::default() });
+    pair.complete(
+        &got,
+        Outcome {
+            data: bytes(&[1; 1000]),
+            transfer_len: 500,
+            ..Outcome::default()
+        },
+    );
     let pdus = pair.receive();
-    assert_eq!(DataIn::parse(&pdus[0].bhs).status, None, "bidirectional: never in a Data-In");
+    assert_eq!(
+        DataIn::parse(&pdus[0].bhs).status,
+        None,
+        "bidirectional: never in a Data-In"
+    );
     let answer = response(&pdus[1]);
-    assert_eq!((answer.residual, answer.bidi_residual), (Residual::Underflow(12), Residual::Underflow(24)));
+    assert_eq!(
+        (answer.residual, answer.bidi_residual),
+        (Residual::Underflow(12), Residual::Underflow(24))
+    );
 }
 
 #[test]
@@ -296,8 +424,18 @@ fn malformed_additional_segments_end_the_connection() {
 #[test]
 fn segments_longer_than_declared_end_the_connection() {
     let mut pair = Pair::logged_in(config(), &[]);
-    let bytes = wire(&nop_out(1, Ttt::RESERVED, true, CmdSn(1)).encode(), &[], &vec![0; 262_145], false, false);
-    let expected = Error::SegmentTooLong { opcode: 0, len: 262_145, max: 262_144 };
+    let bytes = wire(
+        &nop_out(1, Ttt::RESERVED, true, CmdSn(1)).encode(),
+        &[],
+        &vec![0; 262_145],
+        false,
+        false,
+    );
+    let expected = Error::SegmentTooLong {
+        opcode: 0,
+        len: 262_145,
+        max: 262_144,
+    };
     assert_eq!(pair.send_bytes(&bytes), Err(expected));
 }
 
@@ -327,7 +465,14 @@ fn data_sn_must_count() {
         for (at, number) in numbers.iter().enumerate() {
             pair.no_event();
             pair.silent();
-            pair.data_out(1, ask.ttt, *number, 512 * at as u32, at + 1 == numbers.len(), &[1; 512]);
+            pair.data_out(
+                1,
+                ask.ttt,
+                *number,
+                512 * at as u32,
+                at + 1 == numbers.len(),
+                &[1; 512],
+            );
         }
         faulty(&mut pair, (0x47, 0x05));
     }
@@ -391,7 +536,13 @@ fn unsolicited_data_that_was_not_agreed_on() {
     faulty(&mut pair, (0x0c, 0x0c));
     // InitialR2T=Yes, and unsolicited Data-Out all the same.
     let mut pair = Pair::logged_in(config(), &[]);
-    pair.scsi(ScsiCommand { is_final: false, ..write(1, 1024) }, &[]);
+    pair.scsi(
+        ScsiCommand {
+            is_final: false,
+            ..write(1, 1024)
+        },
+        &[],
+    );
     let ask = r2t(&pair.only());
     pair.data_out(1, Ttt::RESERVED, 0, 0, true, &[1; 1024]);
     pair.silent();
@@ -415,7 +566,13 @@ fn unsolicited_data_of_the_wrong_amount() {
     faulty(&mut pair, (0x0c, 0x0d));
     // Less than FirstBurstLength, though there is more to send (§11.4.7.2).
     let mut pair = unsolicited();
-    pair.scsi(ScsiCommand { is_final: false, ..write(1, 100_000) }, &[]);
+    pair.scsi(
+        ScsiCommand {
+            is_final: false,
+            ..write(1, 100_000)
+        },
+        &[],
+    );
     pair.data_out(1, Ttt::RESERVED, 0, 0, true, &[1; 512]);
     faulty(&mut pair, (0x0c, 0x0d));
 }
@@ -439,8 +596,18 @@ fn data_of_tasks_that_do_not_exist_is_rejected_with_its_header() {
 #[test]
 fn flags_and_tags_of_commands_are_checked() {
     let mut pair = Pair::logged_in(config(), &[]);
-    pair.scsi(ScsiCommand { is_final: false, ..read(1, 512) }, &[]);
-    assert_eq!(rejected(&pair.only()), RejectReason::INVALID_FIELD, "at least one of W and F");
+    pair.scsi(
+        ScsiCommand {
+            is_final: false,
+            ..read(1, 512)
+        },
+        &[],
+    );
+    assert_eq!(
+        rejected(&pair.only()),
+        RejectReason::INVALID_FIELD,
+        "at least one of W and F"
+    );
     pair.scsi(plain(0xffff_ffff), &[]);
     assert_eq!(rejected(&pair.only()), RejectReason::INVALID_FIELD);
     pair.scsi(plain(5), &[]);
@@ -448,7 +615,10 @@ fn flags_and_tags_of_commands_are_checked() {
     let pdu = pair.only();
     assert_eq!(rejected(&pdu), RejectReason::TASK_IN_PROGRESS);
     // Rejected commands used their CmdSN, and their place is free again.
-    assert_eq!((pdu.numbers().exp_cmd_sn, pdu.numbers().max_cmd_sn), (CmdSn(5), CmdSn(131)));
+    assert_eq!(
+        (pdu.numbers().exp_cmd_sn, pdu.numbers().max_cmd_sn),
+        (CmdSn(5), CmdSn(131))
+    );
     let command = pair.command();
     pair.good(&command);
     assert_eq!(response(&pair.only()).numbers.max_cmd_sn, CmdSn(132));
@@ -478,7 +648,14 @@ fn digests_hold_from_the_first_pdu_of_the_full_feature_phase() {
         pair.only();
         pair.scsi(read(2, 3), &[]);
         let command = pair.command();
-        pair.complete(&command, Outcome { data: bytes(b"abc"), transfer_len: 3, ..Outcome::default() });
+        pair.complete(
+            &command,
+            Outcome {
+                data: bytes(b"abc"),
+                transfer_len: 3,
+                ..Outcome::default()
+            },
+        );
         assert_eq!(pair.only().data, b"abc");
     }
 }
@@ -486,7 +663,13 @@ fn digests_hold_from_the_first_pdu_of_the_full_feature_phase() {
 #[test]
 fn a_broken_header_digest_ends_the_connection() {
     let mut pair = with_digests(usize::MAX);
-    let mut bytes = wire(&nop_out(1, Ttt::RESERVED, true, CmdSn(1)).encode(), &[], &[], true, true);
+    let mut bytes = wire(
+        &nop_out(1, Ttt::RESERVED, true, CmdSn(1)).encode(),
+        &[],
+        &[],
+        true,
+        true,
+    );
     bytes[20] ^= 1;
     assert!(matches!(pair.send_bytes(&bytes), Err(Error::HeaderDigest { .. })));
 }
@@ -516,7 +699,9 @@ fn a_broken_data_digest_on_a_numbered_pdu_is_rejected_and_ends_the_session() {
     let mut pair = with_digests(usize::MAX);
     let mut command = write(1, 512);
     command.cmd_sn = pair.next_cmd_sn();
-    let error = pair.send_bytes(&corrupt(&command.encode(), &[1; 512])).unwrap_err();
+    let error = pair
+        .send_bytes(&corrupt(&command.encode(), &[1; 512]))
+        .unwrap_err();
     assert_eq!(error, Error::DataDigest { opcode: 1 });
     assert_eq!(rejected(&pair.only()), RejectReason::DATA_DIGEST);
     pair.no_event();
@@ -561,14 +746,20 @@ fn r2ts_wait_for_the_write_budget() {
 #[test]
 fn a_write_beyond_the_budget_goes_through_alone() {
     let ours = small(|c| c.limits.write_buffer_bytes = 1000);
-    let mut pair = Pair::logged_in(ours, &["ImmediateData=No", "MaxBurstLength=4096", "MaxOutstandingR2T=4"]);
+    let mut pair = Pair::logged_in(
+        ours,
+        &["ImmediateData=No", "MaxBurstLength=4096", "MaxOutstandingR2T=4"],
+    );
     let data = pattern(14, 10_000);
     pair.scsi(write(1, 10_000), &[]);
     pair.scsi(write(2, 512), &[]);
     for _ in 0..3 {
         let ask = r2t(&pair.only());
         assert_eq!(ask.itt.0, 1);
-        let (from, to) = (ask.buffer_offset as usize, (ask.buffer_offset + ask.desired_len) as usize);
+        let (from, to) = (
+            ask.buffer_offset as usize,
+            (ask.buffer_offset + ask.desired_len) as usize,
+        );
         pair.data_out(1, ask.ttt, 0, ask.buffer_offset, true, &data[from..to]);
     }
     let command = pair.command();
@@ -605,7 +796,14 @@ fn reads_wait_while_too_much_is_unsent() {
     pair.no_event();
     let data = Bytes::from(pattern(15, 40_000));
     for command in [&first, &second] {
-        pair.complete(command, Outcome { data: data.clone(), transfer_len: 40_000, ..Outcome::default() });
+        pair.complete(
+            command,
+            Outcome {
+                data: data.clone(),
+                transfer_len: 40_000,
+                ..Outcome::default()
+            },
+        );
     }
     // Answered, but the peer has not read yet.
     pair.no_event();
@@ -624,7 +822,11 @@ fn announced_lengths_cost_nothing() {
     for itt in 0..128 {
         pair.scsi(write(itt, u32::MAX), &[]);
     }
-    let asked: u64 = pair.receive().iter().map(|pdu| u64::from(r2t(pdu).desired_len)).sum();
+    let asked: u64 = pair
+        .receive()
+        .iter()
+        .map(|pdu| u64::from(r2t(pdu).desired_len))
+        .sum();
     assert!(asked <= 33 << 20, "{asked}");
     // The window is closed: the next is ignored without a word.
     pair.scsi(write(999, 512), &[]);

@@ -119,10 +119,12 @@ impl Full<'_> {
         let pdu = DataOut::parse(&head.bhs);
         let dead = pdu.ttt != Ttt::RESERVED && self.is_dead(&pdu);
         match self.session.tasks.by_itt(pdu.itt) {
-            Some(task) if task.progress == Progress::Collecting && !dead => match task.inbound.begin(&pdu, len) {
-                Placement::Into(buffer) => Sink::Into(buffer),
-                Placement::Discard => Sink::Discard,
-            },
+            Some(task) if task.progress == Progress::Collecting && !dead => {
+                match task.inbound.begin(&pdu, len) {
+                    Placement::Into(buffer) => Sink::Into(buffer),
+                    Placement::Discard => Sink::Discard,
+                }
+            }
             _ => Sink::Discard,
         }
     }
@@ -136,7 +138,11 @@ impl Full<'_> {
             self.reject(&received.head, RejectReason::DATA_DIGEST);
         }
         let dead = self.is_dead(&pdu);
-        let task = self.session.tasks.by_itt(pdu.itt).filter(|task| task.progress == Progress::Collecting);
+        let task = self
+            .session
+            .tasks
+            .by_itt(pdu.itt)
+            .filter(|task| task.progress == Progress::Collecting);
         let Some(task) = task.filter(|_| !dead || pdu.ttt == Ttt::RESERVED) else {
             // Late data of an aborted task is expected and ignored; a tag that never was is the initiator's fault.
             if !dead && received.digest_ok {
@@ -156,7 +162,9 @@ impl Full<'_> {
 
     /// After data came: is the task complete, or what does it need next?
     fn go_on(&mut self, id: TaskId) {
-        let Some(task) = self.session.tasks.get(id) else { return };
+        let Some(task) = self.session.tasks.get(id) else {
+            return;
+        };
         if task.inbound.is_complete() {
             match task.inbound.fault() {
                 None => self.session.tasks.make_ready(id),
@@ -176,7 +184,9 @@ impl Full<'_> {
 
     /// The initiator broke a rule of the transfer: the command ends without having run (§11.4.7.2).
     fn fail_transfer(&mut self, id: TaskId) {
-        let Some(task) = self.session.tasks.remove(id) else { return };
+        let Some(task) = self.session.tasks.remove(id) else {
+            return;
+        };
         let Some(fault) = task.inbound.fault() else { return };
         self.counters.transfer_faults += 1;
         self.session.budget.release(task.inbound.reserved());
@@ -192,7 +202,11 @@ impl Full<'_> {
     pub(super) fn pump_r2ts(&mut self) {
         while let Some(&id) = self.session.waiting_for_r2t.front() {
             let params = &self.session.params;
-            let next = self.session.tasks.get(id).and_then(|task| task.inbound.next_r2t(params));
+            let next = self
+                .session
+                .tasks
+                .get(id)
+                .and_then(|task| task.inbound.next_r2t(params));
             let Some((offset, len)) = next else {
                 self.session.waiting_for_r2t.pop_front();
                 if let Some(task) = self.session.tasks.get(id) {
@@ -210,7 +224,9 @@ impl Full<'_> {
 
     fn send_r2t(&mut self, id: TaskId, buffer_offset: u32, desired_len: u32) {
         let ttt = self.session.new_ttt();
-        let Some(task) = self.session.tasks.get(id) else { return };
+        let Some(task) = self.session.tasks.get(id) else {
+            return;
+        };
         let r2t = R2t {
             lun: task.lun,
             itt: task.itt(),
@@ -266,11 +282,17 @@ impl Full<'_> {
         if self.complete_aborted(id) {
             return;
         }
-        let running = self.session.tasks.get(id).is_some_and(|task| task.progress == Progress::Running);
+        let running = self
+            .session
+            .tasks
+            .get(id)
+            .is_some_and(|task| task.progress == Progress::Running);
         if !running {
             return;
         }
-        let Some(task) = self.session.tasks.remove(id) else { return };
+        let Some(task) = self.session.tasks.remove(id) else {
+            return;
+        };
         self.came_back(task.inbound.reserved(), task.read_limit());
         self.answer(&task, outcome);
         self.pump_r2ts();
@@ -304,7 +326,11 @@ impl Full<'_> {
                 Some(edtl) if bidirectional => Residual::of(edtl, delivered as u64),
                 _ => Residual::Exact,
             },
-            data_sn: if bidirectional { DataSn(task.inbound.r2ts().0) } else { DataSn(0) },
+            data_sn: if bidirectional {
+                DataSn(task.inbound.r2ts().0)
+            } else {
+                DataSn(0)
+            },
             bidirectional,
             windowed: !task.immediate,
             sent: 0,

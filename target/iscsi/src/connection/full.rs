@@ -15,7 +15,9 @@ use crate::error::{Error, RejectReason};
 use crate::event::{Counters, Directory, Event};
 use crate::frame::Digests;
 use crate::login::{Names, Params};
-use crate::pdu::{LogoutRequest, NopIn, NopOut, Numbers, Opcode, Reject, ScsiCommand, TextRequest, TmfRequest};
+use crate::pdu::{
+    LogoutRequest, NopIn, NopOut, Numbers, Opcode, Reject, ScsiCommand, TextRequest, TmfRequest,
+};
 use crate::receive::{Head, Received, Sink};
 use crate::session::{CommandWindow, Place, WriteBudget};
 use crate::task::Tasks;
@@ -95,11 +97,17 @@ impl Session {
     }
 
     pub(super) fn digests(&self) -> Digests {
-        Digests { header: self.params.header_digest, data: self.params.data_digest }
+        Digests {
+            header: self.params.header_digest,
+            data: self.params.data_digest,
+        }
     }
 
     pub(super) fn segment_limits(&self) -> SegmentLimits {
-        SegmentLimits { max_recv: self.params.initiator_max_recv, max_burst: self.params.max_burst_length }
+        SegmentLimits {
+            max_recv: self.params.initiator_max_recv,
+            max_burst: self.params.max_burst_length,
+        }
     }
 
     pub(super) fn time2wait_s(&self) -> u16 {
@@ -157,7 +165,11 @@ impl Full<'_> {
         let (opcode, len) = (head.prefix.opcode, head.prefix.data_len);
         let max = self.session.params.target_max_recv;
         if len > max {
-            return Err(Error::SegmentTooLong { opcode: opcode.0, len, max });
+            return Err(Error::SegmentTooLong {
+                opcode: opcode.0,
+                len,
+                max,
+            });
         }
         Ok(match opcode {
             Opcode::SCSI_COMMAND => self.immediate_sink(&ScsiCommand::parse(&head.bhs), len),
@@ -196,10 +208,18 @@ impl Full<'_> {
             self.reject(&received.head, RejectReason::DATA_DIGEST);
             // Its CmdSN is not taken, so that no later command could run. Filling the hole is recovery within the
             // connection, which ErrorRecoveryLevel 0 has not: escalate to session recovery (§7.8).
-            return if immediate { Ok(()) } else { Err(Error::DataDigest { opcode: opcode.0 }) };
+            return if immediate {
+                Ok(())
+            } else {
+                Err(Error::DataDigest { opcode: opcode.0 })
+            };
         }
         let cmd_sn = cmd_sn_of(&received.head);
-        let place = if immediate { Place::Next } else { self.window.take(cmd_sn) };
+        let place = if immediate {
+            Place::Next
+        } else {
+            self.window.take(cmd_sn)
+        };
         match place {
             Place::Outside => {
                 self.counters.outside_window += 1;
@@ -210,7 +230,12 @@ impl Full<'_> {
             Place::Ahead if opcode == Opcode::SCSI_COMMAND => self.dispatch(received)?,
             Place::Ahead => self.session.held.push((cmd_sn, received)),
         }
-        while let Some(at) = self.session.held.iter().position(|(sn, _)| self.window.is_due(*sn)) {
+        while let Some(at) = self
+            .session
+            .held
+            .iter()
+            .position(|(sn, _)| self.window.is_due(*sn))
+        {
             let (_, held) = self.session.held.swap_remove(at);
             self.dispatch(held)?;
         }
@@ -233,7 +258,9 @@ impl Full<'_> {
         };
         match opcode {
             Opcode::NOP_OUT => self.on_nop_out(&received.head, data),
-            Opcode::TEXT_REQUEST => self.on_text(&received.head, &TextRequest::parse(&received.head.bhs), &data),
+            Opcode::TEXT_REQUEST => {
+                self.on_text(&received.head, &TextRequest::parse(&received.head.bhs), &data)
+            }
             Opcode::TMF_REQUEST => self.on_tmf(&received.head, &TmfRequest::parse(&received.head.bhs)),
             _ => self.on_logout(&received.head, &LogoutRequest::parse(&received.head.bhs)),
         }
@@ -243,7 +270,11 @@ impl Full<'_> {
     /// Answers with the complete header of the offending PDU (§11.17).
     pub(super) fn reject(&mut self, head: &Head, reason: RejectReason) {
         self.counters.rejects += 1;
-        let reject = Reject { reason, numbers: Numbers::default(), data_sn: DataSn(0) };
+        let reject = Reject {
+            reason,
+            numbers: Numbers::default(),
+            data_sn: DataSn(0),
+        };
         self.tx.send(Control::new(reject.encode(), head.to_bytes()));
     }
 
@@ -261,7 +292,12 @@ impl Full<'_> {
             return;
         }
         self.timers.initiator_pings();
-        let answer = NopIn { lun: Lun::default(), itt: nop.itt, ttt: Ttt::RESERVED, numbers: Numbers::default() };
+        let answer = NopIn {
+            lun: Lun::default(),
+            itt: nop.itt,
+            ttt: Ttt::RESERVED,
+            numbers: Numbers::default(),
+        };
         // "up to the first MaxRecvDataSegmentLength bytes of the initiator-provided Ping Data" (§11.19).
         // Cut by copying: a slice would keep the memory of all of it while it waits.
         let echo = match data.get(..self.session.params.initiator_max_recv as usize) {

@@ -17,7 +17,9 @@ impl Connection {
     /// Where the data of a PDU before full feature phase goes. The default MaxRecvDataSegmentLength holds (§6.3).
     pub(super) fn login_sink(&mut self, head: &Head) -> Result<Sink, Error> {
         let (opcode, len) = (head.prefix.opcode, head.prefix.data_len);
-        let State::Login(login) = &self.state else { return Err(Error::LoginOutOfTurn) };
+        let State::Login(login) = &self.state else {
+            return Err(Error::LoginOutOfTurn);
+        };
         if opcode != Opcode::LOGIN_REQUEST {
             // The first PDU decides whether this is an iSCSI initiator at all: strangers get no answer.
             if login.identity().is_some() {
@@ -26,14 +28,20 @@ impl Connection {
             return Err(Error::NotLoggedIn { opcode: opcode.0 });
         }
         if len > DEFAULT_MAX_RECV {
-            return Err(Error::SegmentTooLong { opcode: opcode.0, len, max: DEFAULT_MAX_RECV });
+            return Err(Error::SegmentTooLong {
+                opcode: opcode.0,
+                len,
+                max: DEFAULT_MAX_RECV,
+            });
         }
         Ok(Sink::Into(Buffer::new(len as usize, &Pool::default())))
     }
 
     pub(super) fn on_login_pdu(&mut self, received: &Received) -> Result<(), Error> {
         let request = LoginRequest::parse(&received.head.bhs);
-        let State::Login(login) = &mut self.state else { return Err(Error::LoginOutOfTurn) };
+        let State::Login(login) = &mut self.state else {
+            return Err(Error::LoginOutOfTurn);
+        };
         if self.our_turn {
             return Err(Error::LoginOutOfTurn);
         }
@@ -46,12 +54,14 @@ impl Connection {
             Sink::Into(buffer) => buffer.data(),
             Sink::Discard => &[],
         };
-        let step = login.handle(&request, data, &self.config, &*self.directory).and_then(|step| {
-            if matches!(step, Step::Admission(_)) {
-                login.check_required(&self.config)?;
-            }
-            Ok(step)
-        });
+        let step = login
+            .handle(&request, data, &self.config, &*self.directory)
+            .and_then(|step| {
+                if matches!(step, Step::Admission(_)) {
+                    login.check_required(&self.config)?;
+                }
+                Ok(step)
+            });
         self.who.names = login.names().cloned();
         match step {
             Ok(Step::Reply(reply)) => {
@@ -95,10 +105,15 @@ impl Connection {
                 return;
             }
         };
-        let Some(request) = login.identity().map(|identity| final_request(identity, &reply)) else { return };
+        let Some(request) = login.identity().map(|identity| final_request(identity, &reply)) else {
+            return;
+        };
         match admission {
             Admission::Accept { tsih } => {
-                assert!(tsih != Tsih(0), "0 is the handle of no session (RFC 7143 §11.13.3)");
+                assert!(
+                    tsih != Tsih(0),
+                    "0 is the handle of no session (RFC 7143 §11.13.3)"
+                );
                 self.who.tsih = Some(tsih);
                 self.send_login_reply(&request, tsih, reply);
                 self.enter_full_feature(&login);
@@ -129,7 +144,8 @@ impl Connection {
             ..blank_response(request)
         };
         self.our_turn = true;
-        self.tx.send(Control::new(response.encode(), reply.text).marked(Mark::Turn));
+        self.tx
+            .send(Control::new(response.encode(), reply.text).marked(Mark::Turn));
     }
 
     fn send_refusal(&mut self, request: &LoginRequest, status: &LoginStatus) {
@@ -138,7 +154,10 @@ impl Connection {
             text.pair("TargetAddress", address);
         }
         let (text, _) = text.next_piece(DEFAULT_MAX_RECV as usize);
-        let response = LoginResponse { status: status.code(), ..blank_response(request) };
+        let response = LoginResponse {
+            status: status.code(),
+            ..blank_response(request)
+        };
         self.tx.send(Control::new(response.encode(), text));
     }
 }

@@ -80,11 +80,15 @@ impl Full<'_> {
         }
         let scope = match request.function {
             TmfFunction::ABORT_TASK => return self.on_abort_task(request),
-            TmfFunction::ABORT_TASK_SET | TmfFunction::CLEAR_TASK_SET => Scope::Before(request.lun, request.cmd_sn),
+            TmfFunction::ABORT_TASK_SET | TmfFunction::CLEAR_TASK_SET => {
+                Scope::Before(request.lun, request.cmd_sn)
+            }
             TmfFunction::LOGICAL_UNIT_RESET => Scope::Lun(request.lun),
             TmfFunction::TARGET_WARM_RESET | TmfFunction::TARGET_COLD_RESET => Scope::All,
             // "Task allegiance reassignment not supported": there is no other connection (§7.2.2).
-            TmfFunction::TASK_REASSIGN => return self.reply_tmf(request.itt, TmfResponse::REASSIGN_NOT_SUPPORTED),
+            TmfFunction::TASK_REASSIGN => {
+                return self.reply_tmf(request.itt, TmfResponse::REASSIGN_NOT_SUPPORTED);
+            }
             // We never establish an ACA, and speak iSCSIProtocolLevel 1, without the functions of RFC 7144.
             _ => return self.reply_tmf(request.itt, TmfResponse::NOT_SUPPORTED),
         };
@@ -147,14 +151,21 @@ impl Full<'_> {
             response: None,
         };
         self.session.tmfs.insert(tmf, open);
-        self.events.push_back(Event::TaskManagement { tmf, function: request.function, lun: request.lun, affected });
+        self.events.push_back(Event::TaskManagement {
+            tmf,
+            function: request.function,
+            lun: request.lun,
+            affected,
+        });
     }
 
     /// Ends tasks without a status. Those that the owner runs stay known until it is done with them.
     fn abort(&mut self, scope: Scope) {
         let covered = |task: &Task| scope.covers(task.itt(), task.lun, task.cmd_sn);
         for id in self.session.tasks.matching(covered) {
-            let Some(task) = self.session.tasks.remove(id) else { continue };
+            let Some(task) = self.session.tasks.remove(id) else {
+                continue;
+            };
             for ttt in task.inbound.open_tags().collect::<Vec<Ttt>>() {
                 self.bury(task.itt(), ttt);
             }
@@ -165,14 +176,17 @@ impl Full<'_> {
                 self.window.release();
             }
             if task.progress == Progress::Running {
-                self.session.aborted.insert(id, Aborted {
-                    itt: task.itt(),
-                    lun: task.lun,
-                    cmd_sn: task.cmd_sn,
-                    reserved: task.inbound.reserved(),
-                    read_limit: task.read_limit(),
-                    waiters: Vec::new(),
-                });
+                self.session.aborted.insert(
+                    id,
+                    Aborted {
+                        itt: task.itt(),
+                        lun: task.lun,
+                        cmd_sn: task.cmd_sn,
+                        reserved: task.inbound.reserved(),
+                        read_limit: task.read_limit(),
+                        waiters: Vec::new(),
+                    },
+                );
             } else {
                 self.session.budget.release(task.inbound.reserved());
             }
@@ -187,20 +201,31 @@ impl Full<'_> {
         self.abort(scope);
         if self.window.max_cmd_sn() != before && self.session.session_type == SessionType::Normal {
             // No status will tell that the window has moved (§11.19).
-            let news =
-                NopIn { lun: Lun::default(), itt: Itt::RESERVED, ttt: Ttt::RESERVED, numbers: Numbers::default() };
+            let news = NopIn {
+                lun: Lun::default(),
+                itt: Itt::RESERVED,
+                ttt: Ttt::RESERVED,
+                numbers: Numbers::default(),
+            };
             self.tx.send(Control::peek(news.encode()));
         }
         let covers = |aborted: &Aborted| scope.covers(aborted.itt, aborted.lun, aborted.cmd_sn);
-        let mut running: Vec<_> =
-            self.session.aborted.iter().filter(|(_, aborted)| covers(aborted)).map(|(id, _)| *id).collect();
+        let mut running: Vec<_> = self
+            .session
+            .aborted
+            .iter()
+            .filter(|(_, aborted)| covers(aborted))
+            .map(|(id, _)| *id)
+            .collect();
         running.sort_unstable();
         running
     }
 
     /// The owner is done with a task that was aborted: whoever waited for that may go on.
     pub(super) fn complete_aborted(&mut self, id: TaskId) -> bool {
-        let Some(aborted) = self.session.aborted.remove(&id) else { return false };
+        let Some(aborted) = self.session.aborted.remove(&id) else {
+            return false;
+        };
         self.came_back(aborted.reserved, aborted.read_limit);
         for tmf in aborted.waiters {
             if let Some(open) = self.session.tmfs.get_mut(&tmf) {
@@ -221,7 +246,12 @@ impl Full<'_> {
     }
 
     fn finish_tmf(&mut self, tmf: TmfId) {
-        let Some(&OpenTmf { itt, function, waits_for: 0, response: Some(response) }) = self.session.tmfs.get(&tmf)
+        let Some(&OpenTmf {
+            itt,
+            function,
+            waits_for: 0,
+            response: Some(response),
+        }) = self.session.tmfs.get(&tmf)
         else {
             return;
         };
@@ -235,7 +265,11 @@ impl Full<'_> {
 
     /// After every answer that waits: "no responses for the tasks covered [...] after the task management response".
     fn reply_tmf(&mut self, itt: Itt, response: TmfResponse) {
-        let reply = TmfReply { response, itt, numbers: Numbers::default() };
+        let reply = TmfReply {
+            response,
+            itt,
+            numbers: Numbers::default(),
+        };
         self.tx.send_fenced(Control::new(reply.encode(), Bytes::new()));
     }
 
@@ -244,7 +278,9 @@ impl Full<'_> {
         match request.reason {
             LogoutReason::CLOSE_SESSION => self.begin_logout(request),
             LogoutReason::CLOSE_CONNECTION if ours => self.begin_logout(request),
-            LogoutReason::REMOVE_FOR_RECOVERY if ours => self.reply_logout(request.itt, RECOVERY_NOT_SUPPORTED),
+            LogoutReason::REMOVE_FOR_RECOVERY if ours => {
+                self.reply_logout(request.itt, RECOVERY_NOT_SUPPORTED)
+            }
             LogoutReason::CLOSE_CONNECTION | LogoutReason::REMOVE_FOR_RECOVERY => {
                 self.reply_logout(request.itt, CID_NOT_FOUND);
             }
@@ -258,8 +294,13 @@ impl Full<'_> {
         self.tx.drop_answers();
         self.session.read_queued = 0;
         self.session.tmfs.clear();
-        self.session.logout = Some(Logout { itt: request.itt, deadline: self.now + self.config.times.cleanup });
-        self.events.push_back(Event::LoggedOut { reason: request.reason });
+        self.session.logout = Some(Logout {
+            itt: request.itt,
+            deadline: self.now + self.config.times.cleanup,
+        });
+        self.events.push_back(Event::LoggedOut {
+            reason: request.reason,
+        });
         self.finish_logout();
     }
 
@@ -292,7 +333,12 @@ impl Full<'_> {
         }
         let ttt = self.session.new_ttt();
         self.timers.ping_queued(ttt, for_owner);
-        let ping = NopIn { lun: Lun::default(), itt: Itt::RESERVED, ttt, numbers: Numbers::default() };
+        let ping = NopIn {
+            lun: Lun::default(),
+            itt: Itt::RESERVED,
+            ttt,
+            numbers: Numbers::default(),
+        };
         self.tx.send(Control::peek(ping.encode()).marked(Mark::Ping));
     }
 }

@@ -48,9 +48,7 @@ enum State {
     /// Logged in.
     Full(Box<Session>),
     /// Over, once everything is sent.
-    Closing {
-        logged_out: bool,
-    },
+    Closing { logged_out: bool },
 }
 
 /// One iSCSI connection of a target, without its socket. See the crate's README for the loop around it.
@@ -139,14 +137,18 @@ impl Connection {
                 _ => Digests::default(),
             };
             if self.rx.wants_header() {
-                let Some(head) = self.rx.next_head(digests.header)? else { return Ok(()) };
+                let Some(head) = self.rx.next_head(digests.header)? else {
+                    return Ok(());
+                };
                 let sink = match self.full() {
                     Some(mut full) => full.sink_for(&head)?,
                     None => self.login_sink(&head)?,
                 };
                 self.rx.begin(head, sink);
             }
-            let Some(received) = self.rx.finish(digests) else { return Ok(()) };
+            let Some(received) = self.rx.finish(digests) else {
+                return Ok(());
+            };
             self.counters.pdus_in += 1;
             match self.full() {
                 Some(mut full) => full.on_pdu(received)?,
@@ -175,7 +177,10 @@ impl Connection {
     pub fn poll_transmit(&mut self) -> Option<Frame> {
         let limits = match &self.state {
             State::Full(session) => session.segment_limits(),
-            _ => SegmentLimits { max_recv: DEFAULT_MAX_RECV, max_burst: u32::MAX },
+            _ => SegmentLimits {
+                max_recv: DEFAULT_MAX_RECV,
+                max_burst: u32::MAX,
+            },
         };
         let sent = self.tx.next(&mut self.window, limits)?;
         self.timers.sent(self.now, self.tx.is_empty());
@@ -267,7 +272,10 @@ impl Connection {
     ///
     /// Returns those that the owner still runs; their completion is swallowed.
     pub fn abort_lun_tasks(&mut self, lun: Option<Lun>) -> Vec<TaskId> {
-        let running = self.full().map(|mut full| full.abort_for_other(lun)).unwrap_or_default();
+        let running = self
+            .full()
+            .map(|mut full| full.abort_for_other(lun))
+            .unwrap_or_default();
         self.settle();
         running
     }
@@ -335,7 +343,9 @@ impl Connection {
 
     /// The session in full feature phase, with all it needs of the connection.
     fn full(&mut self) -> Option<Full<'_>> {
-        let State::Full(session) = &mut self.state else { return None };
+        let State::Full(session) = &mut self.state else {
+            return None;
+        };
         Some(Full {
             now: self.now,
             config: &self.config,
@@ -381,7 +391,13 @@ impl Connection {
     }
 
     fn queue_async(&mut self, lun: Lun, event: AsyncEvent, parameters: [u16; 3], data: Bytes) {
-        let message = AsyncMessage { lun, numbers: Numbers::default(), event, vendor_code: 0, parameters };
+        let message = AsyncMessage {
+            lun,
+            numbers: Numbers::default(),
+            event,
+            vendor_code: 0,
+            parameters,
+        };
         self.tx.send(Control::new(message.encode(), data));
     }
 }

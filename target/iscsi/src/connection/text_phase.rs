@@ -59,9 +59,16 @@ impl Full<'_> {
         };
         if !exchange.out.is_empty() {
             // The rest of our text is fetched with empty requests.
-            return if data.is_empty() { Ok(exchange) } else { Err(RejectReason::PROTOCOL_ERROR) };
+            return if data.is_empty() {
+                Ok(exchange)
+            } else {
+                Err(RejectReason::PROTOCOL_ERROR)
+            };
         }
-        exchange.text.push(data).map_err(|_| RejectReason::OUT_OF_RESOURCES)?;
+        exchange
+            .text
+            .push(data)
+            .map_err(|_| RejectReason::OUT_OF_RESOURCES)?;
         if !request.continues {
             let text = exchange.text.take();
             self.answer_keys(&mut exchange, &text)?;
@@ -115,7 +122,10 @@ impl Full<'_> {
             local: self.config.local,
             portal_group: self.config.portal_group,
         });
-        for record in records.iter().filter(|record| asked.is_none_or(|name| record.name == name)) {
+        for record in records
+            .iter()
+            .filter(|record| asked.is_none_or(|name| record.name == name))
+        {
             exchange.out.pair("TargetName", &record.name);
             for (address, group) in &record.portals {
                 // Two separate keys, with the group: Windows refuses anything else.
@@ -136,7 +146,8 @@ impl Full<'_> {
             numbers: Numbers::default(),
         };
         *self.our_turn = true;
-        self.tx.send(Control::new(response.encode(), text).marked(Mark::Turn));
+        self.tx
+            .send(Control::new(response.encode(), text).marked(Mark::Turn));
         if is_final {
             self.session.text = None;
             if let Some(len) = exchange.max_recv {

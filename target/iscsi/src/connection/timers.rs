@@ -104,7 +104,11 @@ impl Timers {
     }
 
     pub(super) fn ping_queued(&mut self, ttt: Ttt, for_owner: bool) {
-        self.ping = Some(Ping { ttt, for_owner, left: None });
+        self.ping = Some(Ping {
+            ttt,
+            for_owner,
+            left: None,
+        });
     }
 
     pub(super) fn ping_left(&mut self, now: Instant) {
@@ -165,9 +169,13 @@ impl Connection {
 
     fn next_deadline(&self) -> Option<(Instant, Due)> {
         let (timers, times) = (&self.timers, &self.config.times);
-        let stall = timers.stalled_since.map(|since| (since + times.stall, Due::Stall));
+        let stall = timers
+            .stalled_since
+            .map(|since| (since + times.stall, Due::Stall));
         let session = match &self.state {
-            State::Login(_) | State::Admission(..) => return Some((timers.started + times.login, Due::Login)),
+            State::Login(_) | State::Admission(..) => {
+                return Some((timers.started + times.login, Due::Login));
+            }
             State::Closing { .. } => return stall,
             State::Full(session) => session,
         };
@@ -176,10 +184,17 @@ impl Connection {
             SessionType::Normal => timers.silence(times),
             SessionType::Discovery => Some((timers.last_heard + times.discovery, Due::Silence)),
         };
-        let data_out = (session.budget.open_sequences() > 0).then(|| (timers.last_data + times.data_out, Due::DataOut));
-        let cleanup = session.logout.as_ref().map(|logout| (logout.deadline, Due::Cleanup));
+        let data_out =
+            (session.budget.open_sequences() > 0).then(|| (timers.last_data + times.data_out, Due::DataOut));
+        let cleanup = session
+            .logout
+            .as_ref()
+            .map(|logout| (logout.deadline, Due::Cleanup));
         let logout = timers.logout_by.map(|by| (by, Due::Logout));
-        [silence, data_out, cleanup, logout, stall].into_iter().flatten().min_by_key(|(at, _)| *at)
+        [silence, data_out, cleanup, logout, stall]
+            .into_iter()
+            .flatten()
+            .min_by_key(|(at, _)| *at)
     }
 
     fn act(&mut self, due: Due) -> Result<(), Error> {

@@ -43,7 +43,9 @@ impl ChapAlgorithm {
     /// The algorithm of a number, if we implement it.
     #[must_use]
     pub fn from_number(number: u64) -> Option<Self> {
-        Self::ALL.into_iter().find(|algorithm| u64::from(algorithm.number()) == number)
+        Self::ALL
+            .into_iter()
+            .find(|algorithm| u64::from(algorithm.number()) == number)
     }
 
     /// Bytes of our challenge: as many as the hash has, so that none is weaker than its algorithm.
@@ -60,7 +62,12 @@ impl ChapAlgorithm {
     #[must_use]
     pub fn response(self, identifier: u8, secret: &[u8], challenge: &[u8]) -> Vec<u8> {
         fn hash<D: Digest>(identifier: u8, secret: &[u8], challenge: &[u8]) -> Vec<u8> {
-            D::new().chain_update([identifier]).chain_update(secret).chain_update(challenge).finalize().to_vec()
+            D::new()
+                .chain_update([identifier])
+                .chain_update(secret)
+                .chain_update(challenge)
+                .finalize()
+                .to_vec()
         }
         match self {
             Self::Md5 => hash::<Md5>(identifier, secret, challenge),
@@ -80,7 +87,9 @@ pub(crate) struct Credential {
 
 impl fmt::Debug for Credential {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Credential").field("user", &self.user).finish_non_exhaustive()
+        f.debug_struct("Credential")
+            .field("user", &self.user)
+            .finish_non_exhaustive()
     }
 }
 
@@ -118,19 +127,32 @@ impl ChapPolicy {
         mutual: Option<(String, Vec<u8>)>,
         algorithms: impl Into<Vec<ChapAlgorithm>>,
     ) -> Result<Self, ChapPolicyError> {
-        let initiator = Credential { user: user.into(), secret: Zeroizing::new(secret.into()) };
-        let target = mutual.map(|(user, secret)| Credential { user, secret: Zeroizing::new(secret) });
+        let initiator = Credential {
+            user: user.into(),
+            secret: Zeroizing::new(secret.into()),
+        };
+        let target = mutual.map(|(user, secret)| Credential {
+            user,
+            secret: Zeroizing::new(secret),
+        });
         let algorithms = algorithms.into();
         if initiator.secret.is_empty() || target.as_ref().is_some_and(|target| target.secret.is_empty()) {
             return Err(ChapPolicyError::EmptySecret);
         }
-        if target.as_ref().is_some_and(|target| bool::from(target.secret.ct_eq(&initiator.secret))) {
+        if target
+            .as_ref()
+            .is_some_and(|target| bool::from(target.secret.ct_eq(&initiator.secret)))
+        {
             return Err(ChapPolicyError::SameSecret);
         }
         if algorithms.is_empty() {
             return Err(ChapPolicyError::NoAlgorithm);
         }
-        Ok(Self { initiator, target, algorithms })
+        Ok(Self {
+            initiator,
+            target,
+            algorithms,
+        })
     }
 
     /// The first algorithm of the offer that we implement and this policy allows (RFC 7143 §6.2.1).
@@ -152,7 +174,9 @@ pub(crate) struct Challenge {
 impl Challenge {
     /// Whether `response` proves the secret. Takes as long for a near miss as for a far one.
     pub(crate) fn verify(&self, credential: &Credential, response: &[u8]) -> bool {
-        let expected = self.algorithm.response(self.identifier, &credential.secret, &self.bytes);
+        let expected = self
+            .algorithm
+            .response(self.identifier, &credential.secret, &self.bytes);
         expected.ct_eq(response).into()
     }
 }
@@ -167,23 +191,37 @@ mod tests {
     #[test]
     fn responses_of_all_algorithms() {
         let challenge: Vec<u8> = (0..16).collect();
-        let response = |algorithm: ChapAlgorithm| {
-            HEXLOWER.encode(&algorithm.response(1, b"secret12secret", &challenge))
-        };
+        let response =
+            |algorithm: ChapAlgorithm| HEXLOWER.encode(&algorithm.response(1, b"secret12secret", &challenge));
         assert_eq!(response(ChapAlgorithm::Md5), "29f61be97be10b4aa63f1b9db780ad69");
-        assert_eq!(response(ChapAlgorithm::Sha1), "0155a56a398cbb9822fb82250e9d129ae2603aee");
-        assert_eq!(response(ChapAlgorithm::Sha256), "c8a29fcca5e5132c734f1d3b3f4a42267918ceb70c232c06e9e93a5d5bd68012");
-        assert_eq!(response(ChapAlgorithm::Sha3_256), "39e1af4dfb9ba7a6ae8a108ad659f02eb8a12563aa225ef7404bb4f396b2977c");
+        assert_eq!(
+            response(ChapAlgorithm::Sha1),
+            "0155a56a398cbb9822fb82250e9d129ae2603aee"
+        );
+        assert_eq!(
+            response(ChapAlgorithm::Sha256),
+            "c8a29fcca5e5132c734f1d3b3f4a42267918ceb70c232c06e9e93a5d5bd68012"
+        );
+        assert_eq!(
+            response(ChapAlgorithm::Sha3_256),
+            "39e1af4dfb9ba7a6ae8a108ad659f02eb8a12563aa225ef7404bb4f396b2977c"
+        );
     }
 
     #[test]
     fn the_offers_order_decides_among_what_is_allowed() {
         let policy = |algorithms: &[ChapAlgorithm]| ChapPolicy::new("u", "s", None, algorithms).unwrap();
         let all = policy(&ChapAlgorithm::ALL);
-        assert_eq!(all.choose([8, 7, 6, 5].into_iter()), Some(ChapAlgorithm::Sha3_256));
+        assert_eq!(
+            all.choose([8, 7, 6, 5].into_iter()),
+            Some(ChapAlgorithm::Sha3_256)
+        );
         assert_eq!(all.choose([5, 7].into_iter()), Some(ChapAlgorithm::Md5));
         assert_eq!(all.choose([56, 128, 0].into_iter()), None);
-        assert_eq!(policy(&[ChapAlgorithm::Sha256]).choose([5, 7].into_iter()), Some(ChapAlgorithm::Sha256));
+        assert_eq!(
+            policy(&[ChapAlgorithm::Sha256]).choose([5, 7].into_iter()),
+            Some(ChapAlgorithm::Sha256)
+        );
     }
 
     #[test]
@@ -192,9 +230,18 @@ mod tests {
         let new = |secret: &str, mutual, algorithms: &[ChapAlgorithm]| {
             ChapPolicy::new("u", secret, mutual, algorithms).map(|_| ())
         };
-        assert_eq!(new("", None, &ChapAlgorithm::ALL), Err(ChapPolicyError::EmptySecret));
-        assert_eq!(new("a", mutual(b""), &ChapAlgorithm::ALL), Err(ChapPolicyError::EmptySecret));
-        assert_eq!(new("a", mutual(b"a"), &ChapAlgorithm::ALL), Err(ChapPolicyError::SameSecret));
+        assert_eq!(
+            new("", None, &ChapAlgorithm::ALL),
+            Err(ChapPolicyError::EmptySecret)
+        );
+        assert_eq!(
+            new("a", mutual(b""), &ChapAlgorithm::ALL),
+            Err(ChapPolicyError::EmptySecret)
+        );
+        assert_eq!(
+            new("a", mutual(b"a"), &ChapAlgorithm::ALL),
+            Err(ChapPolicyError::SameSecret)
+        );
         assert_eq!(new("a", mutual(b"b"), &[]), Err(ChapPolicyError::NoAlgorithm));
         assert_eq!(new("a", mutual(b"b"), &ChapAlgorithm::ALL), Ok(()));
     }

@@ -20,8 +20,13 @@ pub(super) type Answer = Option<Cow<'static, str>>;
 const NODE_ARCHITECTURE_MAX: usize = 255;
 
 /// Keys that only we may send, and those of other stages and phases: a protocol error in the operational stage (§6.3).
-pub(super) const FOREIGN_KEYS: [&str; 5] =
-    ["TargetAlias", "TargetAddress", "TargetPortalGroupTag", "SendTargets", "AuthMethod"];
+pub(super) const FOREIGN_KEYS: [&str; 5] = [
+    "TargetAlias",
+    "TargetAddress",
+    "TargetPortalGroupTag",
+    "SendTargets",
+    "AuthMethod",
+];
 
 /// The operational negotiation of one login.
 pub(super) struct Negotiation<'a> {
@@ -49,12 +54,20 @@ impl Negotiation<'_> {
             },
             "InitialR2T" => Some(self.initial_r2t(value)),
             "ImmediateData" => Some(self.immediate_data(value)),
-            "MaxBurstLength" => {
-                Some(minimum(value, SEGMENT_RANGE, self.ours.max_burst_length, &mut self.params.max_burst_length))
-            }
+            "MaxBurstLength" => Some(minimum(
+                value,
+                SEGMENT_RANGE,
+                self.ours.max_burst_length,
+                &mut self.params.max_burst_length,
+            )),
             "FirstBurstLength" => {
                 let ours = self.ours.first_burst_length.min(self.params.max_burst_length);
-                Some(minimum(value, SEGMENT_RANGE, ours, &mut self.params.first_burst_length))
+                Some(minimum(
+                    value,
+                    SEGMENT_RANGE,
+                    ours,
+                    &mut self.params.first_burst_length,
+                ))
             }
             "MaxOutstandingR2T" => Some(minimum(
                 value,
@@ -62,19 +75,31 @@ impl Negotiation<'_> {
                 self.ours.max_outstanding_r2t,
                 &mut self.params.max_outstanding_r2t,
             )),
-            "DefaultTime2Wait" => {
-                Some(maximum(value, TIME_RANGE, self.ours.default_time2wait_s, &mut self.params.time2wait_s))
-            }
-            "DefaultTime2Retain" => {
-                Some(minimum(value, TIME_RANGE, self.ours.default_time2retain_s, &mut self.params.time2retain_s))
-            }
+            "DefaultTime2Wait" => Some(maximum(
+                value,
+                TIME_RANGE,
+                self.ours.default_time2wait_s,
+                &mut self.params.time2wait_s,
+            )),
+            "DefaultTime2Retain" => Some(minimum(
+                value,
+                TIME_RANGE,
+                self.ours.default_time2retain_s,
+                &mut self.params.time2retain_s,
+            )),
             _ => self.fixed(key, value)?,
         })
     }
 
     /// Keys whose answer does not depend on our configuration.
     fn fixed(&self, key: &str, value: &str) -> Result<Answer, LoginFault> {
-        let in_range = |range| if ranged::<u32>(value, range).is_some() { Some(()) } else { None };
+        let in_range = |range| {
+            if ranged::<u32>(value, range).is_some() {
+                Some(())
+            } else {
+                None
+            }
+        };
         Ok(Some(Cow::Borrowed(match key {
             // One connection per session, no recovery within one: Minimum makes it so whatever is offered.
             "MaxConnections" => in_range(COUNT_RANGE).map_or(REJECT, |()| "1"),
@@ -153,11 +178,15 @@ fn digest(key: &str, offer: &str, policy: DigestPolicy) -> Result<&'static str, 
 
 /// The first value of the initiator's list that is one of ours (§6.2.1).
 fn first_of(offer: &str, ours: &[&'static str]) -> Option<&'static str> {
-    offer.split(',').find_map(|value| ours.iter().copied().find(|known| *known == value))
+    offer
+        .split(',')
+        .find_map(|value| ours.iter().copied().find(|known| *known == value))
 }
 
 fn ranged<T: TryFrom<u64>>(value: &str, range: core::ops::RangeInclusive<u64>) -> Option<T> {
-    number(value).filter(|number| range.contains(number)).and_then(|number| T::try_from(number).ok())
+    number(value)
+        .filter(|number| range.contains(number))
+        .and_then(|number| T::try_from(number).ok())
 }
 
 fn minimum<T: TryFrom<u64> + Ord + Copy + ToString>(
@@ -251,12 +280,20 @@ mod tests {
         value: &str,
     ) -> (Result<Answer, LoginFault>, Params) {
         let mut params = Params::new();
-        let answer = Negotiation { ours, session_type, params: &mut params }.answer(key, value);
+        let answer = Negotiation {
+            ours,
+            session_type,
+            params: &mut params,
+        }
+        .answer(key, value);
         (answer, params)
     }
 
     fn text(key: &str, value: &str) -> String {
-        answer(key, value).0.unwrap().map_or_else(|| "-".to_owned(), Cow::into_owned)
+        answer(key, value)
+            .0
+            .unwrap()
+            .map_or_else(|| "-".to_owned(), Cow::into_owned)
     }
 
     #[test]
@@ -297,7 +334,11 @@ mod tests {
             ("OFMarker", "Yes", "No"),
             ("IFMarkInt", "2048~65535", "Reject"),
             ("OFMarkInt", "2048", "Reject"),
-            ("TaskReporting", "FastAbort,ResponseFence,RFC3720", "ResponseFence"),
+            (
+                "TaskReporting",
+                "FastAbort,ResponseFence,RFC3720",
+                "ResponseFence",
+            ),
             ("TaskReporting", "FastAbort", "Reject"),
             ("iSCSIProtocolLevel", "2", "1"),
             ("InitiatorAlias", "Web Server 4", "-"),
@@ -311,24 +352,51 @@ mod tests {
 
     #[test]
     fn keys_of_other_places_are_protocol_errors() {
-        for key in ["SendTargets", "CHAP_A", "AuthMethod", "TargetAlias", "TargetPortalGroupTag"] {
-            assert_eq!(answer(key, "All").0, Err(LoginFault::KeyNotAllowed(key.to_owned())));
+        for key in [
+            "SendTargets",
+            "CHAP_A",
+            "AuthMethod",
+            "TargetAlias",
+            "TargetPortalGroupTag",
+        ] {
+            assert_eq!(
+                answer(key, "All").0,
+                Err(LoginFault::KeyNotAllowed(key.to_owned()))
+            );
         }
     }
 
     #[test]
     fn digest_policies() {
         let with = |policy, offer: &str| {
-            let ours = KeyConfig { data_digest: policy, ..KeyConfig::default() };
+            let ours = KeyConfig {
+                data_digest: policy,
+                ..KeyConfig::default()
+            };
             let (answer, params) = answer_with(&ours, SessionType::Normal, "DataDigest", offer);
             answer.map(|answer| (answer.unwrap().into_owned(), params.data_digest))
         };
-        assert_eq!(with(DigestPolicy::Prefer, "None,CRC32C"), Ok(("CRC32C".to_owned(), true)));
+        assert_eq!(
+            with(DigestPolicy::Prefer, "None,CRC32C"),
+            Ok(("CRC32C".to_owned(), true))
+        );
         assert_eq!(with(DigestPolicy::Prefer, "None"), Ok(("None".to_owned(), false)));
-        assert_eq!(with(DigestPolicy::Never, "CRC32C,None"), Ok(("None".to_owned(), false)));
-        assert_eq!(with(DigestPolicy::Never, "CRC32C"), Ok(("Reject".to_owned(), false)));
-        assert_eq!(with(DigestPolicy::Require, "None,CRC32C"), Ok(("CRC32C".to_owned(), true)));
-        assert_eq!(with(DigestPolicy::Require, "None"), Err(LoginFault::BadValue("DataDigest".to_owned())));
+        assert_eq!(
+            with(DigestPolicy::Never, "CRC32C,None"),
+            Ok(("None".to_owned(), false))
+        );
+        assert_eq!(
+            with(DigestPolicy::Never, "CRC32C"),
+            Ok(("Reject".to_owned(), false))
+        );
+        assert_eq!(
+            with(DigestPolicy::Require, "None,CRC32C"),
+            Ok(("CRC32C".to_owned(), true))
+        );
+        assert_eq!(
+            with(DigestPolicy::Require, "None"),
+            Err(LoginFault::BadValue("DataDigest".to_owned()))
+        );
     }
 
     #[test]

@@ -16,8 +16,8 @@ use sha2::{Digest, Sha256};
 
 pub use chap::{ChapAlgorithm, ChapPolicy, ChapPolicyError};
 pub(crate) use keys::{is_login_only, segment_length};
-pub use params::Params;
 pub(crate) use params::DEFAULT_MAX_RECV;
+pub use params::Params;
 
 use self::keys::Negotiation;
 use self::security::{Security, SecurityKeys};
@@ -48,7 +48,11 @@ impl Entropy {
 
     fn block(&mut self) -> [u8; 32] {
         self.counter += 1;
-        Sha256::new().chain_update(self.seed).chain_update(self.counter.to_be_bytes()).finalize().into()
+        Sha256::new()
+            .chain_update(self.seed)
+            .chain_update(self.counter.to_be_bytes())
+            .finalize()
+            .into()
     }
 
     pub(crate) fn vec(&mut self, len: usize) -> Vec<u8> {
@@ -163,7 +167,11 @@ impl Login {
         self.check_stage(request)?;
         if !self.out.is_empty() {
             // §6.2: a response with C set MUST be answered with an empty request.
-            return if data.is_empty() { self.reply(request) } else { Err(LoginFault::NotEmpty.into()) };
+            return if data.is_empty() {
+                self.reply(request)
+            } else {
+                Err(LoginFault::NotEmpty.into())
+            };
         }
         self.text.push(data)?;
         if request.continues {
@@ -202,7 +210,11 @@ impl Login {
                 return Err(LoginStatus::UnsupportedVersion);
             }
             // MaxConnections is 1: there is no session that a second connection could join (§6.3.1).
-            return if request.tsih == Tsih(0) { Ok(()) } else { Err(LoginStatus::SessionDoesNotExist) };
+            return if request.tsih == Tsih(0) {
+                Ok(())
+            } else {
+                Err(LoginStatus::SessionDoesNotExist)
+            };
         };
         let changed = if first.itt != identity.itt {
             "InitiatorTaskTag"
@@ -226,7 +238,11 @@ impl Login {
         }
         let expected = *self.stage.get_or_insert(current);
         if expected != current {
-            return Err(LoginFault::WrongStage { expected: expected.0, got: current.0 }.into());
+            return Err(LoginFault::WrongStage {
+                expected: expected.0,
+                got: current.0,
+            }
+            .into());
         }
         if !request.transit {
             return Ok(());
@@ -236,7 +252,11 @@ impl Login {
         }
         match (current, next) {
             (Stage::SECURITY, Stage::OPERATIONAL) | (_, Stage::FULL_FEATURE) => Ok(()),
-            (from, to) => Err(LoginFault::Transition { from: from.0, to: to.0 }.into()),
+            (from, to) => Err(LoginFault::Transition {
+                from: from.0,
+                to: to.0,
+            }
+            .into()),
         }
     }
 
@@ -282,7 +302,8 @@ impl Login {
             return Err(AuthFault::ChapNotOffered.into());
         }
         if names.target.is_some() {
-            self.out.pair("TargetPortalGroupTag", &grant.portal_group.to_string());
+            self.out
+                .pair("TargetPortalGroupTag", &grant.portal_group.to_string());
         }
         if names.session_type == SessionType::Normal
             && let Some(alias) = &grant.alias
@@ -317,15 +338,26 @@ impl Login {
         if !self.declared {
             self.declared = true;
             self.params.target_max_recv = config.keys.max_recv_data_segment_length;
-            self.out.pair("MaxRecvDataSegmentLength", &self.params.target_max_recv.to_string());
+            self.out.pair(
+                "MaxRecvDataSegmentLength",
+                &self.params.target_max_recv.to_string(),
+            );
         }
-        let (bursts, others): (Vec<_>, Vec<_>) = pairs.iter().partition(|(key, _)| *key == "FirstBurstLength");
+        let (bursts, others): (Vec<_>, Vec<_>) =
+            pairs.iter().partition(|(key, _)| *key == "FirstBurstLength");
         for (key, value) in others.into_iter().chain(bursts) {
             if self.skip(key, value)? {
                 continue;
             }
-            let session_type = self.names.as_ref().map_or(SessionType::Normal, |names| names.session_type);
-            let mut negotiation = Negotiation { ours: &config.keys, session_type, params: &mut self.params };
+            let session_type = self
+                .names
+                .as_ref()
+                .map_or(SessionType::Normal, |names| names.session_type);
+            let mut negotiation = Negotiation {
+                ours: &config.keys,
+                session_type,
+                params: &mut self.params,
+            };
             if let Some(answer) = negotiation.answer(key, value)? {
                 self.out.pair(key, &answer);
             }
@@ -351,7 +383,9 @@ impl Login {
             "InitiatorName" | "SessionType" => Ok(true),
             // In the first text these were read; later they come too late (`once` caught the repetition).
             "TargetName" => match &self.names {
-                Some(Names { target: Some(target), .. }) if target == value => Ok(true),
+                Some(Names {
+                    target: Some(target), ..
+                }) if target == value => Ok(true),
                 _ => Err(LoginFault::KeyNotAllowed(key.to_owned())),
             },
             _ => Ok(false),
@@ -381,7 +415,11 @@ impl Login {
         reply.transit = true;
         reply.next = request.next;
         self.stage = Some(request.next);
-        if request.next == Stage::FULL_FEATURE { Ok(Step::Admission(reply)) } else { Ok(Step::Reply(reply)) }
+        if request.next == Stage::FULL_FEATURE {
+            Ok(Step::Admission(reply))
+        } else {
+            Ok(Step::Reply(reply))
+        }
     }
 
     /// The digests that the configuration insists on were agreed on.
@@ -413,7 +451,12 @@ fn is_answer(value: &str) -> bool {
 
 /// The names of the first text (§6.3): InitiatorName always, TargetName unless it is a discovery session.
 fn read_names(pairs: &[Pair<'_>]) -> Result<Names, LoginStatus> {
-    let value = |key| pairs.iter().find(|(name, _)| *name == key).map(|(_, value)| *value);
+    let value = |key| {
+        pairs
+            .iter()
+            .find(|(name, _)| *name == key)
+            .map(|(_, value)| *value)
+    };
     let name = |key: &'static str| match value(key) {
         Some(name) if name.is_empty() || name.len() > MAX_NAME_LEN => {
             Err(LoginStatus::from(LoginFault::BadValue(key.to_owned())))

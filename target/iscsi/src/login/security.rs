@@ -53,7 +53,9 @@ impl<'a> SecurityKeys<'a> {
     }
 
     fn any_proof(&self) -> bool {
-        [self.name, self.response, self.identifier, self.challenge].iter().any(Option::is_some)
+        [self.name, self.response, self.identifier, self.challenge]
+            .iter()
+            .any(Option::is_some)
     }
 }
 
@@ -69,7 +71,9 @@ impl Security {
         match (self, policy) {
             (Self::Open, None) => open_without_secret(keys, out),
             (Self::Open, Some(policy)) => match keys.auth_method {
-                None if keys.algorithms.is_some() || keys.any_proof() => Err(AuthFault::OutOfTurn("AuthMethod").into()),
+                None if keys.algorithms.is_some() || keys.any_proof() => {
+                    Err(AuthFault::OutOfTurn("AuthMethod").into())
+                }
                 None => Ok(Self::Open),
                 Some(methods) if methods.split(',').any(|method| method == "CHAP") => {
                     out.pair("AuthMethod", "CHAP");
@@ -115,14 +119,22 @@ fn challenge(
     if keys.any_proof() {
         return Err(AuthFault::OutOfTurn("CHAP_A").into());
     }
-    let Some(offer) = keys.algorithms else { return Ok(Security::Algorithm) };
-    let algorithm = policy.choose(offer.split(',').filter_map(number)).ok_or(AuthFault::NoAlgorithm)?;
+    let Some(offer) = keys.algorithms else {
+        return Ok(Security::Algorithm);
+    };
+    let algorithm = policy
+        .choose(offer.split(',').filter_map(number))
+        .ok_or(AuthFault::NoAlgorithm)?;
     let [identifier] = entropy.bytes::<1>();
     let bytes = entropy.vec(algorithm.challenge_len());
     out.pair("CHAP_A", &algorithm.number().to_string());
     out.pair("CHAP_I", &identifier.to_string());
     out.pair("CHAP_C", &hex(&bytes));
-    Ok(Security::Response(Challenge { algorithm, identifier, bytes }))
+    Ok(Security::Response(Challenge {
+        algorithm,
+        identifier,
+        bytes,
+    }))
 }
 
 /// CHAP_N and CHAP_R: checks the proof, and gives ours when the initiator asks with CHAP_I and CHAP_C.
@@ -140,7 +152,9 @@ fn prove(
     }
     let name = keys.name.ok_or(AuthFault::OutOfTurn("CHAP_N"))?;
     let response = keys.response.ok_or(AuthFault::OutOfTurn("CHAP_R"))?;
-    let response = binary(response).filter(|r| r.len() <= BINARY_MAX).ok_or(AuthFault::Unreadable("CHAP_R"))?;
+    let response = binary(response)
+        .filter(|r| r.len() <= BINARY_MAX)
+        .ok_or(AuthFault::Unreadable("CHAP_R"))?;
     // Both are always computed: the time must not tell which one was wrong.
     let known = bool::from(name.as_bytes().ct_eq(policy.initiator.user.as_bytes()));
     let proven = sent.verify(&policy.initiator, &response);
@@ -169,14 +183,20 @@ fn answer_challenge(
     out: &mut Outgoing,
 ) -> Result<(), LoginStatus> {
     let target = target.ok_or(AuthFault::NoMutualSecret)?;
-    let identifier = number(identifier).and_then(|i| u8::try_from(i).ok()).ok_or(AuthFault::Unreadable("CHAP_I"))?;
-    let challenge =
-        binary(challenge).filter(|c| c.len() <= BINARY_MAX).ok_or(AuthFault::Unreadable("CHAP_C"))?;
+    let identifier = number(identifier)
+        .and_then(|i| u8::try_from(i).ok())
+        .ok_or(AuthFault::Unreadable("CHAP_I"))?;
+    let challenge = binary(challenge)
+        .filter(|c| c.len() <= BINARY_MAX)
+        .ok_or(AuthFault::Unreadable("CHAP_C"))?;
     if challenge == sent.bytes {
         return Err(AuthFault::ReflectedChallenge.into());
     }
     out.pair("CHAP_N", &target.user);
-    out.pair("CHAP_R", &hex(&sent.algorithm.response(identifier, &target.secret, &challenge)));
+    out.pair(
+        "CHAP_R",
+        &hex(&sent.algorithm.response(identifier, &target.secret, &challenge)),
+    );
     Ok(())
 }
 

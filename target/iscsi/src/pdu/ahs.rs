@@ -36,8 +36,9 @@ impl Ahs {
         if segments.is_empty() {
             return Ok(ahs);
         }
-        let (_, segments) =
-            all_consuming(many0(segment)).parse(segments).map_err(|_: nom::Err<()>| Error::MalformedAhs)?;
+        let (_, segments) = all_consuming(many0(segment))
+            .parse(segments)
+            .map_err(|_: nom::Err<()>| Error::MalformedAhs)?;
         for (kind, specific) in segments {
             match kind & 0x3f {
                 EXTENDED_CDB => ahs.take_cdb(cdb, specific)?,
@@ -50,7 +51,9 @@ impl Ahs {
 
     /// `specific` is a reserved byte and the rest of the CDB: AHSLength = CDBLength - 15.
     fn take_cdb(&mut self, cdb: &[u8; 16], specific: &[u8]) -> Result<(), Error> {
-        let [_reserved, rest @ ..] = specific else { return Err(Error::MalformedAhs) };
+        let [_reserved, rest @ ..] = specific else {
+            return Err(Error::MalformedAhs);
+        };
         if rest.is_empty() || cdb.len() + rest.len() > MAX_CDB_LEN || self.extended_cdb.is_some() {
             return Err(Error::MalformedAhs);
         }
@@ -59,8 +62,9 @@ impl Ahs {
     }
 
     fn take_bidi_length(&mut self, specific: &[u8]) -> Result<(), Error> {
-        let (_, (_reserved, length)) =
-            all_consuming((be_u8, be_u32)).parse(specific).map_err(|_: nom::Err<()>| Error::MalformedAhs)?;
+        let (_, (_reserved, length)) = all_consuming((be_u8, be_u32))
+            .parse(specific)
+            .map_err(|_: nom::Err<()>| Error::MalformedAhs)?;
         match self.bidi_read_edtl.replace(length) {
             None => Ok(()),
             Some(_) => Err(Error::MalformedAhs),
@@ -94,7 +98,9 @@ mod tests {
 
     #[test]
     fn reads_both_and_skips_unknown_and_padding() {
-        let segments = [0, 5, 2, 0, 0, 0, 2, 0, 0, 3, 9, 1, 2, 3, 0, 0, 0, 2, 1, 0, 0xaa, 0, 0, 0];
+        let segments = [
+            0, 5, 2, 0, 0, 0, 2, 0, 0, 3, 9, 1, 2, 3, 0, 0, 0, 2, 1, 0, 0xaa, 0, 0, 0,
+        ];
         let ahs = Ahs::parse(&segments, &CDB).unwrap();
         assert_eq!(ahs.bidi_read_edtl, Some(512));
         assert_eq!(ahs.extended_cdb.map(|cdb| (cdb.len(), cdb[16])), Some((17, 0xaa)));
@@ -103,16 +109,20 @@ mod tests {
     #[test]
     fn refuses_contradictions() {
         for bad in [
-            &[0, 1, 1, 0][..],                                // extended CDB of 16 bytes
-            &[0, 0, 1, 0],                                    // not even the reserved byte
-            &[0, 9, 1, 0],                                    // longer than what is there
+            &[0, 1, 1, 0][..],                                 // extended CDB of 16 bytes
+            &[0, 0, 1, 0],                                     // not even the reserved byte
+            &[0, 9, 1, 0],                                     // longer than what is there
             &[0, 5, 2, 0, 0, 0, 2, 0, 0, 5, 2, 0, 0, 0, 2, 0], // twice
-            &[0, 3, 2, 0, 0, 0, 0, 0],                        // bidirectional length of 2 bytes
+            &[0, 3, 2, 0, 0, 0, 0, 0],                         // bidirectional length of 2 bytes
         ] {
             assert_eq!(Ahs::parse(bad, &CDB), Err(Error::MalformedAhs), "{bad:?}");
         }
         let mut long = vec![0, 246, 1, 0];
         long.extend([0; 245 + 3]);
-        assert_eq!(Ahs::parse(&long, &CDB), Err(Error::MalformedAhs), "CDB of 261 bytes");
+        assert_eq!(
+            Ahs::parse(&long, &CDB),
+            Err(Error::MalformedAhs),
+            "CDB of 261 bytes"
+        );
     }
 }

@@ -44,15 +44,19 @@ impl AsyncMessage {
     pub fn parse(bhs: &Bhs) -> Self {
         whole(bhs, |i| {
             let (i, (_, _, _, _lengths, lun)) = (be_u8, be_u8, be_u16, be_u32, lun).parse(i)?;
-            let (i, (_, _, numbers, event, vendor_code)) = (be_u32, be_u32, Numbers::fields, be_u8, be_u8).parse(i)?;
+            let (i, (_, _, numbers, event, vendor_code)) =
+                (be_u32, be_u32, Numbers::fields, be_u8, be_u8).parse(i)?;
             let (i, (first, second, third)) = (be_u16, be_u16, be_u16).parse(i)?;
-            Ok((i, Self {
-                lun,
-                numbers,
-                event: AsyncEvent(event),
-                vendor_code,
-                parameters: [first, second, third],
-            }))
+            Ok((
+                i,
+                Self {
+                    lun,
+                    numbers,
+                    event: AsyncEvent(event),
+                    vendor_code,
+                    parameters: [first, second, third],
+                },
+            ))
         })
     }
 
@@ -84,7 +88,11 @@ mod tests {
     fn round_trip() {
         let message = AsyncMessage {
             lun: Lun([0, 1, 0, 0, 0, 0, 0, 0]),
-            numbers: Numbers { stat_sn: StatSn(1), exp_cmd_sn: CmdSn(2), max_cmd_sn: CmdSn(3) },
+            numbers: Numbers {
+                stat_sn: StatSn(1),
+                exp_cmd_sn: CmdSn(2),
+                max_cmd_sn: CmdSn(3),
+            },
             event: AsyncEvent::LOGOUT,
             vendor_code: 0,
             parameters: [1, 2, 30],

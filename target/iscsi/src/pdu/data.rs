@@ -3,7 +3,9 @@
 use nom::Parser;
 use nom::number::complete::{be_u8, be_u16, be_u32, be_u64};
 
-use super::{Bhs, FINAL, Numbers, Opcode, Residual, Writer, data_sn, flag, itt, lun, r2t_sn, stat_sn, ttt, whole};
+use super::{
+    Bhs, FINAL, Numbers, Opcode, Residual, Writer, data_sn, flag, itt, lun, r2t_sn, stat_sn, ttt, whole,
+};
 use crate::types::{DataSn, Itt, Lun, R2tSn, StatSn, Ttt};
 
 const STATUS: u8 = 0x01;
@@ -35,7 +37,18 @@ impl DataOut {
             let (i, (_, flags, _, _lengths)) = (be_u8, be_u8, be_u16, be_u32).parse(i)?;
             let (i, (lun, itt, ttt, _, exp_stat_sn)) = (lun, itt, ttt, be_u32, stat_sn).parse(i)?;
             let (i, (_, data_sn, buffer_offset)) = (be_u32, data_sn, be_u32).parse(i)?;
-            Ok((i, Self { is_final: flags & FINAL != 0, lun, itt, ttt, exp_stat_sn, data_sn, buffer_offset }))
+            Ok((
+                i,
+                Self {
+                    is_final: flags & FINAL != 0,
+                    lun,
+                    itt,
+                    ttt,
+                    exp_stat_sn,
+                    data_sn,
+                    buffer_offset,
+                },
+            ))
         })
     }
 
@@ -82,14 +95,17 @@ impl DataIn {
                 (be_u8, be_u8, be_u8, be_u8, be_u32, be_u64).parse(i)?;
             let (i, (itt, _ttt, numbers, data_sn, buffer_offset, count)) =
                 (itt, ttt, Numbers::fields, data_sn, be_u32, be_u32).parse(i)?;
-            Ok((i, Self {
-                is_final: flags & FINAL != 0,
-                status: (flags & STATUS != 0).then(|| (status, Residual::from_flags(flags, count))),
-                itt,
-                numbers,
-                data_sn,
-                buffer_offset,
-            }))
+            Ok((
+                i,
+                Self {
+                    is_final: flags & FINAL != 0,
+                    status: (flags & STATUS != 0).then(|| (status, Residual::from_flags(flags, count))),
+                    itt,
+                    numbers,
+                    data_sn,
+                    buffer_offset,
+                },
+            ))
         })
     }
 
@@ -144,7 +160,18 @@ impl R2t {
         whole(bhs, |i| {
             let (i, (_prefix, lun, itt, ttt, numbers)) = (be_u64, lun, itt, ttt, Numbers::fields).parse(i)?;
             let (i, (r2t_sn, buffer_offset, desired_len)) = (r2t_sn, be_u32, be_u32).parse(i)?;
-            Ok((i, Self { lun, itt, ttt, numbers, r2t_sn, buffer_offset, desired_len }))
+            Ok((
+                i,
+                Self {
+                    lun,
+                    itt,
+                    ttt,
+                    numbers,
+                    r2t_sn,
+                    buffer_offset,
+                    desired_len,
+                },
+            ))
         })
     }
 
@@ -169,7 +196,11 @@ mod tests {
     use super::*;
     use crate::types::CmdSn;
 
-    const NUMBERS: Numbers = Numbers { stat_sn: StatSn(1), exp_cmd_sn: CmdSn(2), max_cmd_sn: CmdSn(130) };
+    const NUMBERS: Numbers = Numbers {
+        stat_sn: StatSn(1),
+        exp_cmd_sn: CmdSn(2),
+        max_cmd_sn: CmdSn(130),
+    };
 
     #[test]
     fn data_out_round_trip() {

@@ -3,7 +3,9 @@
 use nom::Parser;
 use nom::number::complete::{be_u8, be_u16, be_u32};
 
-use super::{Bhs, CONTINUE, FINAL, IMMEDIATE, Numbers, Opcode, Writer, cmd_sn, flag, isid, itt, stat_sn, whole};
+use super::{
+    Bhs, CONTINUE, FINAL, IMMEDIATE, Numbers, Opcode, Writer, cmd_sn, flag, isid, itt, stat_sn, whole,
+};
 use crate::types::{Cid, CmdSn, Isid, Itt, StatSn, Tsih};
 
 /// A stage of the login phase (RFC 7143 §11.12.3). Reserved values survive.
@@ -59,39 +61,46 @@ impl LoginRequest {
                 (be_u8, be_u8, be_u8, be_u8, be_u32).parse(i)?;
             let (i, (isid, tsih, itt, cid, _)) = (isid, be_u16, itt, be_u16, be_u16).parse(i)?;
             let (i, (cmd_sn, exp_stat_sn)) = (cmd_sn, stat_sn).parse(i)?;
-            Ok((i, Self {
-                immediate: first & IMMEDIATE != 0,
-                transit: flags & FINAL != 0,
-                continues: flags & CONTINUE != 0,
-                current: Stage(flags >> 2 & 3),
-                next: Stage(flags & 3),
-                version_max,
-                version_min,
-                isid,
-                tsih: Tsih(tsih),
-                itt,
-                cid: Cid(cid),
-                cmd_sn,
-                exp_stat_sn,
-            }))
+            Ok((
+                i,
+                Self {
+                    immediate: first & IMMEDIATE != 0,
+                    transit: flags & FINAL != 0,
+                    continues: flags & CONTINUE != 0,
+                    current: Stage(flags >> 2 & 3),
+                    next: Stage(flags & 3),
+                    version_max,
+                    version_min,
+                    isid,
+                    tsih: Tsih(tsih),
+                    itt,
+                    cid: Cid(cid),
+                    cmd_sn,
+                    exp_stat_sn,
+                },
+            ))
         })
     }
 
     /// Writes the header.
     #[must_use]
     pub fn encode(&self) -> Bhs {
-        Writer::new(Opcode::LOGIN_REQUEST, self.immediate, stages(self.transit, self.continues, self.current, self.next))
-            .u8(self.version_max)
-            .u8(self.version_min)
-            .at(8)
-            .bytes(&self.isid.0)
-            .u16(self.tsih.0)
-            .u32(self.itt.0)
-            .u16(self.cid.0)
-            .at(24)
-            .u32(self.cmd_sn.0)
-            .u32(self.exp_stat_sn.0)
-            .bhs
+        Writer::new(
+            Opcode::LOGIN_REQUEST,
+            self.immediate,
+            stages(self.transit, self.continues, self.current, self.next),
+        )
+        .u8(self.version_max)
+        .u8(self.version_min)
+        .at(8)
+        .bytes(&self.isid.0)
+        .u16(self.tsih.0)
+        .u32(self.itt.0)
+        .u16(self.cid.0)
+        .at(24)
+        .u32(self.cmd_sn.0)
+        .u32(self.exp_stat_sn.0)
+        .bhs
     }
 }
 
@@ -135,37 +144,44 @@ impl LoginResponse {
                 (be_u8, be_u8, be_u8, be_u8, be_u32).parse(i)?;
             let (i, (isid, tsih, itt, _, numbers)) = (isid, be_u16, itt, be_u32, Numbers::fields).parse(i)?;
             let (i, status) = (be_u8, be_u8).parse(i)?;
-            Ok((i, Self {
-                transit: flags & FINAL != 0,
-                continues: flags & CONTINUE != 0,
-                current: Stage(flags >> 2 & 3),
-                next: Stage(flags & 3),
-                version_max,
-                version_active,
-                isid,
-                tsih: Tsih(tsih),
-                itt,
-                numbers,
-                status,
-            }))
+            Ok((
+                i,
+                Self {
+                    transit: flags & FINAL != 0,
+                    continues: flags & CONTINUE != 0,
+                    current: Stage(flags >> 2 & 3),
+                    next: Stage(flags & 3),
+                    version_max,
+                    version_active,
+                    isid,
+                    tsih: Tsih(tsih),
+                    itt,
+                    numbers,
+                    status,
+                },
+            ))
         })
     }
 
     /// Writes the header.
     #[must_use]
     pub fn encode(&self) -> Bhs {
-        Writer::new(Opcode::LOGIN_RESPONSE, false, stages(self.transit, self.continues, self.current, self.next))
-            .u8(self.version_max)
-            .u8(self.version_active)
-            .at(8)
-            .bytes(&self.isid.0)
-            .u16(self.tsih.0)
-            .u32(self.itt.0)
-            .at(24)
-            .numbers(self.numbers)
-            .u8(self.status.0)
-            .u8(self.status.1)
-            .bhs
+        Writer::new(
+            Opcode::LOGIN_RESPONSE,
+            false,
+            stages(self.transit, self.continues, self.current, self.next),
+        )
+        .u8(self.version_max)
+        .u8(self.version_active)
+        .at(8)
+        .bytes(&self.isid.0)
+        .u16(self.tsih.0)
+        .u32(self.itt.0)
+        .at(24)
+        .numbers(self.numbers)
+        .u8(self.status.0)
+        .u8(self.status.1)
+        .bhs
     }
 }
 
@@ -193,7 +209,10 @@ mod tests {
         };
         let bhs = request.encode();
         assert_eq!(bhs[..2], [0x43, 0x81]);
-        assert_eq!(bhs[8..28], [0x40, 0, 1, 0x37, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 1]);
+        assert_eq!(
+            bhs[8..28],
+            [0x40, 0, 1, 0x37, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 1]
+        );
         assert_eq!(LoginRequest::parse(&bhs), request);
     }
 
@@ -209,7 +228,11 @@ mod tests {
             isid: Isid([1, 2, 3, 4, 5, 6]),
             tsih: Tsih(7),
             itt: Itt(8),
-            numbers: Numbers { stat_sn: StatSn(1), exp_cmd_sn: CmdSn(2), max_cmd_sn: CmdSn(3) },
+            numbers: Numbers {
+                stat_sn: StatSn(1),
+                exp_cmd_sn: CmdSn(2),
+                max_cmd_sn: CmdSn(3),
+            },
             status: (2, 0xb),
         };
         assert_eq!(LoginResponse::parse(&response.encode()), response);

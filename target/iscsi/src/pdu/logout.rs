@@ -30,14 +30,17 @@ impl LogoutRequest {
         whole(bhs, |i| {
             let (i, (first, reason, _, _lengths, _)) = (be_u8, be_u8, be_u16, be_u32, be_u64).parse(i)?;
             let (i, (itt, cid, _, cmd_sn, exp_stat_sn)) = (itt, be_u16, be_u16, cmd_sn, stat_sn).parse(i)?;
-            Ok((i, Self {
-                immediate: first & IMMEDIATE != 0,
-                reason: LogoutReason(reason & 0x7f),
-                itt,
-                cid: Cid(cid),
-                cmd_sn,
-                exp_stat_sn,
-            }))
+            Ok((
+                i,
+                Self {
+                    immediate: first & IMMEDIATE != 0,
+                    reason: LogoutReason(reason & 0x7f),
+                    itt,
+                    cid: Cid(cid),
+                    cmd_sn,
+                    exp_stat_sn,
+                },
+            ))
         })
     }
 
@@ -75,10 +78,20 @@ impl LogoutResponse {
     #[must_use]
     pub fn parse(bhs: &Bhs) -> Self {
         whole(bhs, |i| {
-            let (i, (_, _, response, _, _lengths, _)) = (be_u8, be_u8, be_u8, be_u8, be_u32, be_u64).parse(i)?;
+            let (i, (_, _, response, _, _lengths, _)) =
+                (be_u8, be_u8, be_u8, be_u8, be_u32, be_u64).parse(i)?;
             let (i, (itt, _, numbers, _)) = (itt, be_u32, Numbers::fields, be_u32).parse(i)?;
             let (i, (time2wait_s, time2retain_s)) = (be_u16, be_u16).parse(i)?;
-            Ok((i, Self { response, itt, numbers, time2wait_s, time2retain_s }))
+            Ok((
+                i,
+                Self {
+                    response,
+                    itt,
+                    numbers,
+                    time2wait_s,
+                    time2retain_s,
+                },
+            ))
         })
     }
 
@@ -116,7 +129,11 @@ mod tests {
         let response = LogoutResponse {
             response: 2,
             itt: Itt(1),
-            numbers: Numbers { stat_sn: StatSn(1), exp_cmd_sn: CmdSn(2), max_cmd_sn: CmdSn(3) },
+            numbers: Numbers {
+                stat_sn: StatSn(1),
+                exp_cmd_sn: CmdSn(2),
+                max_cmd_sn: CmdSn(3),
+            },
             time2wait_s: 5,
             time2retain_s: 6,
         };

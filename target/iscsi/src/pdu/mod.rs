@@ -86,14 +86,18 @@ impl Prefix {
     #[must_use]
     pub fn parse(bhs: &Bhs) -> Self {
         whole(bhs, |i| {
-            let (i, (first, flags, _, ahs_words, data_len)) = (be_u8, be_u8, be_u16, be_u8, be_u24).parse(i)?;
-            Ok((i, Self {
-                opcode: Opcode(first & 0x3f),
-                immediate: first & IMMEDIATE != 0,
-                is_final: flags & FINAL != 0,
-                ahs_len: usize::from(ahs_words) * 4,
-                data_len,
-            }))
+            let (i, (first, flags, _, ahs_words, data_len)) =
+                (be_u8, be_u8, be_u16, be_u8, be_u24).parse(i)?;
+            Ok((
+                i,
+                Self {
+                    opcode: Opcode(first & 0x3f),
+                    immediate: first & IMMEDIATE != 0,
+                    is_final: flags & FINAL != 0,
+                    ahs_len: usize::from(ahs_words) * 4,
+                    data_len,
+                },
+            ))
         })
     }
 }
@@ -121,7 +125,14 @@ impl Numbers {
 
     fn fields(i: &[u8]) -> IResult<&[u8], Self> {
         let (i, (stat_sn, exp_cmd_sn, max_cmd_sn)) = (stat_sn, cmd_sn, cmd_sn).parse(i)?;
-        Ok((i, Self { stat_sn, exp_cmd_sn, max_cmd_sn }))
+        Ok((
+            i,
+            Self {
+                stat_sn,
+                exp_cmd_sn,
+                max_cmd_sn,
+            },
+        ))
     }
 }
 
@@ -177,12 +188,20 @@ struct Writer {
 impl Writer {
     /// Byte 0 and byte 1.
     fn new(opcode: Opcode, immediate: bool, flags: u8) -> Self {
-        Self { bhs: [0; BHS_LEN], at: 0 }.u8(opcode.0 | if immediate { IMMEDIATE } else { 0 }).u8(flags)
+        Self {
+            bhs: [0; BHS_LEN],
+            at: 0,
+        }
+        .u8(opcode.0 | if immediate { IMMEDIATE } else { 0 })
+        .u8(flags)
     }
 
     fn bytes(mut self, bytes: &[u8]) -> Self {
         let end = self.at + bytes.len();
-        self.bhs.get_mut(self.at..end).expect("fields end within the header").copy_from_slice(bytes);
+        self.bhs
+            .get_mut(self.at..end)
+            .expect("fields end within the header")
+            .copy_from_slice(bytes);
         self.at = end;
         self
     }
@@ -207,7 +226,9 @@ impl Writer {
     }
 
     fn numbers(self, numbers: Numbers) -> Self {
-        self.u32(numbers.stat_sn.0).u32(numbers.exp_cmd_sn.0).u32(numbers.max_cmd_sn.0)
+        self.u32(numbers.stat_sn.0)
+            .u32(numbers.exp_cmd_sn.0)
+            .u32(numbers.max_cmd_sn.0)
     }
 }
 

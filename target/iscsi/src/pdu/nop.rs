@@ -30,7 +30,17 @@ impl NopOut {
         whole(bhs, |i| {
             let (i, (first, _, _, _lengths)) = (be_u8, be_u8, be_u16, be_u32).parse(i)?;
             let (i, (lun, itt, ttt, cmd_sn, exp_stat_sn)) = (lun, itt, ttt, cmd_sn, stat_sn).parse(i)?;
-            Ok((i, Self { immediate: first & IMMEDIATE != 0, lun, itt, ttt, cmd_sn, exp_stat_sn }))
+            Ok((
+                i,
+                Self {
+                    immediate: first & IMMEDIATE != 0,
+                    lun,
+                    itt,
+                    ttt,
+                    cmd_sn,
+                    exp_stat_sn,
+                },
+            ))
         })
     }
 
@@ -68,7 +78,15 @@ impl NopIn {
         whole(bhs, |i| {
             let (i, (_, _, _, _lengths)) = (be_u8, be_u8, be_u16, be_u32).parse(i)?;
             let (i, (lun, itt, ttt, numbers)) = (lun, itt, ttt, Numbers::fields).parse(i)?;
-            Ok((i, Self { lun, itt, ttt, numbers }))
+            Ok((
+                i,
+                Self {
+                    lun,
+                    itt,
+                    ttt,
+                    numbers,
+                },
+            ))
         })
     }
 
@@ -105,7 +123,11 @@ mod tests {
             lun: Lun([0; 8]),
             itt: Itt(1),
             ttt: Ttt::RESERVED,
-            numbers: Numbers { stat_sn: StatSn(1), exp_cmd_sn: CmdSn(2), max_cmd_sn: CmdSn(3) },
+            numbers: Numbers {
+                stat_sn: StatSn(1),
+                exp_cmd_sn: CmdSn(2),
+                max_cmd_sn: CmdSn(3),
+            },
         };
         assert_eq!(NopIn::parse(&answer.encode()), answer);
     }

@@ -23,9 +23,17 @@ impl Reject {
     #[must_use]
     pub fn parse(bhs: &Bhs) -> Self {
         whole(bhs, |i| {
-            let (i, (_, _, reason, _, _lengths, _)) = (be_u8, be_u8, be_u8, be_u8, be_u32, be_u64).parse(i)?;
+            let (i, (_, _, reason, _, _lengths, _)) =
+                (be_u8, be_u8, be_u8, be_u8, be_u32, be_u64).parse(i)?;
             let (i, (_, _, numbers, data_sn)) = (be_u32, be_u32, Numbers::fields, data_sn).parse(i)?;
-            Ok((i, Self { reason: RejectReason(reason), numbers, data_sn }))
+            Ok((
+                i,
+                Self {
+                    reason: RejectReason(reason),
+                    numbers,
+                    data_sn,
+                },
+            ))
         })
     }
 
@@ -70,7 +78,18 @@ impl SnackRequest {
             let (i, (_, kind, _, _lengths)) = (be_u8, be_u8, be_u16, be_u32).parse(i)?;
             let (i, (lun, itt, ttt, _, exp_stat_sn)) = (lun, itt, ttt, be_u32, stat_sn).parse(i)?;
             let (i, (_, beg_run, run_length)) = (be_u64, be_u32, be_u32).parse(i)?;
-            Ok((i, Self { kind: kind & 0x0f, lun, itt, ttt, exp_stat_sn, beg_run, run_length }))
+            Ok((
+                i,
+                Self {
+                    kind: kind & 0x0f,
+                    lun,
+                    itt,
+                    ttt,
+                    exp_stat_sn,
+                    beg_run,
+                    run_length,
+                },
+            ))
         })
     }
 
@@ -100,7 +119,11 @@ mod tests {
     fn round_trips() {
         let reject = Reject {
             reason: RejectReason::SNACK,
-            numbers: Numbers { stat_sn: StatSn(1), exp_cmd_sn: CmdSn(2), max_cmd_sn: CmdSn(3) },
+            numbers: Numbers {
+                stat_sn: StatSn(1),
+                exp_cmd_sn: CmdSn(2),
+                max_cmd_sn: CmdSn(3),
+            },
             data_sn: DataSn(4),
         };
         assert_eq!(Reject::parse(&reject.encode()), reject);

@@ -3,7 +3,9 @@
 use nom::Parser;
 use nom::number::complete::{be_u8, be_u32, be_u64, be_u128};
 
-use super::{Bhs, FINAL, IMMEDIATE, Numbers, Opcode, Writer, cmd_sn, data_sn, flag, itt, lun, stat_sn, whole};
+use super::{
+    Bhs, FINAL, IMMEDIATE, Numbers, Opcode, Writer, cmd_sn, data_sn, flag, itt, lun, stat_sn, whole,
+};
 use crate::types::{CmdSn, DataSn, Itt, Lun, StatSn, TaskAttribute};
 
 const READ: u8 = 0x40;
@@ -46,22 +48,26 @@ impl ScsiCommand {
     #[must_use]
     pub fn parse(bhs: &Bhs) -> Self {
         whole(bhs, |i| {
-            let (i, (first, flags, _, _lengths)) = (be_u8, be_u8, nom::number::complete::be_u16, be_u32).parse(i)?;
+            let (i, (first, flags, _, _lengths)) =
+                (be_u8, be_u8, nom::number::complete::be_u16, be_u32).parse(i)?;
             let (i, (lun, itt, edtl, cmd_sn, exp_stat_sn, cdb)) =
                 (lun, itt, be_u32, cmd_sn, stat_sn, be_u128).parse(i)?;
-            Ok((i, Self {
-                immediate: first & IMMEDIATE != 0,
-                is_final: flags & FINAL != 0,
-                read: flags & READ != 0,
-                write: flags & WRITE != 0,
-                attribute: TaskAttribute(flags & ATTRIBUTE),
-                lun,
-                itt,
-                edtl,
-                cmd_sn,
-                exp_stat_sn,
-                cdb: cdb.to_be_bytes(),
-            }))
+            Ok((
+                i,
+                Self {
+                    immediate: first & IMMEDIATE != 0,
+                    is_final: flags & FINAL != 0,
+                    read: flags & READ != 0,
+                    write: flags & WRITE != 0,
+                    attribute: TaskAttribute(flags & ATTRIBUTE),
+                    lun,
+                    itt,
+                    edtl,
+                    cmd_sn,
+                    exp_stat_sn,
+                    cdb: cdb.to_be_bytes(),
+                },
+            ))
         })
     }
 
@@ -159,15 +165,18 @@ impl ScsiResponse {
                 (be_u8, be_u8, be_u8, be_u8, be_u32, be_u64).parse(i)?;
             let (i, (itt, _snack, numbers, exp_data_sn, bidi, count)) =
                 (itt, be_u32, Numbers::fields, data_sn, be_u32, be_u32).parse(i)?;
-            Ok((i, Self {
-                response,
-                status,
-                itt,
-                numbers,
-                exp_data_sn,
-                bidi_residual: Residual::from_bits(flags, bidi, BIDI_OVERFLOW, BIDI_UNDERFLOW),
-                residual: Residual::from_flags(flags, count),
-            }))
+            Ok((
+                i,
+                Self {
+                    response,
+                    status,
+                    itt,
+                    numbers,
+                    exp_data_sn,
+                    bidi_residual: Residual::from_bits(flags, bidi, BIDI_OVERFLOW, BIDI_UNDERFLOW),
+                    residual: Residual::from_flags(flags, count),
+                },
+            ))
         })
     }
 
@@ -225,7 +234,11 @@ mod tests {
             response: 0,
             status: 2,
             itt: Itt(5),
-            numbers: Numbers { stat_sn: StatSn(1), exp_cmd_sn: CmdSn(2), max_cmd_sn: CmdSn(3) },
+            numbers: Numbers {
+                stat_sn: StatSn(1),
+                exp_cmd_sn: CmdSn(2),
+                max_cmd_sn: CmdSn(3),
+            },
             exp_data_sn: DataSn(4),
             bidi_residual: Residual::Underflow(512),
             residual: Residual::Overflow(7),

@@ -3,7 +3,9 @@
 use nom::Parser;
 use nom::number::complete::{be_u8, be_u16, be_u32, be_u64};
 
-use super::{Bhs, CONTINUE, FINAL, IMMEDIATE, Numbers, Opcode, Writer, cmd_sn, flag, itt, lun, stat_sn, ttt, whole};
+use super::{
+    Bhs, CONTINUE, FINAL, IMMEDIATE, Numbers, Opcode, Writer, cmd_sn, flag, itt, lun, stat_sn, ttt, whole,
+};
 use crate::types::{CmdSn, Itt, Lun, StatSn, Ttt};
 
 /// Text Request (RFC 7143 §11.10).
@@ -34,16 +36,19 @@ impl TextRequest {
         whole(bhs, |i| {
             let (i, (first, flags, _, _lengths)) = (be_u8, be_u8, be_u16, be_u32).parse(i)?;
             let (i, (lun, itt, ttt, cmd_sn, exp_stat_sn)) = (lun, itt, ttt, cmd_sn, stat_sn).parse(i)?;
-            Ok((i, Self {
-                immediate: first & IMMEDIATE != 0,
-                is_final: flags & FINAL != 0,
-                continues: flags & CONTINUE != 0,
-                lun,
-                itt,
-                ttt,
-                cmd_sn,
-                exp_stat_sn,
-            }))
+            Ok((
+                i,
+                Self {
+                    immediate: first & IMMEDIATE != 0,
+                    is_final: flags & FINAL != 0,
+                    continues: flags & CONTINUE != 0,
+                    lun,
+                    itt,
+                    ttt,
+                    cmd_sn,
+                    exp_stat_sn,
+                },
+            ))
         })
     }
 
@@ -84,13 +89,16 @@ impl TextResponse {
         whole(bhs, |i| {
             let (i, (_, flags, _, _lengths, _lun)) = (be_u8, be_u8, be_u16, be_u32, be_u64).parse(i)?;
             let (i, (itt, ttt, numbers)) = (itt, ttt, Numbers::fields).parse(i)?;
-            Ok((i, Self {
-                is_final: flags & FINAL != 0,
-                continues: flags & CONTINUE != 0,
-                itt,
-                ttt,
-                numbers,
-            }))
+            Ok((
+                i,
+                Self {
+                    is_final: flags & FINAL != 0,
+                    continues: flags & CONTINUE != 0,
+                    itt,
+                    ttt,
+                    numbers,
+                },
+            ))
         })
     }
 
@@ -129,7 +137,11 @@ mod tests {
             continues: true,
             itt: Itt(1),
             ttt: Ttt(9),
-            numbers: Numbers { stat_sn: StatSn(1), exp_cmd_sn: CmdSn(2), max_cmd_sn: CmdSn(3) },
+            numbers: Numbers {
+                stat_sn: StatSn(1),
+                exp_cmd_sn: CmdSn(2),
+                max_cmd_sn: CmdSn(3),
+            },
         };
         assert_eq!(TextResponse::parse(&response.encode()), response);
     }

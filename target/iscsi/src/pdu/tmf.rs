@@ -37,17 +37,20 @@ impl TmfRequest {
             let (i, (first, function, _, _lengths)) = (be_u8, be_u8, be_u16, be_u32).parse(i)?;
             let (i, (lun, own, referenced_itt, cmd_sn_field)) = (lun, itt, itt, cmd_sn).parse(i)?;
             let (i, (exp_stat_sn, ref_cmd_sn, exp_data_sn)) = (stat_sn, cmd_sn, data_sn).parse(i)?;
-            Ok((i, Self {
-                immediate: first & IMMEDIATE != 0,
-                function: TmfFunction(function & 0x7f),
-                lun,
-                itt: own,
-                referenced_itt,
-                cmd_sn: cmd_sn_field,
-                exp_stat_sn,
-                ref_cmd_sn,
-                exp_data_sn,
-            }))
+            Ok((
+                i,
+                Self {
+                    immediate: first & IMMEDIATE != 0,
+                    function: TmfFunction(function & 0x7f),
+                    lun,
+                    itt: own,
+                    referenced_itt,
+                    cmd_sn: cmd_sn_field,
+                    exp_stat_sn,
+                    ref_cmd_sn,
+                    exp_data_sn,
+                },
+            ))
         })
     }
 
@@ -83,9 +86,17 @@ impl TmfReply {
     #[must_use]
     pub fn parse(bhs: &Bhs) -> Self {
         whole(bhs, |i| {
-            let (i, (_, _, response, _, _lengths, _lun)) = (be_u8, be_u8, be_u8, be_u8, be_u32, be_u64).parse(i)?;
+            let (i, (_, _, response, _, _lengths, _lun)) =
+                (be_u8, be_u8, be_u8, be_u8, be_u32, be_u64).parse(i)?;
             let (i, (itt, _, numbers)) = (itt, be_u32, Numbers::fields).parse(i)?;
-            Ok((i, Self { response: TmfResponse(response), itt, numbers }))
+            Ok((
+                i,
+                Self {
+                    response: TmfResponse(response),
+                    itt,
+                    numbers,
+                },
+            ))
         })
     }
 
@@ -124,7 +135,11 @@ mod tests {
         let reply = TmfReply {
             response: TmfResponse::REJECTED,
             itt: Itt(1),
-            numbers: Numbers { stat_sn: StatSn(1), exp_cmd_sn: CmdSn(2), max_cmd_sn: CmdSn(3) },
+            numbers: Numbers {
+                stat_sn: StatSn(1),
+                exp_cmd_sn: CmdSn(2),
+                max_cmd_sn: CmdSn(3),
+            },
         };
         assert_eq!(TmfReply::parse(&reply.encode()), reply);
     }

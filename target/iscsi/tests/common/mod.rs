@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use stillpoint_iscsi::pdu::{
-    Bhs, DataOut, LoginRequest, LoginResponse, NopOut, Numbers, Opcode, Prefix, ScsiCommand, Stage, TextRequest, TmfRequest,
+    Bhs, DataOut, LoginRequest, LoginResponse, NopOut, Numbers, Opcode, Prefix, ScsiCommand, Stage,
+    TextRequest, TmfRequest,
 };
 use stillpoint_iscsi::{
-    Admission, ChapPolicy, Cid, CmdSn, Command, Connection, ConnectionConfig, DataSn, Directory, DiscoveryAsk, Error, Event,
-    Isid, Itt, LoginAsk, LoginStatus, Lun, Outcome, StatSn, TargetGrant, TargetRecord, TaskAttribute, TmfFunction, Tsih, Ttt,
+    Admission, ChapPolicy, Cid, CmdSn, Command, Connection, ConnectionConfig, DataSn, Directory,
+    DiscoveryAsk, Error, Event, Isid, Itt, LoginAsk, LoginStatus, Lun, Outcome, StatSn, TargetGrant,
+    TargetRecord, TaskAttribute, TmfFunction, Tsih, Ttt,
 };
 
 pub const TARGET: &str = "iqn.2026-01.test:disk";
@@ -33,23 +35,36 @@ pub struct Targets {
 
 impl Directory for Targets {
     fn login(&self, ask: &LoginAsk<'_>) -> Result<TargetGrant, LoginStatus> {
-        self.asked.lock().unwrap().push(format!("{} {:?} {:?}", ask.initiator, ask.target, ask.session_type));
+        self.asked.lock().unwrap().push(format!(
+            "{} {:?} {:?}",
+            ask.initiator, ask.target, ask.session_type
+        ));
         if let Some(status) = &self.refuse {
             return Err(status.clone());
         }
         if ask.target.is_some_and(|name| name != TARGET) {
             return Err(LoginStatus::NotFound);
         }
-        Ok(TargetGrant { target: 7, alias: self.alias.clone(), portal_group: 1, chap: self.chap.clone() })
+        Ok(TargetGrant {
+            target: 7,
+            alias: self.alias.clone(),
+            portal_group: 1,
+            chap: self.chap.clone(),
+        })
     }
 
     fn discover(&self, ask: &DiscoveryAsk<'_>) -> Vec<TargetRecord> {
         let all = if self.records.is_empty() {
-            vec![TargetRecord { name: TARGET.to_owned(), portals: vec![("[::1]:3260".to_owned(), 1)] }]
+            vec![TargetRecord {
+                name: TARGET.to_owned(),
+                portals: vec![("[::1]:3260".to_owned(), 1)],
+            }]
         } else {
             self.records.clone()
         };
-        all.into_iter().filter(|record| ask.target.is_none_or(|name| name == record.name)).collect()
+        all.into_iter()
+            .filter(|record| ask.target.is_none_or(|name| name == record.name))
+            .collect()
     }
 }
 
@@ -67,14 +82,21 @@ impl Pdu {
 
     pub fn text(&self) -> Vec<String> {
         let text = String::from_utf8(self.data.clone()).unwrap();
-        assert!(text.is_empty() || text.ends_with('\0'), "text ends with NUL: {text:?}");
+        assert!(
+            text.is_empty() || text.ends_with('\0'),
+            "text ends with NUL: {text:?}"
+        );
         text.split_terminator('\0').map(str::to_owned).collect()
     }
 
     /// The numbers at bytes 24 to 35.
     pub fn numbers(&self) -> Numbers {
         let word = |at: usize| u32::from_be_bytes(self.bhs[at..at + 4].try_into().unwrap());
-        Numbers { stat_sn: StatSn(word(24)), exp_cmd_sn: CmdSn(word(28)), max_cmd_sn: CmdSn(word(32)) }
+        Numbers {
+            stat_sn: StatSn(word(24)),
+            exp_cmd_sn: CmdSn(word(28)),
+            max_cmd_sn: CmdSn(word(32)),
+        }
     }
 }
 
@@ -93,7 +115,10 @@ pub struct Pair {
 }
 
 pub fn addresses() -> (SocketAddr, SocketAddr) {
-    ("192.0.2.9:49152".parse().unwrap(), "192.0.2.1:3260".parse().unwrap())
+    (
+        "192.0.2.9:49152".parse().unwrap(),
+        "192.0.2.1:3260".parse().unwrap(),
+    )
 }
 
 pub fn config() -> ConnectionConfig {
@@ -129,8 +154,16 @@ impl Pair {
     }
 
     pub fn login(&mut self, keys: &[&str]) -> Vec<String> {
-        let names = [format!("InitiatorName={INITIATOR}"), format!("TargetName={TARGET}")];
-        let all: Vec<&str> = names.iter().map(String::as_str).chain(["SessionType=Normal"]).chain(keys.iter().copied()).collect();
+        let names = [
+            format!("InitiatorName={INITIATOR}"),
+            format!("TargetName={TARGET}"),
+        ];
+        let all: Vec<&str> = names
+            .iter()
+            .map(String::as_str)
+            .chain(["SessionType=Normal"])
+            .chain(keys.iter().copied())
+            .collect();
         self.login_with(&all)
     }
 
@@ -141,7 +174,10 @@ impl Pair {
         self.admit();
         let pdu = self.only();
         let response = LoginResponse::parse(&pdu.bhs);
-        assert_eq!((response.status, response.transit, response.next), ((0, 0), true, Stage::FULL_FEATURE));
+        assert_eq!(
+            (response.status, response.transit, response.next),
+            ((0, 0), true, Stage::FULL_FEATURE)
+        );
         assert_eq!(response.tsih, Tsih(0x1234));
         assert!(matches!(self.event(), Event::LoggedIn));
         let params = self.conn.info().params.unwrap();
@@ -152,7 +188,9 @@ impl Pair {
 
     pub fn admit(&mut self) {
         match self.event() {
-            Event::Admission { .. } => self.conn.admit(self.now, Admission::Accept { tsih: Tsih(0x1234) }),
+            Event::Admission { .. } => self
+                .conn
+                .admit(self.now, Admission::Accept { tsih: Tsih(0x1234) }),
             other => panic!("{other:?}"),
         }
     }
@@ -246,7 +284,13 @@ impl Pair {
     }
 
     pub fn good(&mut self, command: &Command) {
-        self.complete(command, Outcome { transfer_len: u64::from(command.edtl), ..Outcome::default() });
+        self.complete(
+            command,
+            Outcome {
+                transfer_len: u64::from(command.edtl),
+                ..Outcome::default()
+            },
+        );
     }
 
     pub fn next_cmd_sn(&mut self) -> CmdSn {
@@ -257,12 +301,18 @@ impl Pair {
 
     /// A SCSI command with the next CmdSN.
     pub fn scsi(&mut self, command: ScsiCommand, data: &[u8]) {
-        let cmd_sn = if command.immediate { self.cmd_sn } else { self.next_cmd_sn() };
-        self.send(&ScsiCommand { cmd_sn, ..command }.encode(), data).unwrap();
+        let cmd_sn = if command.immediate {
+            self.cmd_sn
+        } else {
+            self.next_cmd_sn()
+        };
+        self.send(&ScsiCommand { cmd_sn, ..command }.encode(), data)
+            .unwrap();
     }
 
     pub fn data_out(&mut self, itt: u32, ttt: Ttt, data_sn: u32, offset: u32, is_final: bool, data: &[u8]) {
-        self.send(&data_out(itt, ttt, data_sn, offset, is_final).encode(), data).unwrap();
+        self.send(&data_out(itt, ttt, data_sn, offset, is_final).encode(), data)
+            .unwrap();
     }
 
     pub fn sleep(&mut self, duration: Duration) -> Result<(), Error> {
@@ -321,15 +371,30 @@ pub fn plain(itt: u32) -> ScsiCommand {
 }
 
 pub fn read(itt: u32, edtl: u32) -> ScsiCommand {
-    ScsiCommand { read: true, edtl, ..plain(itt) }
+    ScsiCommand {
+        read: true,
+        edtl,
+        ..plain(itt)
+    }
 }
 
 pub fn write(itt: u32, edtl: u32) -> ScsiCommand {
-    ScsiCommand { write: true, edtl, ..plain(itt) }
+    ScsiCommand {
+        write: true,
+        edtl,
+        ..plain(itt)
+    }
 }
 
 pub fn nop_out(itt: u32, ttt: Ttt, immediate: bool, cmd_sn: CmdSn) -> NopOut {
-    NopOut { immediate, lun: lun(0), itt: Itt(itt), ttt, cmd_sn, exp_stat_sn: StatSn(0) }
+    NopOut {
+        immediate,
+        lun: lun(0),
+        itt: Itt(itt),
+        ttt,
+        cmd_sn,
+        exp_stat_sn: StatSn(0),
+    }
 }
 
 pub fn text_request(itt: u32, ttt: Ttt, cmd_sn: CmdSn) -> TextRequest {
@@ -422,7 +487,11 @@ fn read_pdu(bytes: &[u8], header_digest: bool, data_digest: bool) -> Pdu {
     let padded_len = len.next_multiple_of(4);
     let data = rest[..len].to_vec();
     if data_digest && len > 0 {
-        assert_eq!(rest[padded_len..padded_len + 4], crc(&rest[..padded_len]), "data digest");
+        assert_eq!(
+            rest[padded_len..padded_len + 4],
+            crc(&rest[..padded_len]),
+            "data digest"
+        );
         rest = &rest[4..];
     }
     assert_eq!(rest.len(), padded_len, "nothing but padding after the data");
