@@ -774,12 +774,12 @@ fn run(seeds: impl Iterator<Item = u64>, steps: usize) -> Report {
 }
 
 #[test]
-fn a_thousand_seeds() {
-    let all = run(1..=1000, 1200);
+fn six_hundred_seeds() {
+    let all = run(1..=600, 1200);
     // The simulation does something: it would otherwise pass for nothing.
-    assert!(all.sessions > 3000, "{} sessions", all.sessions);
-    assert!(all.acknowledged > 5000, "{} writes", all.acknowledged);
-    assert!(all.reads > 5000, "{} reads", all.reads);
+    assert!(all.sessions > 1800, "{} sessions", all.sessions);
+    assert!(all.acknowledged > 3000, "{} writes", all.acknowledged);
+    assert!(all.reads > 3000, "{} reads", all.reads);
 }
 
 #[test]
