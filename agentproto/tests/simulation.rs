@@ -12,6 +12,7 @@
     clippy::indexing_slicing,
     reason = "a simulation that goes wrong has to stop"
 )]
+#![expect(clippy::too_many_lines, reason = "one arm per event, and nothing else")]
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};

@@ -8,6 +8,7 @@
 //! [`Agent::prepared`], [`Agent::hold_started`], [`Agent::frozen`], [`Agent::thawed`], [`Agent::cleaned`].
 
 mod session;
+mod state;
 #[cfg(test)]
 mod tests;
 
@@ -21,7 +22,8 @@ use crate::message::{
     Aborted, App, FrozenVolume, Level, LogEvent, Mode, Prepare, Prepared, Reply, Request, Require,
     SessionState, Severity, StatusReport,
 };
-use session::{Ending, Session, State};
+use session::Session;
+use state::{Ending, State};
 
 /// Finished sessions whose answers are kept for repeats.
 pub const MAX_SESSIONS: usize = 64;

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
+use super::state::{Ending, Released, State};
 use super::{Asked, FREEZE_DEADLINE, FreezeReport, Output, ThawReport, Work, keepalive_deadline, log};
 use crate::error::{ErrorCode, Refusal};
 use crate::freeze::Hold;
@@ -11,51 +12,6 @@ use crate::message::{
     Aborted, AppState, Completed, CutOutcome, Frozen, Level, Mode, Prepare, Prepared, Reply, Request,
     Require, SessionState, Severity, StatusReport, Thawed,
 };
-
-/// What follows when a session under way is ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Ending {
-    /// Thaw what is frozen; the target may still come back with Release or Abort.
-    Wait,
-    /// Thaw, and clean up: nobody will come back.
-    Clean,
-}
-
-/// Where a session stands, with what is valid only there.
-#[derive(Clone, Debug)]
-pub(super) enum State {
-    Preparing,
-    Prepared {
-        since: Instant,
-    },
-    /// Hooks or file systems; `hold` once the first file system is about to be frozen.
-    Freezing {
-        since: Instant,
-        asked: Duration,
-        hold: Option<Hold>,
-    },
-    Frozen {
-        hold: Hold,
-    },
-    Thawing {
-        hold: Option<Hold>,
-        released: Option<Released>,
-        why: Option<String>,
-        then_clean: bool,
-    },
-    Thawed {
-        since: Instant,
-    },
-    Cleaning {
-        recorded: Option<Level>,
-    },
-    Completed,
-    Aborted,
-}
-
-/// A Release that came in time: thawing may still find that it was too late.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Released;
 
 /// One step's request and its answer, kept for repeats.
 #[derive(Debug)]

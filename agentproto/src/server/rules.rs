@@ -74,7 +74,11 @@ fn mismatch(ours: &LunIdentity, seen: &LunIdentity) -> Option<String> {
     fn differs<T: PartialEq>(a: Option<&T>, b: Option<&T>) -> bool {
         matches!((a, b), (Some(a), Some(b)) if a != b)
     }
-    if differs(ours.serial.as_ref(), seen.serial.as_ref()) {
+    // Page 80h is padded with blanks by some readers.
+    if differs(
+        ours.serial.as_deref().map(str::trim).as_ref(),
+        seen.serial.as_deref().map(str::trim).as_ref(),
+    ) {
         return Some(format!("serial {:?}", seen.serial.as_deref().unwrap_or_default()));
     }
     if differs(ours.iqn.as_ref(), seen.iqn.as_ref()) {
@@ -83,8 +87,9 @@ fn mismatch(ours: &LunIdentity, seen: &LunIdentity) -> Option<String> {
     if differs(ours.number.as_ref(), seen.number.as_ref()) {
         return Some(format!("LUN number {}", seen.number.unwrap_or_default()));
     }
-    let size = differs(ours.size_bytes.as_ref(), seen.size_bytes.as_ref());
-    size.then(|| format!("{} bytes", seen.size_bytes.unwrap_or_default()))
+    // A LUN that was grown stays at its old size on the host until somebody rescans it: the same disk all the same.
+    let larger = matches!((ours.size_bytes, seen.size_bytes), (Some(ours), Some(seen)) if seen > ours);
+    larger.then(|| format!("{} bytes", seen.size_bytes.unwrap_or_default()))
 }
 
 /// Two hosts that write to one file system which is not made for it: the second agent's place.

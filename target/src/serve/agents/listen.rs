@@ -22,7 +22,8 @@ use zeroize::Zeroizing;
 use super::link::{dial, hello};
 use super::pipe::{Pipe, Turn};
 use super::records::{MAX_AGENTS, MAX_LUNS, Record};
-use super::{Live, Shared, tls};
+use super::shared::{Live, Shared};
+use super::tls;
 use crate::serve::events::code;
 
 /// Connections that are not authenticated, in all …

@@ -12,359 +12,41 @@ mod link;
 mod listen;
 mod pipe;
 mod records;
+mod shared;
+mod site;
 mod snapshot;
 #[cfg(test)]
 mod tests;
 mod tls;
 mod view;
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use stillpoint_agentproto::enrol::{Token, TokenBook};
-use stillpoint_agentproto::message::{
-    Heartbeat, ListVolumes, LunIdentity, Preflight, Reply, Request, SessionState, Status,
-};
-use stillpoint_agentproto::registration::LEASE;
-use stillpoint_agentproto::{AgentId, ErrorCode, LunId, Refusal as WireRefusal};
+use stillpoint_agentproto::enrol::Token;
+use stillpoint_agentproto::message::{ListVolumes, Preflight, Reply, Request, Status};
+use stillpoint_agentproto::{LunId, Refusal as WireRefusal};
 use stillpoint_config::Config;
 use stillpoint_snapshot::Pool;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use shared::Shared;
+pub(crate) use site::Site;
+use site::{LunFacts, limits};
 pub(crate) use snapshot::{Cutter, SnapshotAsk, refusal};
 pub(crate) use stillpoint_agentproto::message::{Level, Mode};
 pub(crate) use stillpoint_agentproto::server::{OnFailure, Verdict};
-pub(crate) use view::{AgentState, AgentView, LastFreeze, TestView, TokenView};
+pub(crate) use view::{AgentView, TestView, TokenView};
 
 use super::Daemon;
 use super::control::api::Refusal;
-use super::events::{Code, DAEMON, code};
+use super::events::code;
 use records::{MAX_LUNS, Record, Records};
-
-/// What this module has to know of a LUN.
-#[derive(Clone, Debug)]
-pub(crate) struct LunFacts {
-    pub(crate) name: String,
-    pub(crate) identity: LunIdentity,
-    /// Every target that serves it, and what it is like.
-    pub(crate) targets: Vec<TargetFacts>,
-}
-
-/// What this module has to know of a target.
-#[derive(Clone, Debug)]
-pub(crate) struct TargetFacts {
-    pub(crate) iqn: String,
-    pub(crate) agents: bool,
-    pub(crate) chap: bool,
-    pub(crate) luns: usize,
-    pub(crate) portal_groups: usize,
-}
-
-/// The rest of the daemon, as seen from here.
-pub(crate) trait Site: Send + Sync + 'static {
-    /// The LUN of that name, if it is served.
-    fn lun(&self, name: &str) -> Option<LunFacts>;
-    /// The LUN of that identity, if it is served.
-    fn lun_by_id(&self, lun: LunId) -> Option<LunFacts>;
-    /// The initiator of each session on a LUN.
-    fn initiators(&self, lun: &str) -> Vec<String>;
-    /// Something happened.
-    fn event(&self, code: Code, subject: String, text: String, who: &str);
-}
-
-impl Site for Daemon {
-    fn lun(&self, name: &str) -> Option<LunFacts> {
-        let lun = self.registry.lun(name)?;
-        let targets = self.registry.targets_of(name);
-        let first = targets.first();
-        let identity = LunIdentity {
-            lun: LunId(lun.identity().naa),
-            serial: Some(lun.identity().serial.clone()),
-            iqn: first.map(|target| target.iqn().to_owned()),
-            number: first.and_then(|target| target.rules().number_of(&lun)),
-            size_bytes: Some(lun.backend().size_bytes()),
-        };
-        let targets = targets.iter().map(|target| {
-            let rules = target.rules();
-            TargetFacts {
-                iqn: target.iqn().to_owned(),
-                agents: rules.agents,
-                chap: rules.chap.is_some(),
-                luns: rules.luns.len(),
-                portal_groups: rules.portal_groups.len(),
-            }
-        });
-        Some(LunFacts {
-            name: name.to_owned(),
-            identity,
-            targets: targets.collect(),
-        })
-    }
-
-    fn lun_by_id(&self, lun: LunId) -> Option<LunFacts> {
-        let luns = self.registry.luns();
-        let found = luns.iter().find(|served| served.identity().naa == lun.0)?;
-        self.lun(found.name())
-    }
-
-    fn initiators(&self, lun: &str) -> Vec<String> {
-        self.registry
-            .sessions_of_lun(lun)
-            .into_iter()
-            .map(|session| session.initiator)
-            .collect()
-    }
-
-    fn event(&self, code: Code, subject: String, text: String, who: &str) {
-        self.events.emit(code, subject, text, who);
-    }
-}
-
-/// The limits of the application note (agent-protocol.md §8), checked at `agent allow` and before every snapshot. A target with
-/// `agents = true` cannot break them; a LUN that is served by another one can.
-fn limits(lun: &LunFacts) -> Result<(), WireRefusal> {
-    let refuse = |code, text: String| Err(WireRefusal::new(code, text).about(lun.name.clone()));
-    let name = &lun.name;
-    let [target] = lun.targets.as_slice() else {
-        let text = match lun.targets.len() {
-            0 => format!("LUN {name} is served by no target: give it one with `agents = true`"),
-            _ => format!(
-                "LUN {name} is served by several targets: a LUN with agents has one path, remove the others"
-            ),
-        };
-        return refuse(ErrorCode::LimitMpio, text);
-    };
-    let iqn = &target.iqn;
-    if !target.agents {
-        let text = format!(
-            "target {iqn} of LUN {name} is not used with agents: write `agents = true` there, then `config apply`"
-        );
-        return refuse(ErrorCode::NotAllowed, text);
-    }
-    if target.chap {
-        return refuse(
-            ErrorCode::LimitChap,
-            format!("target {iqn} uses CHAP, which cannot be used with agents: remove one of them"),
-        );
-    }
-    if target.luns > 1 {
-        let text = format!(
-            "target {iqn} carries {} LUNs: a LUN with agents has a target of its own",
-            target.luns
-        );
-        return refuse(ErrorCode::LimitMultiLun, text);
-    }
-    if target.portal_groups > 1 {
-        let text =
-            format!("target {iqn} is reached through several portal groups: a LUN with agents has one path");
-        return refuse(ErrorCode::LimitMpio, text);
-    }
-    Ok(())
-}
-
-/// An agent that is registered now.
-#[derive(Debug)]
-struct Live {
-    /// Which connection this is.
-    number: u64,
-    heard: Instant,
-    /// What the last dial-back came to.
-    reachable: Option<Result<(), String>>,
-    initiators: Vec<String>,
-    state: SessionState,
-    frozen_ms: Option<u32>,
-    kick: CancellationToken,
-}
-
-impl Live {
-    fn new(number: u64, kick: CancellationToken, initiators: Vec<String>) -> Self {
-        Self {
-            number,
-            heard: Instant::now(),
-            reachable: None,
-            initiators,
-            state: SessionState::Idle,
-            frozen_ms: None,
-            kick,
-        }
-    }
-}
-
-#[derive(Debug)]
-struct Shared {
-    identity: tls::Identity,
-    pool: Pool,
-    records: Records,
-    tokens: Mutex<TokenBook>,
-    live: Mutex<BTreeMap<AgentId, Live>>,
-    last_freeze: Mutex<BTreeMap<AgentId, LastFreeze>>,
-    /// Snapshots of one LUN wait for each other.
-    locks: Mutex<BTreeMap<LunId, Arc<tokio::sync::Mutex<()>>>>,
-    gate: Arc<listen::Gate>,
-    generation: AtomicU32,
-    /// The highest that an agent has seen of this target.
-    seen_generation: AtomicU32,
-    connections: AtomicU64,
-    listen: Option<SocketAddr>,
-    bound: OnceLock<SocketAddr>,
-    site: OnceLock<Weak<dyn Site>>,
-    tasks: OnceLock<(TaskTracker, CancellationToken)>,
-}
-
-impl Shared {
-    fn generation(&self) -> u32 {
-        self.generation.load(Ordering::SeqCst)
-    }
-
-    fn next_connection(&self) -> u64 {
-        self.connections.fetch_add(1, Ordering::Relaxed)
-    }
-
-    fn tokens(&self) -> MutexGuard<'_, TokenBook> {
-        self.tokens.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn live(&self) -> MutexGuard<'_, BTreeMap<AgentId, Live>> {
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn site(&self) -> Option<Arc<dyn Site>> {
-        self.site.get().and_then(Weak::upgrade)
-    }
-
-    fn event(&self, code: Code, subject: String, text: String) {
-        self.event_by(code, subject, text, DAEMON);
-    }
-
-    fn event_by(&self, code: Code, subject: String, text: String, who: &str) {
-        if let Some(site) = self.site() {
-            site.event(code, subject, text, who);
-        }
-    }
-
-    /// A task that the daemon waits for when it stops.
-    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        match self.tasks.get() {
-            Some((tracker, _)) => drop(tracker.spawn(task)),
-            None => drop(tokio::spawn(task)),
-        }
-    }
-
-    /// Store work of the registration channel, on a thread that may wait.
-    async fn blocking<T: Send + 'static>(
-        self: &Arc<Self>,
-        work: impl FnOnce(&Self) -> anyhow::Result<T> + Send + 'static,
-    ) -> Result<T, WireRefusal> {
-        let shared = Arc::clone(self);
-        let done = tokio::task::spawn_blocking(move || work(&shared)).await;
-        let done = done.map_err(anyhow::Error::from).and_then(|result| result);
-        done.map_err(|error| WireRefusal::new(ErrorCode::Internal, format!("{error:#}")))
-    }
-
-    /// The agent's Hello says what it has seen of this target: more than we are at means that our data came from a backup.
-    fn saw_generation(&self, seen: u32, product: &str) {
-        self.seen_generation.fetch_max(seen, Ordering::SeqCst);
-        if seen > self.generation() {
-            let text = format!(
-                "an agent ({}) has seen generation {seen} of this target, which is at {}: was the data directory restored from a \
-                 backup? Then run `stillpoint agent generation bump`; if another daemon runs on a copy of this data, stop one",
-                Record::clip(product),
-                self.generation()
-            );
-            self.event(code::AGENT_TROUBLE, "agents".to_owned(), text);
-        }
-    }
-
-    /// Takes a heartbeat. True when the agent's port was not reached the last time: try again.
-    fn heard(&self, id: AgentId, number: u64, heartbeat: &Heartbeat) -> bool {
-        let mut live = self.live();
-        let Some(live) = live.get_mut(&id).filter(|live| live.number == number) else {
-            return false;
-        };
-        live.heard = Instant::now();
-        live.state = heartbeat.state;
-        live.frozen_ms = heartbeat.frozen_ms;
-        matches!(live.reachable, Some(Err(_)))
-    }
-
-    /// Notes what a dial-back came to; true when that is news.
-    fn dialled_back(&self, id: AgentId, number: u64, outcome: Result<(), String>) -> bool {
-        let mut live = self.live();
-        let Some(live) = live.get_mut(&id).filter(|live| live.number == number) else {
-            return false;
-        };
-        let news = live.reachable.as_ref().map(Result::is_ok) != Some(outcome.is_ok());
-        live.reachable = Some(outcome);
-        news
-    }
-
-    /// The LUNs that an agent is allowed on and that are served.
-    fn grants(&self, record: &Record) -> Vec<LunIdentity> {
-        let Some(site) = self.site() else {
-            return Vec::new();
-        };
-        record
-            .luns
-            .iter()
-            .filter_map(|lun| site.lun_by_id(*lun))
-            .map(|lun| lun.identity)
-            .collect()
-    }
-
-    fn lun_name(&self, lun: LunId) -> String {
-        self.site()
-            .and_then(|site| site.lun_by_id(lun))
-            .map_or_else(|| lun.to_string(), |lun| lun.name)
-    }
-
-    fn view(&self, record: &Record) -> AgentView {
-        let names = |luns: &[LunId]| luns.iter().map(|lun| self.lun_name(*lun)).collect::<Vec<_>>();
-        let (luns, mounted) = (names(&record.luns), names(&record.mounted));
-        let last_freeze = self
-            .last_freeze
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&record.id)
-            .cloned();
-        let live = self.live();
-        let live = live.get(&record.id).filter(|live| live.heard.elapsed() < LEASE);
-        let (state, trouble) = match live.map(|live| &live.reachable) {
-            None => (AgentState::Disconnected, None),
-            Some(None) => (AgentState::Checking, None),
-            Some(Some(Ok(()))) => (AgentState::Connected, None),
-            Some(Some(Err(why))) => (AgentState::Unreachable, Some(why.clone())),
-        };
-        let busy = live.filter(|live| live.state != SessionState::Idle);
-        AgentView {
-            id: record.id.to_string(),
-            host: record.host.clone(),
-            os: record.os.clone(),
-            version: record.version.clone(),
-            state,
-            trouble,
-            address: record
-                .address
-                .map(|ip| SocketAddr::new(ip, record.listen_port).to_string()),
-            fingerprint: record.fingerprint.to_string(),
-            luns,
-            mounted,
-            features: record.features.names().into_iter().map(str::to_owned).collect(),
-            initiators: live.map(|live| live.initiators.clone()).unwrap_or_default(),
-            session_state: busy.map(|live| live.state.to_string()),
-            frozen_ms: live.and_then(|live| live.frozen_ms),
-            last_freeze,
-            enrolled_at: record.enrolled_at.clone(),
-            registered_at: record.registered_at.clone(),
-            last_heartbeat_seconds: live.map(|live| live.heard.elapsed().as_secs()),
-        }
-    }
-}
 
 /// The agents of this daemon. Cheap to clone.
 #[derive(Clone, Debug)]

@@ -3,22 +3,25 @@
 use std::sync::atomic::{AtomicBool, AtomicU32};
 
 use rustls::pki_types::ServerName;
-use stillpoint_agentproto::Fingerprint;
 use stillpoint_agentproto::channel::{Channel, ChannelEvent};
 use stillpoint_agentproto::client::{self, Asked, FreezeReport, Output, ThawReport, Work};
 use stillpoint_agentproto::enrol::{EXPORTER_LABEL, EXPORTER_LEN};
 use stillpoint_agentproto::frame::MAX_BODY;
 use stillpoint_agentproto::message::{
-    App, AppState, Capabilities, Enrol, FrozenVolume, Hello, LunVolumes, Mount, PreflightReport, Prepared,
-    Register, Role, Volumes,
+    App, AppState, Capabilities, Enrol, FrozenVolume, Hello, LunIdentity, LunVolumes, Mount, PreflightReport,
+    Prepared, Register, Role, Volumes,
 };
 use stillpoint_agentproto::registration::{AgentEnd, AgentEvent, Purpose};
 use stillpoint_agentproto::server::{Outcome, Phase};
+use stillpoint_agentproto::{AgentId, ErrorCode, Fingerprint};
 use stillpoint_snapshot::PoolOptions;
 use tokio::net::{TcpListener, TcpStream};
 
 use super::pipe::{Pipe, Turn};
+use super::site::TargetFacts;
+use super::view::AgentState;
 use super::*;
+use crate::serve::events::Code;
 
 const LUN: LunId = LunId([0x62; 16]);
 const INITIATOR: &str = "iqn.2026-11.test:host";
@@ -471,20 +474,17 @@ impl FakeWork {
     /// Does what the machine wants; false = drop the connection.
     fn outputs(&self, channel: &mut Channel) -> bool {
         let mut agent = self.agent.lock().unwrap();
+        let mut alive = true;
         while let Some(output) = agent.poll_output() {
             match output {
                 Output::Reply { asked, result } if asked.channel == self.number => {
                     channel.reply(asked.id, result)
                 }
-                Output::Work(work) => {
-                    if !self.work(&mut agent, work) {
-                        return false;
-                    }
-                }
+                Output::Work(work) => alive &= self.work(&mut agent, work),
                 _ => {}
             }
         }
-        true
+        alive
     }
 
     fn app(&self, state: AppState) -> Vec<App> {

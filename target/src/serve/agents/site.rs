@@ -1,0 +1,129 @@
+//! The rest of the daemon, as seen from here, and the limits of what agents can be used with.
+
+use stillpoint_agentproto::message::LunIdentity;
+use stillpoint_agentproto::{ErrorCode, LunId, Refusal as WireRefusal};
+
+use crate::serve::Daemon;
+use crate::serve::events::Code;
+
+/// What this module has to know of a LUN.
+#[derive(Clone, Debug)]
+pub(crate) struct LunFacts {
+    pub(crate) name: String,
+    pub(crate) identity: LunIdentity,
+    /// Every target that serves it, and what it is like.
+    pub(crate) targets: Vec<TargetFacts>,
+}
+
+/// What this module has to know of a target.
+#[derive(Clone, Debug)]
+pub(crate) struct TargetFacts {
+    pub(crate) iqn: String,
+    pub(crate) agents: bool,
+    pub(crate) chap: bool,
+    pub(crate) luns: usize,
+    pub(crate) portal_groups: usize,
+}
+
+/// The rest of the daemon, as seen from here.
+pub(crate) trait Site: Send + Sync + 'static {
+    /// The LUN of that name, if it is served.
+    fn lun(&self, name: &str) -> Option<LunFacts>;
+    /// The LUN of that identity, if it is served.
+    fn lun_by_id(&self, lun: LunId) -> Option<LunFacts>;
+    /// The initiator of each session on a LUN.
+    fn initiators(&self, lun: &str) -> Vec<String>;
+    /// Something happened.
+    fn event(&self, code: Code, subject: String, text: String, who: &str);
+}
+
+impl Site for Daemon {
+    fn lun(&self, name: &str) -> Option<LunFacts> {
+        let lun = self.registry.lun(name)?;
+        let targets = self.registry.targets_of(name);
+        let first = targets.first();
+        let identity = LunIdentity {
+            lun: LunId(lun.identity().naa),
+            serial: Some(lun.identity().serial.clone()),
+            iqn: first.map(|target| target.iqn().to_owned()),
+            number: first.and_then(|target| target.rules().number_of(&lun)),
+            size_bytes: Some(lun.backend().size_bytes()),
+        };
+        let targets = targets.iter().map(|target| {
+            let rules = target.rules();
+            TargetFacts {
+                iqn: target.iqn().to_owned(),
+                agents: rules.agents,
+                chap: rules.chap.is_some(),
+                luns: rules.luns.len(),
+                portal_groups: rules.portal_groups.len(),
+            }
+        });
+        Some(LunFacts {
+            name: name.to_owned(),
+            identity,
+            targets: targets.collect(),
+        })
+    }
+
+    fn lun_by_id(&self, lun: LunId) -> Option<LunFacts> {
+        let luns = self.registry.luns();
+        let found = luns.iter().find(|served| served.identity().naa == lun.0)?;
+        self.lun(found.name())
+    }
+
+    fn initiators(&self, lun: &str) -> Vec<String> {
+        self.registry
+            .sessions_of_lun(lun)
+            .into_iter()
+            .map(|session| session.initiator)
+            .collect()
+    }
+
+    fn event(&self, code: Code, subject: String, text: String, who: &str) {
+        self.events.emit(code, subject, text, who);
+    }
+}
+
+/// The limits of the application note (agent-protocol.md §8), checked at `agent allow` and before every snapshot. A target with
+/// `agents = true` cannot break them; a LUN that is served by another one can.
+pub(super) fn limits(lun: &LunFacts) -> Result<(), WireRefusal> {
+    let refuse = |code, text: String| Err(WireRefusal::new(code, text).about(lun.name.clone()));
+    let name = &lun.name;
+    let [target] = lun.targets.as_slice() else {
+        if lun.targets.is_empty() {
+            let text = format!("LUN {name} is served by no target: give it one with `agents = true`");
+            return refuse(ErrorCode::NotAllowed, text);
+        }
+        let text = format!(
+            "LUN {name} is served by several targets: with agents it has one path, remove the others"
+        );
+        return refuse(ErrorCode::LimitMpio, text);
+    };
+    let iqn = &target.iqn;
+    if !target.agents {
+        let text = format!(
+            "target {iqn} of LUN {name} is not used with agents: write `agents = true` there, then `config apply`"
+        );
+        return refuse(ErrorCode::NotAllowed, text);
+    }
+    if target.chap {
+        return refuse(
+            ErrorCode::LimitChap,
+            format!("target {iqn} uses CHAP, which cannot be used with agents: remove one of them"),
+        );
+    }
+    if target.luns > 1 {
+        let text = format!(
+            "target {iqn} carries {} LUNs: a LUN with agents has a target of its own",
+            target.luns
+        );
+        return refuse(ErrorCode::LimitMultiLun, text);
+    }
+    if target.portal_groups > 1 {
+        let text =
+            format!("target {iqn} is reached through several portal groups: a LUN with agents has one path");
+        return refuse(ErrorCode::LimitMpio, text);
+    }
+    Ok(())
+}
