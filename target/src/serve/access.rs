@@ -4,7 +4,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use stillpoint_config::{Chap, ChapAlgorithm, Credentials};
-use stillpoint_iscsi::{ChapPolicy, ConnectionConfig, Directory, DiscoveryAsk, LoginAsk, LoginStatus, TargetGrant, TargetRecord};
+use stillpoint_iscsi::{
+    ChapPolicy, ConnectionConfig, Directory, DiscoveryAsk, LoginAsk, LoginStatus, TargetGrant, TargetRecord,
+};
 
 use super::Daemon;
 use super::registry::TargetRules;
@@ -24,7 +26,11 @@ impl Portal {
 ///
 /// # Errors
 /// When the system gives no randomness: CHAP challenges without it could be replayed.
-pub(crate) fn connection_config(peer: SocketAddr, local: SocketAddr, portal_group: u16) -> Result<ConnectionConfig, getrandom::Error> {
+pub(crate) fn connection_config(
+    peer: SocketAddr,
+    local: SocketAddr,
+    portal_group: u16,
+) -> Result<ConnectionConfig, getrandom::Error> {
     let mut seed = [0; 32];
     getrandom::fill(&mut seed)?;
     Ok(ConnectionConfig::new(peer, local, portal_group, seed))
@@ -33,20 +39,29 @@ pub(crate) fn connection_config(peer: SocketAddr, local: SocketAddr, portal_grou
 impl Directory for Portal {
     fn login(&self, ask: &LoginAsk<'_>) -> Result<TargetGrant, LoginStatus> {
         let Some(name) = ask.target else {
-            return Ok(TargetGrant { target: 0, alias: None, portal_group: ask.portal_group, chap: None });
+            return Ok(TargetGrant {
+                target: 0,
+                alias: None,
+                portal_group: ask.portal_group,
+                chap: None,
+            });
         };
         let refuse = |status: LoginStatus, why: &str| {
             tracing::warn!(initiator = ask.initiator, target_name = name, peer = %ask.peer, "login refused: {why}");
             status
         };
-        let target = self
-            .daemon
-            .registry
-            .target(name)
-            .ok_or_else(|| refuse(LoginStatus::NotFound, "no target has this name (`stillpoint lun list` shows them)"))?;
+        let target = self.daemon.registry.target(name).ok_or_else(|| {
+            refuse(
+                LoginStatus::NotFound,
+                "no target has this name (`stillpoint lun list` shows them)",
+            )
+        })?;
         let rules = target.rules();
         if !rules.portal_groups.contains(&ask.portal_group) {
-            return Err(refuse(LoginStatus::NotFound, "the target is not reached through this portal's group (`portal_groups`)"));
+            return Err(refuse(
+                LoginStatus::NotFound,
+                "the target is not reached through this portal's group (`portal_groups`)",
+            ));
         }
         if !rules.access.admits(ask.initiator, ask.peer.ip()) {
             let why = "the target's `initiators` and `allow_from` do not admit it";
@@ -56,19 +71,34 @@ impl Directory for Portal {
             tracing::error!(target_name = name, %error, "CHAP of the target cannot be used");
             LoginStatus::TargetError
         })?;
-        Ok(TargetGrant { target: target.key(), alias: alias(&rules), portal_group: ask.portal_group, chap })
+        Ok(TargetGrant {
+            target: target.key(),
+            alias: alias(&rules),
+            portal_group: ask.portal_group,
+            chap,
+        })
     }
 
     fn discover(&self, ask: &DiscoveryAsk<'_>) -> Vec<TargetRecord> {
         let targets = self.daemon.registry.targets();
-        let wanted = targets.iter().filter(|target| ask.target.is_none_or(|name| name.eq_ignore_ascii_case(target.iqn())));
+        let wanted = targets.iter().filter(|target| {
+            ask.target
+                .is_none_or(|name| name.eq_ignore_ascii_case(target.iqn()))
+        });
         wanted
             .filter_map(|target| {
                 let rules = target.rules();
                 // An initiator that may not log in does not learn that the target exists.
                 let admitted = rules.access.admits(ask.initiator, ask.peer.ip());
-                let portals = if admitted { self.daemon.registry.addresses(&rules, ask.local) } else { Vec::new() };
-                (!portals.is_empty()).then(|| TargetRecord { name: target.iqn().to_owned(), portals })
+                let portals = if admitted {
+                    self.daemon.registry.addresses(&rules, ask.local)
+                } else {
+                    Vec::new()
+                };
+                (!portals.is_empty()).then(|| TargetRecord {
+                    name: target.iqn().to_owned(),
+                    portals,
+                })
             })
             .collect()
     }
@@ -83,12 +113,20 @@ fn alias(rules: &TargetRules) -> Option<String> {
 
 fn policy(chap: &Chap) -> Result<ChapPolicy, stillpoint_iscsi::ChapPolicyError> {
     let Credentials { user, secret } = &chap.initiator;
-    let mutual = chap.mutual.as_ref().map(|mutual| (mutual.user.clone(), mutual.secret.expose().to_vec()));
+    let mutual = chap
+        .mutual
+        .as_ref()
+        .map(|mutual| (mutual.user.clone(), mutual.secret.expose().to_vec()));
     let algorithms = chap.algorithms.iter().map(|algorithm| match algorithm {
         ChapAlgorithm::Sha3_256 => stillpoint_iscsi::ChapAlgorithm::Sha3_256,
         ChapAlgorithm::Sha256 => stillpoint_iscsi::ChapAlgorithm::Sha256,
         ChapAlgorithm::Sha1 => stillpoint_iscsi::ChapAlgorithm::Sha1,
         ChapAlgorithm::Md5 => stillpoint_iscsi::ChapAlgorithm::Md5,
     });
-    ChapPolicy::new(user.clone(), secret.expose().to_vec(), mutual, algorithms.collect::<Vec<_>>())
+    ChapPolicy::new(
+        user.clone(),
+        secret.expose().to_vec(),
+        mutual,
+        algorithms.collect::<Vec<_>>(),
+    )
 }

@@ -22,7 +22,13 @@ const REPLACE: Duration = Duration::from_secs(10);
 /// The status for the initiator, when it may not log in.
 pub(crate) async fn admit(registry: &Registry, session: &Session) -> Result<(), LoginStatus> {
     let same_nexus = registry.sessions_with(|other| {
-        other.id < session.id && other.is_nexus(&session.initiator, session.isid, session.target.key(), session.portal_group)
+        other.id < session.id
+            && other.is_nexus(
+                &session.initiator,
+                session.isid,
+                session.target.key(),
+                session.portal_group,
+            )
     });
     for old in same_nexus {
         tracing::info!(session = old.id, by = session.id, initiator = %old.initiator, "session reinstated by a new login");
@@ -35,7 +41,9 @@ pub(crate) async fn admit(registry: &Registry, session: &Session) -> Result<(), 
 async fn limit(registry: &Registry, session: &Session) -> Result<(), LoginStatus> {
     let rules = session.target.rules();
     let others = registry.sessions_with(|other| {
-        other.id < session.id && other.initiator == session.initiator && other.target.key() == session.target.key()
+        other.id < session.id
+            && other.initiator == session.initiator
+            && other.target.key() == session.target.key()
     });
     let allowed = usize::try_from(rules.max_sessions.max(1)).unwrap_or(usize::MAX);
     let mut over = (others.len() + 1).saturating_sub(allowed);
@@ -77,9 +85,16 @@ async fn answers(session: &Arc<Session>) -> bool {
 
 /// Ends a session and waits until nothing of it runs any more.
 async fn end(old: &Arc<Session>, reason: &str) -> Result<(), LoginStatus> {
-    old.tell(Control::Drop { reason: reason.to_owned() });
-    tokio::time::timeout(REPLACE, old.gone.cancelled()).await.map_err(|_| {
-        tracing::error!(session = old.id, "commands of the old session still run: the new login is put off");
-        LoginStatus::ServiceUnavailable
-    })
+    old.tell(Control::Drop {
+        reason: reason.to_owned(),
+    });
+    tokio::time::timeout(REPLACE, old.gone.cancelled())
+        .await
+        .map_err(|_| {
+            tracing::error!(
+                session = old.id,
+                "commands of the old session still run: the new login is put off"
+            );
+            LoginStatus::ServiceUnavailable
+        })
 }

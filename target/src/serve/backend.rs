@@ -33,11 +33,17 @@ impl LunBackend {
         let tried = match *op {
             BlockOp::Read { offset, len, .. } => {
                 let mut buffer = BytesMut::zeroed(len as usize);
-                volume.try_read(offset, &mut buffer).map(|done| done.then(|| BlockResult::Data(buffer.freeze())))
+                volume
+                    .try_read(offset, &mut buffer)
+                    .map(|done| done.then(|| BlockResult::Data(buffer.freeze())))
             }
-            BlockOp::Write { offset, len, fua: false } => {
-                volume.try_write(offset, data.get(..len as usize)?).map(|done| done.then_some(BlockResult::Done))
-            }
+            BlockOp::Write {
+                offset,
+                len,
+                fua: false,
+            } => volume
+                .try_write(offset, data.get(..len as usize)?)
+                .map(|done| done.then_some(BlockResult::Done)),
             _ => return None,
         };
         tried.unwrap_or_else(|error| Some(BlockResult::Failed(failure(&error))))
@@ -47,56 +53,83 @@ impl LunBackend {
     pub(crate) fn execute(&self, op: &BlockOp, data: &[u8], block_size: u32) -> BlockResult {
         let Self::Local(volume) = self;
         let pattern = data.get(..block_size as usize);
-        let done = match *op {
-            BlockOp::Read { offset, len, .. } => {
-                let mut buffer = BytesMut::zeroed(len as usize);
-                return match volume.read(offset, &mut buffer) {
-                    Ok(()) => BlockResult::Data(buffer.freeze()),
-                    Err(error) => BlockResult::Failed(failure(&error)),
-                };
-            }
-            BlockOp::Write { offset, len, fua } => whole(data, len).and_then(|data| write(volume, offset, data, fua)),
-            BlockOp::WriteAndVerify { offset, len, compare } => whole(data, len).and_then(|data| {
-                write(volume, offset, data, true)?;
-                if compare { verify(volume, offset, data.len() as u64, &Expect::Data(data)) } else { Ok(()) }
-            }),
-            BlockOp::Verify { offset, len, compare } => match compare {
-                Compare::None => verify(volume, offset, len.into(), &Expect::Anything),
-                Compare::Data => whole(data, len).and_then(|data| verify(volume, offset, len.into(), &Expect::Data(data))),
-                Compare::OneBlock => pattern
-                    .ok_or(BlockError::Fault)
-                    .and_then(|block| verify(volume, offset, len.into(), &Expect::Block(block))),
-            },
-            BlockOp::WriteZeroes { offset, len, unmap, fua } => {
-                volume.write_zeroes(offset, len, unmap).map_err(|e| failure(&e)).and_then(|()| flush_if(volume, fua))
-            }
-            BlockOp::WriteSame { offset, len, fua } => {
-                pattern.ok_or(BlockError::Fault).and_then(|block| write_same(volume, offset, len, block, fua))
-            }
-            BlockOp::Unmap { ref ranges } => volume.unmap(ranges).map_err(|e| failure(&e)),
-            BlockOp::CompareAndWrite { offset, len, fua } => compare_and_write(volume, offset, data, len, fua),
-            BlockOp::OrWrite { offset, len, fua } => {
-                whole(data, len).and_then(|data| volume.or_write(offset, data, fua).map_err(|e| failure(&e)))
-            }
-            BlockOp::Flush => volume.flush().map_err(|e| failure(&e)),
-            BlockOp::LbaStatus { offset, len, max_descriptors } => {
-                return match volume.lba_status(offset, len, max_descriptors) {
-                    Ok(extents) => BlockResult::Extents(
-                        extents.iter().map(|e| LbaExtent { offset: e.offset, len: e.len, mapped: e.kind != ExtentKind::Hole }).collect(),
-                    ),
-                    Err(error) => BlockResult::Failed(failure(&error)),
-                };
-            }
-            BlockOp::ThinFigures => {
-                return match volume.space() {
-                    Ok(space) => {
-                        BlockResult::Thin(ThinFigures { available_bytes: space.available_bytes, used_bytes: space.used_bytes })
+        let done =
+            match *op {
+                BlockOp::Read { offset, len, .. } => {
+                    let mut buffer = BytesMut::zeroed(len as usize);
+                    return match volume.read(offset, &mut buffer) {
+                        Ok(()) => BlockResult::Data(buffer.freeze()),
+                        Err(error) => BlockResult::Failed(failure(&error)),
+                    };
+                }
+                BlockOp::Write { offset, len, fua } => {
+                    whole(data, len).and_then(|data| write(volume, offset, data, fua))
+                }
+                BlockOp::WriteAndVerify { offset, len, compare } => whole(data, len).and_then(|data| {
+                    write(volume, offset, data, true)?;
+                    if compare {
+                        verify(volume, offset, data.len() as u64, &Expect::Data(data))
+                    } else {
+                        Ok(())
                     }
-                    Err(error) => BlockResult::Failed(failure(&error)),
-                };
-            }
-            BlockOp::SaveModePages(_) | BlockOp::Reservations(_) => Err(BlockError::Fault),
-        };
+                }),
+                BlockOp::Verify { offset, len, compare } => match compare {
+                    Compare::None => verify(volume, offset, len.into(), &Expect::Anything),
+                    Compare::Data => whole(data, len)
+                        .and_then(|data| verify(volume, offset, len.into(), &Expect::Data(data))),
+                    Compare::OneBlock => pattern
+                        .ok_or(BlockError::Fault)
+                        .and_then(|block| verify(volume, offset, len.into(), &Expect::Block(block))),
+                },
+                BlockOp::WriteZeroes {
+                    offset,
+                    len,
+                    unmap,
+                    fua,
+                } => volume
+                    .write_zeroes(offset, len, unmap)
+                    .map_err(|e| failure(&e))
+                    .and_then(|()| flush_if(volume, fua)),
+                BlockOp::WriteSame { offset, len, fua } => pattern
+                    .ok_or(BlockError::Fault)
+                    .and_then(|block| write_same(volume, offset, len, block, fua)),
+                BlockOp::Unmap { ref ranges } => volume.unmap(ranges).map_err(|e| failure(&e)),
+                BlockOp::CompareAndWrite { offset, len, fua } => {
+                    compare_and_write(volume, offset, data, len, fua)
+                }
+                BlockOp::OrWrite { offset, len, fua } => whole(data, len)
+                    .and_then(|data| volume.or_write(offset, data, fua).map_err(|e| failure(&e))),
+                BlockOp::Flush => volume.flush().map_err(|e| failure(&e)),
+                BlockOp::LbaStatus {
+                    offset,
+                    len,
+                    max_descriptors,
+                } => {
+                    return match volume.lba_status(offset, len, max_descriptors) {
+                        Ok(extents) => BlockResult::Extents(
+                            extents
+                                .iter()
+                                .map(|e| LbaExtent {
+                                    offset: e.offset,
+                                    len: e.len,
+                                    mapped: e.kind != ExtentKind::Hole,
+                                })
+                                .collect(),
+                        ),
+                        Err(error) => BlockResult::Failed(failure(&error)),
+                    };
+                }
+                BlockOp::ThinFigures => {
+                    return match volume.space() {
+                        Ok(space) => BlockResult::Thin(ThinFigures {
+                            available_bytes: space.available_bytes,
+                            used_bytes: space.used_bytes,
+                        }),
+                        Err(error) => BlockResult::Failed(failure(&error)),
+                    };
+                }
+                BlockOp::SaveModePages(_) | BlockOp::Reservations(_) => Err(BlockError::Fault),
+            };
         match done {
             Ok(()) => BlockResult::Done,
             Err(error) => BlockResult::Failed(error),
@@ -121,10 +154,20 @@ fn write(volume: &Volume, offset: u64, data: &[u8], fua: bool) -> Result<(), Blo
 }
 
 fn flush_if(volume: &Volume, fua: bool) -> Result<(), BlockError> {
-    if fua { volume.flush().map_err(|error| failure(&error)) } else { Ok(()) }
+    if fua {
+        volume.flush().map_err(|error| failure(&error))
+    } else {
+        Ok(())
+    }
 }
 
-fn compare_and_write(volume: &Volume, offset: u64, data: &[u8], len: u32, fua: bool) -> Result<(), BlockError> {
+fn compare_and_write(
+    volume: &Volume,
+    offset: u64,
+    data: &[u8],
+    len: u32,
+    fua: bool,
+) -> Result<(), BlockError> {
     let (compare, new) = data.split_at_checked(len as usize).ok_or(BlockError::Fault)?;
     match volume.compare_and_write(offset, compare, whole(new, len)?, fua) {
         Ok(Caw::Done) => Ok(()),
@@ -150,12 +193,18 @@ fn verify(volume: &Volume, offset: u64, len: u64, expect: &Expect<'_>) -> Result
         let base = at - offset;
         let differs = match *expect {
             Expect::Anything => None,
-            Expect::Data(data) => data.iter().skip(usize::try_from(base).unwrap_or(usize::MAX)).zip(&*read).position(|(a, b)| a != b),
+            Expect::Data(data) => data
+                .iter()
+                .skip(usize::try_from(base).unwrap_or(usize::MAX))
+                .zip(&*read)
+                .position(|(a, b)| a != b),
             // Steps and ranges are whole blocks, so each step starts with the pattern's first byte.
             Expect::Block(block) => block.iter().cycle().zip(&*read).position(|(a, b)| a != b),
         };
         if let Some(position) = differs {
-            return Err(BlockError::Miscompare { offset: base + position as u64 });
+            return Err(BlockError::Miscompare {
+                offset: base + position as u64,
+            });
         }
     }
     Ok(())
@@ -163,7 +212,12 @@ fn verify(volume: &Volume, offset: u64, len: u64, expect: &Expect<'_>) -> Result
 
 /// Cuts a range into pieces of at most [`STEP`].
 fn steps(offset: u64, len: u64) -> impl Iterator<Item = (u64, usize)> {
-    (0..len.div_ceil(STEP)).map(move |i| (offset + i * STEP, usize::try_from((len - i * STEP).min(STEP)).unwrap_or(usize::MAX)))
+    (0..len.div_ceil(STEP)).map(move |i| {
+        (
+            offset + i * STEP,
+            usize::try_from((len - i * STEP).min(STEP)).unwrap_or(usize::MAX),
+        )
+    })
 }
 
 /// What the initiator has to know of a store's error.
@@ -184,7 +238,14 @@ mod tests {
     #[test]
     fn steps_cover_the_range_once() {
         let cut: Vec<_> = steps(512, 2 * STEP + 512).collect();
-        assert_eq!(cut, [(512, STEP as usize), (512 + STEP, STEP as usize), (512 + 2 * STEP, 512)]);
+        assert_eq!(
+            cut,
+            [
+                (512, STEP as usize),
+                (512 + STEP, STEP as usize),
+                (512 + 2 * STEP, 512)
+            ]
+        );
         assert_eq!(steps(0, 0).count(), 0);
     }
 }

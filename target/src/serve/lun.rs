@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use bytes::Bytes;
 use stillpoint_iscsi::{Command, Outcome};
 use stillpoint_scsi::{
-    BlockError, BlockOp, BlockResult, Context, NexusId, NexusName, Plan, Reply, ReservationChange, TargetPort, Unit, UnitSpec,
+    BlockError, BlockOp, BlockResult, Context, NexusId, NexusName, Plan, Reply, ReservationChange,
+    TargetPort, Unit, UnitSpec,
 };
 use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
 
@@ -82,7 +83,11 @@ impl Lun {
             naa: identity.naa,
             serial: identity.serial.clone(),
             revision: revision(),
-            block_size: if settings.block_size == 4096 { stillpoint_scsi::BlockSize::B4096 } else { stillpoint_scsi::BlockSize::B512 },
+            block_size: if settings.block_size == 4096 {
+                stillpoint_scsi::BlockSize::B4096
+            } else {
+                stillpoint_scsi::BlockSize::B512
+            },
             grain: settings.grain,
             blocks: backend.size_bytes() / u64::from(settings.block_size),
             write_cache: saved.write_cache.unwrap_or(settings.write_cache),
@@ -120,12 +125,18 @@ impl Lun {
 
     /// As configured now.
     pub(crate) fn settings(&self) -> LunSettings {
-        LunSettings { read_only: self.read_only.load(Relaxed), ..self.settings }
+        LunSettings {
+            read_only: self.read_only.load(Relaxed),
+            ..self.settings
+        }
     }
 
     /// The storage below, now.
     pub(crate) fn backend(&self) -> LunBackend {
-        self.backend.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.backend
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Puts other storage below the LUN: after a revert it keeps its identity, and every initiator is told that the medium
@@ -180,8 +191,15 @@ impl Lun {
 
     /// A session's I_T nexus uses the LUN.
     pub(crate) fn attach(&self, session: &Session) {
-        let port = TargetPort { target: session.target.iqn().to_owned(), portal_group: session.portal_group };
-        let name = NexusName { initiator: session.initiator.clone(), isid: session.isid, port };
+        let port = TargetPort {
+            target: session.target.iqn().to_owned(),
+            portal_group: session.portal_group,
+        };
+        let name = NexusName {
+            initiator: session.initiator.clone(),
+            isid: session.isid,
+            port,
+        };
         self.unit().attach(NexusId(session.id), name);
     }
 
@@ -205,24 +223,45 @@ impl Lun {
     ///
     /// # Errors
     /// Not an error: the operation that the caller has to carry out.
-    pub(crate) fn plan(&self, session: &Session, rules: &TargetRules, command: &Command) -> Result<Outcome, Planned> {
+    pub(crate) fn plan(
+        &self,
+        session: &Session,
+        rules: &TargetRules,
+        command: &Command,
+    ) -> Result<Outcome, Planned> {
         self.counters.commands.fetch_add(1, Relaxed);
-        self.counters.written_bytes.fetch_add(command.data.len() as u64, Relaxed);
-        let token = self.operations.lock().unwrap_or_else(PoisonError::into_inner).token();
+        self.counters
+            .written_bytes
+            .fetch_add(command.data.len() as u64, Relaxed);
+        let token = self
+            .operations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .token();
         let numbers: Vec<u16> = rules.luns.iter().map(|(number, _)| *number).collect();
         let context = Context {
             nexus: NexusId(session.id),
             luns: &numbers,
-            data_in_max: if command.read { command.bidi_read_edtl.unwrap_or(command.edtl).into() } else { 0 },
+            data_in_max: if command.read {
+                command.bidi_read_edtl.unwrap_or(command.edtl).into()
+            } else {
+                0
+            },
         };
         match self.unit().plan(&context, &command.cdb, &command.data) {
             Plan::Done(reply) => Ok(self.outcome(reply)),
-            Plan::Op(planned) => Err(Planned { planned, data: command.data.clone(), token }),
+            Plan::Op(planned) => Err(Planned {
+                planned,
+                data: command.data.clone(),
+                token,
+            }),
         }
     }
 
     fn outcome(&self, reply: Reply) -> Outcome {
-        self.counters.read_bytes.fetch_add(reply.data.len() as u64, Relaxed);
+        self.counters
+            .read_bytes
+            .fetch_add(reply.data.len() as u64, Relaxed);
         outcome(reply)
     }
 
@@ -286,7 +325,12 @@ impl Planned {
                 lun.reserve(change, registry)
             }
             BlockOp::SaveModePages(pages) => {
-                let flushed = if pages.flush { lun.backend().execute(&BlockOp::Flush, &[], lun.settings.block_size) } else { BlockResult::Done };
+                let flushed = if pages.flush {
+                    lun.backend()
+                        .execute(&BlockOp::Flush, &[], lun.settings.block_size)
+                } else {
+                    BlockResult::Done
+                };
                 match (flushed, lun.state.save_write_cache(&lun.name, pages.write_cache)) {
                     (BlockResult::Done, Ok(())) => BlockResult::Done,
                     (_, Err(error)) => {
@@ -308,14 +352,31 @@ pub(crate) fn absent(cdb: &[u8], luns: &[u16]) -> Outcome {
 }
 
 fn outcome(reply: Reply) -> Outcome {
-    let Reply { status, sense, data, transfer_len } = reply;
-    Outcome { status, sense, data, transfer_len }
+    let Reply {
+        status,
+        sense,
+        data,
+        transfer_len,
+    } = reply;
+    Outcome {
+        status,
+        sense,
+        data,
+        transfer_len,
+    }
 }
 
 /// PRODUCT REVISION LEVEL: major and minor version in four characters.
 fn revision() -> [u8; 4] {
-    let text = format!("{}.{}", env!("CARGO_PKG_VERSION_MAJOR"), env!("CARGO_PKG_VERSION_MINOR"));
+    let text = format!(
+        "{}.{}",
+        env!("CARGO_PKG_VERSION_MAJOR"),
+        env!("CARGO_PKG_VERSION_MINOR")
+    );
     let mut revision = [b' '; 4];
-    revision.iter_mut().zip(text.bytes()).for_each(|(to, from)| *to = from);
+    revision
+        .iter_mut()
+        .zip(text.bytes())
+        .for_each(|(to, from)| *to = from);
     revision
 }

@@ -120,7 +120,11 @@ async fn run(options: &ServeOptions) -> anyhow::Result<ExitCode> {
         tracing::warn!("{problem}");
     }
     for part in config.unserved() {
-        tracing::warn!(line = part.line, "{}: parsed and checked, but not served by this version", part.section);
+        tracing::warn!(
+            line = part.line,
+            "{}: parsed and checked, but not served by this version",
+            part.section
+        );
     }
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be handled")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be handled")?;
@@ -138,10 +142,14 @@ async fn run(options: &ServeOptions) -> anyhow::Result<ExitCode> {
     })
     .await??;
     let portals = net::bind(&daemon.config().portals)?;
-    daemon.registry.set_portals(portals.iter().map(|(_, view)| view.clone()).collect());
+    daemon
+        .registry
+        .set_portals(portals.iter().map(|(_, view)| view.clone()).collect());
     control::listen(&daemon)?;
     for (listener, view) in portals {
-        daemon.tracker.spawn(net::serve(Arc::clone(&daemon), listener, view));
+        daemon
+            .tracker
+            .spawn(net::serve(Arc::clone(&daemon), listener, view));
     }
     ready(&daemon, &data_dir);
     loop {
@@ -158,7 +166,10 @@ async fn run(options: &ServeOptions) -> anyhow::Result<ExitCode> {
 /// The configuration: the file that was named, the file in its usual place, or the embedded default.
 fn load(options: &ServeOptions) -> anyhow::Result<Config> {
     let usual = Path::new(stillpoint_config::DEFAULT_CONFIG_FILE);
-    let file = options.config.as_deref().or_else(|| usual.exists().then_some(usual));
+    let file = options
+        .config
+        .as_deref()
+        .or_else(|| usual.exists().then_some(usual));
     match file {
         Some(file) => {
             anyhow::ensure!(
@@ -168,15 +179,22 @@ fn load(options: &ServeOptions) -> anyhow::Result<Config> {
             );
             Ok(Config::load(file)?)
         }
-        None => Ok(Config::embedded(PathBuf::from(stillpoint_config::EMBEDDED_DATA_DIR), options.listen)),
+        None => Ok(Config::embedded(
+            PathBuf::from(stillpoint_config::EMBEDDED_DATA_DIR),
+            options.listen,
+        )),
     }
 }
 
 /// Opens what is on disk. Blocks.
 fn open(config: Config, control_socket: Option<PathBuf>) -> anyhow::Result<(File, Arc<Daemon>)> {
     let data_dir = config.daemon.data_dir.clone();
-    std::fs::create_dir_all(&data_dir)
-        .with_context(|| format!("data_dir {} cannot be made: choose a directory that this user may write", data_dir.display()))?;
+    std::fs::create_dir_all(&data_dir).with_context(|| {
+        format!(
+            "data_dir {} cannot be made: choose a directory that this user may write",
+            data_dir.display()
+        )
+    })?;
     let lock = lock(&data_dir)?;
     let pool = open_pool(&config, &data_dir.join("pool"))?;
     let events = events::Events::open(&data_dir)?;
@@ -211,20 +229,30 @@ fn lock(data_dir: &Path) -> anyhow::Result<File> {
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => {
-            anyhow::bail!("another stillpoint runs on {}: stop it, or choose another data_dir", data_dir.display())
+            anyhow::bail!(
+                "another stillpoint runs on {}: stop it, or choose another data_dir",
+                data_dir.display()
+            )
         }
-        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("{} cannot be locked", path.display())),
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("{} cannot be locked", path.display()))
+        }
     }
 }
 
 fn open_pool(config: &Config, dir: &Path) -> anyhow::Result<Pool> {
     let options = PoolOptions {
         grain_bytes: config.pool.grain.bytes(config.pool.max_size),
-        cache_bytes: usize::try_from(config.pool.cache.bytes()).context("[pool] cache is larger than this machine can address")?,
+        cache_bytes: usize::try_from(config.pool.cache.bytes())
+            .context("[pool] cache is larger than this machine can address")?,
         max_bytes: config.pool.max_size.map_or(0, stillpoint_config::Size::bytes),
         ..PoolOptions::default()
     };
-    let pool = if Pool::exists(dir) { Pool::open(dir, &options) } else { Pool::create(dir, &options) };
+    let pool = if Pool::exists(dir) {
+        Pool::open(dir, &options)
+    } else {
+        Pool::create(dir, &options)
+    };
     let pool = pool.with_context(|| format!("the store in {} cannot be opened", dir.display()))?;
     let grain = pool.stats().grain_bytes;
     if let stillpoint_config::Grain::Bytes(wanted) = config.pool.grain
@@ -281,13 +309,26 @@ async fn stop(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
     notify(&[sd_notify::NotifyState::Stopping]);
     daemon.shutdown.cancel();
     let sessions = daemon.registry.sessions_with(|_| true);
-    futures_all(sessions.iter().map(|session| daemon.registry.drop_session(session.id, LOGOUT_GRACE, "the daemon stops"))).await;
+    futures_all(sessions.iter().map(|session| {
+        daemon
+            .registry
+            .drop_session(session.id, LOGOUT_GRACE, "the daemon stops")
+    }))
+    .await;
     daemon.tracker.close();
-    if tokio::time::timeout(LOGOUT_GRACE, daemon.tracker.wait()).await.is_err() {
-        tracing::warn!(left = daemon.tracker.len(), "some connections did not end in time");
+    if tokio::time::timeout(LOGOUT_GRACE, daemon.tracker.wait())
+        .await
+        .is_err()
+    {
+        tracing::warn!(
+            left = daemon.tracker.len(),
+            "some connections did not end in time"
+        );
     }
     let pool = daemon.pool.clone();
-    tokio::task::spawn_blocking(move || pool.shutdown()).await?.context("the final commit failed")?;
+    tokio::task::spawn_blocking(move || pool.shutdown())
+        .await?
+        .context("the final commit failed")?;
     tracing::info!("stopped");
     Ok(())
 }
@@ -297,7 +338,11 @@ async fn futures_all(futures: impl Iterator<Item = impl Future<Output = bool> + 
     let mut waits: Vec<_> = futures.map(Box::pin).collect();
     std::future::poll_fn(|context| {
         waits.retain_mut(|wait| wait.as_mut().poll(context).is_pending());
-        if waits.is_empty() { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+        if waits.is_empty() {
+            std::task::Poll::Ready(())
+        } else {
+            std::task::Poll::Pending
+        }
     })
     .await;
 }

@@ -48,13 +48,20 @@ impl Pending {
             return None;
         }
         *here += 1;
-        Some(PendingSeat { pending: Arc::clone(self), source })
+        Some(PendingSeat {
+            pending: Arc::clone(self),
+            source,
+        })
     }
 }
 
 impl Drop for PendingSeat {
     fn drop(&mut self) {
-        let mut by_source = self.pending.by_source.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut by_source = self
+            .pending
+            .by_source
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(here) = by_source.get_mut(&self.source) {
             *here -= 1;
             if *here == 0 {
@@ -94,7 +101,11 @@ fn bind_one(portal: &stillpoint_config::Portal) -> anyhow::Result<(TcpListener, 
             address.port()
         )
     })?;
-    let view = PortalView { address, group: portal.group, advertise: portal.advertise.clone() };
+    let view = PortalView {
+        address,
+        group: portal.group,
+        advertise: portal.advertise.clone(),
+    };
     Ok((listener, view))
 }
 
@@ -121,8 +132,10 @@ fn take(daemon: &Arc<Daemon>, stream: TcpStream, peer: SocketAddr, portal: &Port
         return;
     };
     let prepared = stream.set_nodelay(true).and_then(|()| {
-        let keepalive =
-            socket2::TcpKeepalive::new().with_time(KEEPALIVE).with_interval(Duration::from_secs(10)).with_retries(3);
+        let keepalive = socket2::TcpKeepalive::new()
+            .with_time(KEEPALIVE)
+            .with_interval(Duration::from_secs(10))
+            .with_retries(3);
         socket2::SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
         stream.local_addr()
     });
@@ -143,23 +156,43 @@ mod tests {
     fn seats_are_limited_by_source_and_given_back() {
         let pending = Arc::new(Pending::default());
         let one: IpAddr = "192.0.2.1".parse().unwrap();
-        let mut seats: Vec<_> = (0..PENDING_PER_SOURCE).map(|_| pending.seat(one).expect("a seat")).collect();
-        assert!(pending.seat(one).is_none(), "one source has taken all of its seats");
-        assert!(pending.seat("::ffff:192.0.2.1".parse().unwrap()).is_none(), "the same source, mapped to IPv6");
-        assert!(pending.seat("192.0.2.2".parse().unwrap()).is_some(), "another source is not affected");
+        let mut seats: Vec<_> = (0..PENDING_PER_SOURCE)
+            .map(|_| pending.seat(one).expect("a seat"))
+            .collect();
+        assert!(
+            pending.seat(one).is_none(),
+            "one source has taken all of its seats"
+        );
+        assert!(
+            pending.seat("::ffff:192.0.2.1".parse().unwrap()).is_none(),
+            "the same source, mapped to IPv6"
+        );
+        assert!(
+            pending.seat("192.0.2.2".parse().unwrap()).is_some(),
+            "another source is not affected"
+        );
         seats.pop();
         assert!(pending.seat(one).is_some(), "a seat was given back");
         seats.clear();
-        assert!(pending.by_source.lock().unwrap().is_empty(), "nothing is kept of sources that are gone");
+        assert!(
+            pending.by_source.lock().unwrap().is_empty(),
+            "nothing is kept of sources that are gone"
+        );
     }
 
     #[test]
     fn seats_are_limited_in_all() {
         let pending = Arc::new(Pending::default());
         let source = |i: usize| IpAddr::from([10, 0, (i / 256) as u8, (i % 256) as u8]);
-        let seats: Vec<_> = (0..PENDING).map(|i| pending.seat(source(i)).expect("a seat")).collect();
+        let seats: Vec<_> = (0..PENDING)
+            .map(|i| pending.seat(source(i)).expect("a seat"))
+            .collect();
         assert!(pending.seat(source(PENDING)).is_none());
-        assert_eq!(pending.by_source.lock().unwrap().len(), PENDING, "a refused source leaves no entry");
+        assert_eq!(
+            pending.by_source.lock().unwrap().len(),
+            PENDING,
+            "a refused source leaves no entry"
+        );
         drop(seats);
     }
 }

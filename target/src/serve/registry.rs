@@ -53,7 +53,10 @@ pub(crate) struct TargetRules {
 impl TargetRules {
     /// The number under which the target shows this LUN.
     pub(crate) fn number_of(&self, lun: &Lun) -> Option<u16> {
-        self.luns.iter().find(|(_, served)| std::ptr::eq(Arc::as_ptr(served), lun)).map(|(number, _)| *number)
+        self.luns
+            .iter()
+            .find(|(_, served)| std::ptr::eq(Arc::as_ptr(served), lun))
+            .map(|(number, _)| *number)
     }
 }
 
@@ -178,7 +181,10 @@ pub(crate) struct Session {
 impl Session {
     /// Whether this is the I_T nexus of a login (RFC 7143 §6.3.5): same initiator name, ISID and target portal group.
     pub(crate) fn is_nexus(&self, initiator: &str, isid: [u8; 6], target: u64, portal_group: u16) -> bool {
-        self.initiator == initiator && self.isid == isid && self.target.key == target && self.portal_group == portal_group
+        self.initiator == initiator
+            && self.isid == isid
+            && self.target.key == target
+            && self.portal_group == portal_group
     }
 
     /// Asks the session's task for something. A full or closed queue means that the session is ending or hangs: it is ended.
@@ -189,7 +195,14 @@ impl Session {
     }
 
     fn view(&self) -> SessionView {
-        let digest = |on: &std::sync::atomic::AtomicBool| if on.load(Ordering::Relaxed) { "CRC32C" } else { "None" }.to_owned();
+        let digest = |on: &std::sync::atomic::AtomicBool| {
+            if on.load(Ordering::Relaxed) {
+                "CRC32C"
+            } else {
+                "None"
+            }
+            .to_owned()
+        };
         let figures = &self.figures;
         SessionView {
             id: self.id,
@@ -197,11 +210,22 @@ impl Session {
             isid: data_encoding::HEXLOWER.encode(&self.isid),
             tsih: self.tsih,
             target: self.target.iqn.clone(),
-            luns: self.target.rules().luns.iter().map(|(_, lun)| lun.name().to_owned()).collect(),
+            luns: self
+                .target
+                .rules()
+                .luns
+                .iter()
+                .map(|(_, lun)| lun.name().to_owned())
+                .collect(),
             peer: self.peer,
             portal: self.portal,
             since: self.since.to_string(),
-            state: if figures.active.load(Ordering::Relaxed) { "active" } else { "login" }.to_owned(),
+            state: if figures.active.load(Ordering::Relaxed) {
+                "active"
+            } else {
+                "login"
+            }
+            .to_owned(),
             header_digest: digest(&figures.header_digest),
             data_digest: digest(&figures.data_digest),
             commands: figures.commands.load(Ordering::Relaxed),
@@ -239,7 +263,10 @@ impl Tables {
                 Some((target.iqn.clone(), rules.portal_groups.clone()))
             });
             let ports = ports.flat_map(|(iqn, groups)| {
-                groups.into_iter().map(move |portal_group| TargetPort { target: iqn.clone(), portal_group })
+                groups.into_iter().map(move |portal_group| TargetPort {
+                    target: iqn.clone(),
+                    portal_group,
+                })
             });
             lun.set_ports(ports.collect());
         }
@@ -301,7 +328,10 @@ impl LoginHold {
             *sessions.held.entry(iqn.clone()).or_default() += 1;
         }
         drop(sessions);
-        Self { daemon: Arc::clone(daemon), targets }
+        Self {
+            daemon: Arc::clone(daemon),
+            targets,
+        }
     }
 }
 
@@ -344,7 +374,11 @@ impl Registry {
 
     /// The target that a session was granted.
     pub(crate) fn target_by_key(&self, key: u64) -> Option<Arc<Target>> {
-        self.read().targets.values().find(|target| target.key == key).cloned()
+        self.read()
+            .targets
+            .values()
+            .find(|target| target.key == key)
+            .cloned()
     }
 
     /// Serves a target, or gives one that is served new rules. Sessions live on; LUNs that came or went are announced to them.
@@ -356,9 +390,18 @@ impl Registry {
         let name = iqn.to_lowercase();
         let known = tables.targets.get(&name).cloned();
         if let Some(target) = known {
-            let before = std::mem::replace(&mut *target.rules.write().unwrap_or_else(PoisonError::into_inner), Arc::new(rules));
+            let before = std::mem::replace(
+                &mut *target.rules.write().unwrap_or_else(PoisonError::into_inner),
+                Arc::new(rules),
+            );
             let after = target.rules();
-            let numbers = |rules: &TargetRules| rules.luns.iter().map(|(n, lun)| (*n, lun.name().to_owned())).collect::<Vec<_>>();
+            let numbers = |rules: &TargetRules| {
+                rules
+                    .luns
+                    .iter()
+                    .map(|(n, lun)| (*n, lun.name().to_owned()))
+                    .collect::<Vec<_>>()
+            };
             if numbers(&before) != numbers(&after) {
                 // Every LUN that stays tells its initiators to ask REPORT LUNS again (SPC-4: 6/3F/0E).
                 after.luns.iter().for_each(|(_, lun)| lun.report_luns_changed());
@@ -367,7 +410,11 @@ impl Registry {
             return target;
         }
         let key = self.last_target.fetch_add(1, Ordering::Relaxed) + 1;
-        let target = Arc::new(Target { key, iqn: name.clone(), rules: RwLock::new(Arc::new(rules)) });
+        let target = Arc::new(Target {
+            key,
+            iqn: name.clone(),
+            rules: RwLock::new(Arc::new(rules)),
+        });
         tables.targets.insert(name, Arc::clone(&target));
         tables.tell_ports();
         target
@@ -377,12 +424,17 @@ impl Registry {
     /// how many there were.
     pub(crate) fn remove_target(&self, iqn: &str, grace: Duration) -> usize {
         let mut tables = self.write();
-        let Some(target) = tables.targets.remove(&iqn.to_lowercase()) else { return 0 };
+        let Some(target) = tables.targets.remove(&iqn.to_lowercase()) else {
+            return 0;
+        };
         tables.tell_ports();
         drop(tables);
         let sessions: Vec<_> = self.sessions_with(|session| session.target.key == target.key);
         for session in &sessions {
-            session.tell(Control::Logout { grace, reason: format!("target {iqn} is no longer served") });
+            session.tell(Control::Logout {
+                grace,
+                reason: format!("target {iqn} is no longer served"),
+            });
         }
         sessions.len()
     }
@@ -409,7 +461,8 @@ impl Registry {
 
     /// The targets that serve a LUN.
     pub(crate) fn targets_of(&self, lun: &str) -> Vec<Arc<Target>> {
-        let serves = |target: &&Arc<Target>| target.rules().luns.iter().any(|(_, served)| served.name() == lun);
+        let serves =
+            |target: &&Arc<Target>| target.rules().luns.iter().any(|(_, served)| served.name() == lun);
         self.read().targets.values().filter(serves).cloned().collect()
     }
 
@@ -425,37 +478,63 @@ impl Registry {
 
     /// Sessions for which `wanted` holds.
     pub(crate) fn sessions_with(&self, wanted: impl Fn(&Session) -> bool) -> Vec<Arc<Session>> {
-        self.lock_sessions().by_id.values().filter(|session| wanted(session)).cloned().collect()
+        self.lock_sessions()
+            .by_id
+            .values()
+            .filter(|session| wanted(session))
+            .cloned()
+            .collect()
     }
 
     /// All sessions.
     pub(crate) fn sessions(&self) -> Vec<SessionView> {
-        self.sessions_with(|_| true).iter().map(|session| session.view()).collect()
+        self.sessions_with(|_| true)
+            .iter()
+            .map(|session| session.view())
+            .collect()
     }
 
     /// The sessions of one target.
     pub(crate) fn sessions_of_target(&self, iqn: &str) -> Vec<SessionView> {
         let iqn = iqn.to_lowercase();
-        self.sessions_with(|session| session.target.iqn == iqn).iter().map(|session| session.view()).collect()
+        self.sessions_with(|session| session.target.iqn == iqn)
+            .iter()
+            .map(|session| session.view())
+            .collect()
     }
 
     /// The sessions that see a LUN.
     pub(crate) fn sessions_of_lun(&self, lun: &str) -> Vec<SessionView> {
-        self.targets_of(lun).iter().flat_map(|target| self.sessions_of_target(target.iqn())).collect()
+        self.targets_of(lun)
+            .iter()
+            .flat_map(|target| self.sessions_of_target(target.iqn()))
+            .collect()
     }
 
     /// Ends a session: asks for a logout, waits for `grace`, then cuts. Returns when nothing of it touches the medium any more;
     /// `false` when there is no such session.
     pub(crate) async fn drop_session(&self, id: u64, grace: Duration, reason: &str) -> bool {
-        let Some(session) = self.lock_sessions().by_id.get(&id).cloned() else { return false };
+        let Some(session) = self.lock_sessions().by_id.get(&id).cloned() else {
+            return false;
+        };
         let first = if grace.is_zero() {
-            Control::Drop { reason: reason.to_owned() }
+            Control::Drop {
+                reason: reason.to_owned(),
+            }
         } else {
-            Control::Logout { grace, reason: reason.to_owned() }
+            Control::Logout {
+                grace,
+                reason: reason.to_owned(),
+            }
         };
         session.tell(first);
-        if tokio::time::timeout(grace + Duration::from_secs(1), session.gone.cancelled()).await.is_err() {
-            session.tell(Control::Drop { reason: reason.to_owned() });
+        if tokio::time::timeout(grace + Duration::from_secs(1), session.gone.cancelled())
+            .await
+            .is_err()
+        {
+            session.tell(Control::Drop {
+                reason: reason.to_owned(),
+            });
             session.gone.cancelled().await;
         }
         true
@@ -482,7 +561,15 @@ impl Registry {
             }
         }
         sessions.last_tsih = tsih;
-        let Entering { initiator, isid, target, peer, portal, portal_group, control } = entering;
+        let Entering {
+            initiator,
+            isid,
+            target,
+            peer,
+            portal,
+            portal_group,
+            control,
+        } = entering;
         let session = Arc::new(Session {
             id: self.last_session.fetch_add(1, Ordering::Relaxed) + 1,
             initiator,
@@ -513,7 +600,11 @@ impl Registry {
     pub(crate) fn addresses(&self, rules: &TargetRules, local: SocketAddr) -> Vec<(String, u16)> {
         let shown = |portal: &PortalView| {
             let text = portal.advertise.clone().unwrap_or_else(|| {
-                let ip = if portal.address.ip().is_unspecified() { local.ip() } else { portal.address.ip() };
+                let ip = if portal.address.ip().is_unspecified() {
+                    local.ip()
+                } else {
+                    portal.address.ip()
+                };
                 SocketAddr::new(ip.to_canonical(), portal.address.port()).to_string()
             });
             (text, portal.group)
@@ -528,6 +619,11 @@ impl Registry {
                 }
         };
         let portals = self.portals();
-        portals.iter().filter(|portal| rules.portal_groups.contains(&portal.group)).filter(reachable).map(shown).collect()
+        portals
+            .iter()
+            .filter(|portal| rules.portal_groups.contains(&portal.group))
+            .filter(reachable)
+            .map(shown)
+            .collect()
     }
 }

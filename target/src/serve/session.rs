@@ -12,8 +12,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use stillpoint_iscsi::{
-    Admission, Command, Connection, Event, Frame, LoginStatus, Lun as LunField, Outcome, TaskId, TmfFunction, TmfId, TmfResponse,
-    Tsih,
+    Admission, Command, Connection, Event, Frame, LoginStatus, Lun as LunField, Outcome, TaskId, TmfFunction,
+    TmfId, TmfResponse, Tsih,
 };
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
@@ -103,7 +103,13 @@ struct Task {
 }
 
 impl Task {
-    fn new(daemon: Arc<Daemon>, peer: SocketAddr, local: SocketAddr, portal_group: u16, seat: PendingSeat) -> Result<Self, getrandom::Error> {
+    fn new(
+        daemon: Arc<Daemon>,
+        peer: SocketAddr,
+        local: SocketAddr,
+        portal_group: u16,
+        seat: PendingSeat,
+    ) -> Result<Self, getrandom::Error> {
         let config = connection_config(peer, local, portal_group)?;
         let conn = Connection::new(Instant::now(), config, Arc::new(Portal::new(Arc::clone(&daemon))));
         let (control, controls) = mpsc::channel(CONTROLS);
@@ -166,7 +172,13 @@ impl Task {
         if wants_read && self.ahead_at < self.ahead_end {
             return self.read(stream);
         }
-        let wakes = [self.conn.poll_timeout(), self.deadline.as_ref().map(|(at, _)| *at)].into_iter().flatten().min();
+        let wakes = [
+            self.conn.poll_timeout(),
+            self.deadline.as_ref().map(|(at, _)| *at),
+        ]
+        .into_iter()
+        .flatten()
+        .min();
         let sleep = async {
             match wakes {
                 Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -201,7 +213,9 @@ impl Task {
             let kept = self.ahead.get(self.ahead_at..self.ahead_end).unwrap_or_default();
             let n = if kept.is_empty() {
                 let wanted = place.len();
-                match stream.try_read_vectored(&mut [IoSliceMut::new(place), IoSliceMut::new(&mut self.ahead)]) {
+                match stream
+                    .try_read_vectored(&mut [IoSliceMut::new(place), IoSliceMut::new(&mut self.ahead)])
+                {
                     Ok(0) => return Err(End::Socket(io::ErrorKind::UnexpectedEof.into())),
                     Ok(n) => {
                         (self.ahead_at, self.ahead_end) = (0, n.saturating_sub(wanted));
@@ -228,7 +242,9 @@ impl Task {
     fn write(&mut self, stream: &TcpStream) -> Result<(), End> {
         loop {
             while self.out.len() < BATCH {
-                let Some(frame) = self.conn.poll_transmit() else { break };
+                let Some(frame) = self.conn.poll_transmit() else {
+                    break;
+                };
                 self.out.push_back(frame);
             }
             if self.out.is_empty() {
@@ -281,10 +297,17 @@ impl Task {
         while let Some(event) = self.conn.poll_event() {
             any = true;
             match event {
-                Event::Admission { initiator, isid, target, .. } => self.admission(&initiator, isid.0, target),
+                Event::Admission {
+                    initiator,
+                    isid,
+                    target,
+                    ..
+                } => self.admission(&initiator, isid.0, target),
                 Event::LoggedIn => self.logged_in(),
                 Event::Command(command) => self.command(command),
-                Event::TaskManagement { tmf, function, lun, .. } => self.task_management(tmf, function, lun),
+                Event::TaskManagement {
+                    tmf, function, lun, ..
+                } => self.task_management(tmf, function, lun),
                 Event::Pong => self.probes.drain(..).for_each(|probe| {
                     let _ = probe.send(());
                 }),
@@ -304,7 +327,8 @@ impl Task {
             return;
         };
         let Some(target) = self.daemon.registry.target_by_key(key) else {
-            self.conn.admit(now, Admission::Refuse(LoginStatus::TargetRemoved));
+            self.conn
+                .admit(now, Admission::Refuse(LoginStatus::TargetRemoved));
             return;
         };
         let entered = self.daemon.registry.enter(Entering {
@@ -335,7 +359,9 @@ impl Task {
         let (daemon, control) = (Arc::clone(&self.daemon), self.control.clone());
         let decide = async move {
             let admission = match admit(&daemon.registry, &session).await {
-                Ok(()) => Admission::Accept { tsih: Tsih(session.tsih) },
+                Ok(()) => Admission::Accept {
+                    tsih: Tsih(session.tsih),
+                },
                 Err(status) => Admission::Refuse(status),
             };
             // The task may be gone by now: then there is nobody to tell.
@@ -379,12 +405,19 @@ impl Task {
             return;
         };
         session.figures.commands.fetch_add(1, Relaxed);
-        session.figures.written_bytes.fetch_add(command.data.len() as u64, Relaxed);
+        session
+            .figures
+            .written_bytes
+            .fetch_add(command.data.len() as u64, Relaxed);
         let rules = session.target.rules();
-        let found = command.lun.number().and_then(|n| rules.luns.iter().find(|(number, _)| *number == n));
+        let found = command
+            .lun
+            .number()
+            .and_then(|n| rules.luns.iter().find(|(number, _)| *number == n));
         let Some((number, lun)) = found else {
             let numbers: Vec<u16> = rules.luns.iter().map(|(number, _)| *number).collect();
-            self.conn.complete(now, command.task, absent(&command.cdb, &numbers));
+            self.conn
+                .complete(now, command.task, absent(&command.cdb, &numbers));
             return;
         };
         self.attach(*number, lun);
@@ -399,7 +432,10 @@ impl Task {
 
     fn answer(&mut self, task: TaskId, outcome: Outcome) {
         if let Some(session) = &self.session {
-            session.figures.read_bytes.fetch_add(outcome.data.len() as u64, Relaxed);
+            session
+                .figures
+                .read_bytes
+                .fetch_add(outcome.data.len() as u64, Relaxed);
         }
         self.conn.complete(Instant::now(), task, outcome);
     }
@@ -454,8 +490,10 @@ impl Task {
         let others = self.daemon.registry.sessions_with(|other| other.id != session.id);
         let mut waits = Vec::new();
         for lun in &affected {
-            let sharing: Vec<_> =
-                others.iter().filter_map(|other| other.target.rules().number_of(lun).map(|number| (other, number))).collect();
+            let sharing: Vec<_> = others
+                .iter()
+                .filter_map(|other| other.target.rules().number_of(lun).map(|number| (other, number)))
+                .collect();
             if reset {
                 lun.reset();
             } else {
@@ -463,14 +501,23 @@ impl Task {
             }
             for (other, number) in sharing {
                 let (done, wait) = oneshot::channel();
-                other.tell(Control::AbortTasks { lun: Some(number), done });
+                other.tell(Control::AbortTasks {
+                    lun: Some(number),
+                    done,
+                });
                 waits.push(wait);
             }
         }
         if function == TmfFunction::TARGET_COLD_RESET {
             // RFC 7143 §11.5.1: a cold reset ends all sessions to the target; this one ends after its answer.
-            let same_target = others.iter().filter(|other| other.target.key() == session.target.key());
-            same_target.for_each(|other| other.tell(Control::Drop { reason: "target cold reset by another session".to_owned() }));
+            let same_target = others
+                .iter()
+                .filter(|other| other.target.key() == session.target.key());
+            same_target.for_each(|other| {
+                other.tell(Control::Drop {
+                    reason: "target cold reset by another session".to_owned(),
+                })
+            });
         }
         let finish = self.tmf_finish.clone();
         self.daemon.tracker.spawn(async move {
