@@ -41,8 +41,8 @@ pub struct Failure {
 impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match &self.host {
-            Some(host) => write!(f, "agent on {host}: {}", self.refusal),
-            None => write!(f, "{}", self.refusal),
+            Some(host) => write!(f, "agent on {host}: {}", self.refusal.text),
+            None => f.write_str(&self.refusal.text),
         }
     }
 }

@@ -428,7 +428,7 @@ async fn sleep_until(at: Option<Instant>) {
 
 /// How a refusal of the protocol is told to the operator.
 pub(super) fn wire_refusal(refusal: &WireRefusal) -> Refusal {
-    told(refusal, refusal.to_string())
+    told(refusal, refusal.text.clone())
 }
 
 /// Why there is no snapshot: what `snapshot create` says when a verdict was not kept.
