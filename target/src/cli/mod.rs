@@ -15,7 +15,7 @@ use stillpoint_config::Problems;
 
 use self::args::{Cli, GenerateVerb, Global, Verb};
 use crate::serve::ServeOptions;
-use crate::serve::control::api::{EXIT_USAGE, Refusal};
+use crate::serve::control::api::{EXIT_USAGE, Refusal, count};
 
 /// Not an exit code: the refusal was already shown in a shape of its own, and ends with [`EXIT_FAILED`](crate::serve::control::api::EXIT_FAILED).
 const EXIT_ALREADY_TOLD: u8 = u8::MAX;
@@ -137,7 +137,10 @@ fn config_refusal(problems: &Problems) -> Refusal {
     let details: Vec<String> = problems.0.iter().map(ToString::to_string).collect();
     let (message, details) = match <[String; 1]>::try_from(details) {
         Ok([one]) => (one, Vec::new()),
-        Err(many) => (format!("the configuration has {} problems:", many.len()), many),
+        Err(many) => (
+            format!("the configuration has {}:", count(many.len(), "problem")),
+            many,
+        ),
     };
     Refusal::failed("config", message, "").with_details(details)
 }

@@ -9,7 +9,7 @@ use stillpoint_config::{Config, DEFAULT_CONFIG_FILE, EMBEDDED_DATA_DIR};
 
 use super::args::Global;
 use super::{config_refusal, out};
-use crate::serve::control::api::Refusal;
+use crate::serve::control::api::{Refusal, count};
 use crate::serve::control::{self, user_name};
 
 /// `config check [FILE]`.
@@ -20,8 +20,7 @@ pub(crate) fn config_check(global: &Global, file: Option<PathBuf>) -> Result<(),
     let config = Config::load(&file).map_err(|problems| {
         let problems_json = serde_json::to_value(&problems.0).unwrap_or_default();
         if global.json {
-            let count = problems.0.len();
-            let error = json!({"code": "config", "message": format!("{}: {count} problems", file.display()), "hint": "", "problems": problems_json});
+            let error = json!({"code": "config", "message": format!("{}: {}", file.display(), count(problems.0.len(), "problem")), "hint": "", "problems": problems_json});
             super::err(&format!("{}\n", json!({ "error": error })));
             return Refusal { exit: super::EXIT_ALREADY_TOLD, ..config_refusal(&problems) };
         }
@@ -47,10 +46,10 @@ pub(crate) fn config_check(global: &Global, file: Option<PathBuf>) -> Result<(),
     }
     if !global.quiet {
         out(&format!(
-            "{}: right ({} LUNs, {} targets)\n",
+            "{}: right ({}, {})\n",
             file.display(),
-            config.luns.len(),
-            config.targets.len()
+            count(config.luns.len(), "LUN"),
+            count(config.targets.len(), "target")
         ));
     }
     Ok(())

@@ -553,6 +553,11 @@ pub(crate) fn done(pairs: impl IntoIterator<Item = (&'static str, Value)>) -> Va
     )
 }
 
+/// `1 session`, `2 sessions`.
+pub(crate) fn count(number: usize, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
+}
+
 /// Milliseconds since 1970 as RFC 3339.
 pub(crate) fn time_text(ms: i64) -> String {
     jiff::Timestamp::from_millisecond(ms).map_or_else(|_| "unknown".to_owned(), |t| t.to_string())

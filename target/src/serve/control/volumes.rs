@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use stillpoint_config::{Config, LunName};
 use stillpoint_snapshot::{CloneSpec, Pool, PoolOptions};
 
-use super::api::{CloneReply, Refusal, SnapshotRef, VolumeKind, VolumeRow, done, time_text};
+use super::api::{CloneReply, Refusal, SnapshotRef, VolumeKind, VolumeRow, count, done, time_text};
 use super::blocking;
 use super::luns::snapshot_counts;
 use crate::serve::events::{Events, code};
@@ -165,7 +165,7 @@ pub(super) async fn delete(daemon: &Arc<Daemon>, name: &str, who: &str) -> Resul
         }
         daemon.pool.delete_volume(&name, true)?;
         daemon.state.forget(&name)?;
-        let text = format!("deleted with {} snapshots", snapshots.len());
+        let text = format!("deleted with {}", count(snapshots.len(), "snapshot"));
         daemon
             .events
             .emit(code::VOLUME_DELETED, format!("volume {name}"), text, &who);

@@ -357,10 +357,7 @@ impl Cutter for PoolCutter {
             changes.len() == self.made.len(),
             "the verdict does not speak of every LUN"
         );
-        self.made = changes
-            .iter()
-            .map(|(id, change)| self.pool.set_snapshot(*id, change))
-            .collect::<Result<_, _>>()?;
+        self.made = self.pool.set_snapshots(&changes)?;
         Ok(())
     }
 

@@ -13,7 +13,7 @@ use stillpoint_config::{
 use stillpoint_snapshot::CloneSpec;
 
 use super::{find, free_name};
-use crate::serve::control::api::{MountReply, Refusal, SessionLabel, SnapshotRef, VolumeKind, done};
+use crate::serve::control::api::{MountReply, Refusal, SessionLabel, SnapshotRef, VolumeKind, count, done};
 use crate::serve::control::{Caller, blocking, end_sessions, luns};
 use crate::serve::events::{DAEMON, code};
 use crate::serve::registry::{TargetOrigin, TargetRules};
@@ -293,7 +293,7 @@ pub(crate) async fn unmount(
         .map(|session| session.id)
         .collect();
     if !ids.is_empty() {
-        caller.progress(format!("ending {} sessions of {name}", ids.len()));
+        caller.progress(format!("ending {} of {name}", count(ids.len(), "session")));
     }
     end_sessions(daemon, ids, "the snapshot is unmounted").await;
     if let Some(lun) = daemon.registry.remove_lun(name) {

@@ -6,7 +6,7 @@ use stillpoint_snapshot::{DiffTo, SnapshotInfo};
 
 use super::create::automatic;
 use super::{find, level};
-use crate::serve::control::api::{Refusal, Revert, SessionLabel, SnapshotRef, VolumeKind, time_text};
+use crate::serve::control::api::{Refusal, Revert, SessionLabel, SnapshotRef, VolumeKind, count, time_text};
 use crate::serve::control::{Caller, blocking, end_sessions};
 use crate::serve::events::code;
 use crate::serve::registry::LoginHold;
@@ -38,8 +38,8 @@ pub(crate) async fn revert(
             return Err(in_use(&snapshot.lun, &reverted.sessions));
         }
         caller.progress(format!(
-            "ending {} sessions of {}",
-            reverted.sessions.len(),
+            "ending {} of {}",
+            count(reverted.sessions.len(), "session"),
             snapshot.lun
         ));
         end_sessions(

@@ -3,19 +3,27 @@
 //! [`reconcile`] compares with what there is and not with what the old file said, so that doing it twice, or again after it failed half-way,
 //! is right. Nothing of a file is applied when any part of it is refused.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod reconcile;
+
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use stillpoint_config::{Change, Config, Effect, Origin, Size, Target, diff};
-use stillpoint_snapshot::{StoreEvent, Volume, VolumeSpec};
+use stillpoint_config::{Change, Config, Effect, Origin, diff};
+use stillpoint_snapshot::StoreEvent;
 
-use super::control::api::{CONFIRMATION, ConfigPlan, PlannedChange, Refusal, SessionLabel, VolumeKind};
+use super::Daemon;
+use super::control::api::{
+    CONFIRMATION, ConfigPlan, PlannedChange, Refusal, SessionLabel, VolumeKind, count,
+};
 use super::control::{blocking, end_sessions};
 use super::events::{DAEMON, code};
-use super::registry::{Session, TargetOrigin, TargetRules};
-use super::snapshots::{close_interrupted, serve_mounts};
-use super::state::{State, VolumeTag};
-use super::{Daemon, Lun, LunBackend, LunSettings};
+use super::registry::Session;
+use super::snapshots::close_interrupted;
+use super::state::VolumeTag;
+
+pub(crate) use reconcile::{create_missing, make_lun, reconcile};
+
+use reconcile::check_sizes;
 
 /// How long the sessions of a target that is served no longer may take to log out.
 const GRACE: std::time::Duration = std::time::Duration::from_secs(5);
@@ -103,7 +111,11 @@ pub(crate) fn first_start(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
     daemon.events.emit(
         code::STARTED,
         "daemon",
-        format!("version {} started with {luns} LUNs", env!("CARGO_PKG_VERSION")),
+        format!(
+            "version {} started with {}",
+            env!("CARGO_PKG_VERSION"),
+            count(luns, "LUN")
+        ),
         DAEMON,
     );
     Ok(())
@@ -139,219 +151,6 @@ fn watch_store(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A LUN over the volume of its name.
-pub(crate) fn make_lun(
-    daemon: &Daemon,
-    name: &str,
-    write_cache: bool,
-    read_only: bool,
-) -> Result<Arc<Lun>, Refusal> {
-    let volume = daemon.pool.volume(name).ok_or_else(|| {
-        Refusal::failed(
-            "not_found",
-            format!("there is no volume {name:?}"),
-            "`stillpoint volume list` shows them",
-        )
-    })?;
-    let info = volume.info()?;
-    let tag = VolumeTag::of(&info)?;
-    let settings = LunSettings {
-        block_size: info.block_size,
-        grain: info.grain_bytes,
-        write_cache,
-        read_only,
-    };
-    Lun::new(
-        name,
-        tag.identity,
-        LunBackend::Local(volume),
-        settings,
-        daemon.state.clone(),
-    )
-    .map_err(|e| Refusal::failed("lun", format!("{e:#}"), "see the log"))
-}
-
-/// Makes volumes, LUNs and targets like `config`. Blocks.
-///
-/// # Errors
-/// When something cannot be done. What was done until then stays, and doing it again goes on from there.
-pub(crate) fn reconcile(daemon: &Daemon, config: &Config, who: &str) -> Result<(), Refusal> {
-    let sizes = check_sizes(daemon, config)?;
-    create_missing(&daemon.pool, &daemon.state, config, |name, size| {
-        daemon.events.emit(
-            code::VOLUME_CREATED,
-            format!("volume {name}"),
-            format!("created with {size}"),
-            who,
-        );
-    })?;
-    for (volume, size) in sizes {
-        let name = volume.name()?;
-        volume.grow(size.bytes())?;
-        if let Some(lun) = daemon.registry.lun(&name) {
-            lun.resized();
-        }
-        daemon.events.emit(
-            code::VOLUME_GROWN,
-            format!("volume {name}"),
-            format!("grown to {size}"),
-            who,
-        );
-    }
-    let luns = serve_luns(daemon, config)?;
-    serve_targets(daemon, config, &luns, who);
-    serve_mounts(daemon, config)?;
-    let mounts: BTreeSet<String> = daemon
-        .state
-        .mounts()?
-        .into_iter()
-        .map(|mount| mount.name)
-        .collect();
-    for lun in daemon
-        .registry
-        .luns()
-        .iter()
-        .filter(|lun| config.lun(lun.name()).is_none() && !mounts.contains(lun.name()))
-    {
-        daemon.registry.remove_lun(lun.name());
-    }
-    Ok(())
-}
-
-/// The volumes that have to grow. What cannot be had is refused before anything is changed.
-fn check_sizes(daemon: &Daemon, config: &Config) -> Result<Vec<(Volume, Size)>, Refusal> {
-    let mut grow = Vec::new();
-    for lun in &config.luns {
-        let Some(volume) = daemon.pool.volume(lun.name.as_str()) else {
-            continue;
-        };
-        if volume.block_size() != lun.block_size {
-            return Err(Refusal::refused(
-                "block_size",
-                format!(
-                    "lun \"{}\": `block_size` is {}, but its volume was made with {}",
-                    lun.name,
-                    lun.block_size,
-                    volume.block_size()
-                ),
-                format!("write block_size = {}", volume.block_size()),
-            ));
-        }
-        let has = Size(volume.size_bytes());
-        if lun.size < has {
-            // In bytes when the units would hide the difference.
-            let exact = if lun.size.to_string() == has.to_string() {
-                format!("{}B", has.bytes())
-            } else {
-                has.to_string()
-            };
-            return Err(Refusal::refused(
-                "shrink",
-                format!(
-                    "lun \"{}\": `size` is {}, but its volume has {exact}: shrinking would cut off data",
-                    lun.name, lun.size
-                ),
-                format!("write size = \"{exact}\""),
-            ));
-        }
-        if lun.size > has {
-            grow.push((volume, lun.size));
-        }
-    }
-    Ok(grow)
-}
-
-/// Makes the volumes of LUNs that have none.
-pub(crate) fn create_missing(
-    pool: &stillpoint_snapshot::Pool,
-    state: &State,
-    config: &Config,
-    mut made: impl FnMut(&str, Size),
-) -> Result<(), Refusal> {
-    for lun in &config.luns {
-        let name = lun.name.as_str();
-        if pool.volume(name).is_some() {
-            continue;
-        }
-        // A volume of that name that was deleted may have left something that an initiator saved.
-        state.forget(name)?;
-        let attributes = VolumeTag::new(config.daemon.naa_company_id, VolumeKind::Lun, None)?.to_bytes();
-        pool.create_volume(&VolumeSpec {
-            name: name.to_owned(),
-            size_bytes: lun.size.bytes(),
-            block_size: lun.block_size,
-            attributes,
-        })?;
-        made(name, lun.size);
-    }
-    Ok(())
-}
-
-/// The LUNs of the file. Those that are served already live on.
-fn serve_luns(daemon: &Daemon, config: &Config) -> Result<BTreeMap<String, Arc<Lun>>, Refusal> {
-    let mut luns = BTreeMap::new();
-    for lun in &config.luns {
-        let name = lun.name.to_string();
-        let served = match daemon.registry.lun(&name) {
-            Some(served) => served,
-            None => {
-                let made = make_lun(daemon, &name, lun.write_cache, lun.read_only)?;
-                daemon.registry.put_lun(Arc::clone(&made));
-                made
-            }
-        };
-        if served.settings().read_only != lun.read_only {
-            served.set_read_only(lun.read_only);
-        }
-        luns.insert(name, served);
-    }
-    Ok(luns)
-}
-
-fn serve_targets(daemon: &Daemon, config: &Config, luns: &BTreeMap<String, Arc<Lun>>, who: &str) {
-    for target in daemon.registry.targets() {
-        let configured = target.rules().origin == TargetOrigin::Configured;
-        if configured && config.target(target.iqn()).is_none() {
-            daemon.registry.remove_target(target.iqn(), GRACE);
-            daemon.events.emit(
-                code::TARGET_REMOVED,
-                format!("target {}", target.iqn()),
-                "is no longer served",
-                who,
-            );
-        }
-    }
-    for target in &config.targets {
-        let known = daemon.registry.target(target.iqn.as_str()).is_some();
-        daemon
-            .registry
-            .put_target(target.iqn.as_str(), rules(target, luns));
-        if !known {
-            daemon.events.emit(
-                code::TARGET_ADDED,
-                format!("target {}", target.iqn),
-                "is served",
-                who,
-            );
-        }
-    }
-}
-
-fn rules(target: &Target, luns: &BTreeMap<String, Arc<Lun>>) -> TargetRules {
-    let numbered = (0u16..).zip(target.luns());
-    TargetRules {
-        luns: numbered
-            .filter_map(|(number, name)| luns.get(name.as_str()).map(|lun| (number, Arc::clone(lun))))
-            .collect(),
-        access: target.access.clone(),
-        chap: target.chap().cloned(),
-        portal_groups: target.portal_groups().to_vec(),
-        max_sessions: target.max_sessions(),
-        agents: target.has_agents(),
-        origin: TargetOrigin::Configured,
-    }
-}
-
 /// What the file would change. Blocks.
 fn look(daemon: &Daemon) -> Result<(Config, Vec<Change>, ConfigPlan), Refusal> {
     let running = daemon.config();
@@ -366,15 +165,18 @@ fn look(daemon: &Daemon) -> Result<(Config, Vec<Change>, ConfigPlan), Refusal> {
         let details: Vec<String> = problems.0.iter().map(ToString::to_string).collect();
         Refusal::failed(
             "config",
-            format!("{} has {} problems:", file.display(), details.len()),
+            format!("{} has {}:", file.display(), count(details.len(), "problem")),
             "nothing was changed",
         )
         .with_details(details)
     })?;
     let standing = standing(&daemon.pool, &config)?;
     check_mount_names(daemon, &config)?;
-    check_sizes(daemon, &config)?;
     let changes = diff(&running, &config);
+    // What the comparison of the files refuses is listed with everything else; this finds what differs from the volumes.
+    if changes.iter().all(|change| change.effect != Effect::Refused) {
+        check_sizes(daemon, &config)?;
+    }
     let sessions = daemon.registry.sessions_with(|_| true);
     let planned = changes.iter().map(|change| PlannedChange {
         subject: change.subject.clone(),
@@ -610,7 +412,7 @@ fn check_agreed(changes: &[Change], plan: &ConfigPlan, agreed: Agreed) -> Result
         .map(ToString::to_string)
         .collect();
     if !agreed.sessions && !ends.is_empty() {
-        let message = format!("{} sessions would be ended:", ends.len());
+        let message = format!("{} would be ended:", count(ends.len(), "session"));
         let hint = "`stillpoint config plan` shows why; `stillpoint config apply --yes` does it";
         return Err(Refusal::refused(CONFIRMATION, message, hint).with_details(ends));
     }
