@@ -452,3 +452,141 @@ impl TargetEnd {
 fn ms(duration: Duration) -> u32 {
     u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::SessionState;
+
+    const AGENT: AgentId = AgentId([1; 16]);
+
+    fn hello(agent_id: Option<AgentId>) -> Hello {
+        let capabilities = Capabilities::default();
+        Hello {
+            min_version: 1,
+            max_version: 1,
+            agent_id,
+            product: "x".into(),
+            capabilities,
+        }
+    }
+
+    fn register() -> Register {
+        Register {
+            host: "h".into(),
+            os: "o".into(),
+            agent_version: "1".into(),
+            boot_id: "b".into(),
+            listen_port: 11169,
+            features: Capabilities::LINUX_FS,
+            initiators: vec![],
+            mounted: vec![],
+        }
+    }
+
+    fn carry(now: Instant, agent: &mut AgentEnd, target: &mut TargetEnd) {
+        while let Some(bytes) = agent.poll_transmit() {
+            target.receive(now, &bytes).unwrap();
+        }
+        while let Some(bytes) = target.poll_transmit() {
+            agent.receive(now, &bytes).unwrap();
+        }
+    }
+
+    fn ends(now: Instant, peer: Peer) -> (AgentEnd, TargetEnd) {
+        let mut agent = AgentEnd::new(now, hello(Some(AGENT)), 0, Purpose::Register(register()));
+        let mut target = TargetEnd::new(now, hello(None), 4, peer);
+        carry(now, &mut agent, &mut target);
+        (agent, target)
+    }
+
+    fn registered(now: Instant) -> (AgentEnd, TargetEnd) {
+        let (mut agent, mut target) = ends(now, Peer::Known(AGENT));
+        carry(now, &mut agent, &mut target);
+        assert!(matches!(target.poll_event(), Some(TargetEvent::Hello { .. })));
+        assert_eq!(target.poll_event(), Some(TargetEvent::Register(register())));
+        target.registered(now, Ok(vec![]));
+        carry(now, &mut agent, &mut target);
+        assert!(matches!(
+            agent.poll_event(),
+            Some(AgentEvent::Hello { generation: 4, .. })
+        ));
+        assert_eq!(agent.poll_event(), Some(AgentEvent::Registered { luns: vec![] }));
+        (agent, target)
+    }
+
+    fn heartbeat() -> Heartbeat {
+        Heartbeat {
+            state: SessionState::Idle,
+            session: None,
+            frozen_ms: None,
+            clock_unix_ms: 0,
+            mounted: vec![],
+        }
+    }
+
+    #[test]
+    fn heartbeats_keep_both_leases_and_silence_ends_them() {
+        let start = Instant::now();
+        let (mut agent, mut target) = registered(start);
+        let mut now = start;
+        for _ in 0..10 {
+            now += HEARTBEAT;
+            agent.handle_timeout(now).unwrap();
+            assert_eq!(agent.poll_event(), Some(AgentEvent::HeartbeatDue));
+            agent.heartbeat(now, heartbeat());
+            carry(now, &mut agent, &mut target);
+            target.handle_timeout(now).unwrap();
+            assert_eq!(target.poll_event(), Some(TargetEvent::Heartbeat(heartbeat())));
+            target.heartbeat_ok(vec![]);
+            carry(now, &mut agent, &mut target);
+            assert_eq!(agent.poll_event(), Some(AgentEvent::Luns(vec![])));
+        }
+        now += LEASE;
+        target.handle_timeout(now).unwrap();
+        assert_eq!(target.poll_event(), Some(TargetEvent::Expired));
+        agent.handle_timeout(now).unwrap();
+        assert_eq!(agent.poll_event(), Some(AgentEvent::LeaseLost));
+    }
+
+    #[test]
+    fn an_unknown_key_may_only_enrol() {
+        let now = Instant::now();
+        let (mut agent, mut target) = ends(now, Peer::Unknown);
+        carry(now, &mut agent, &mut target);
+        assert!(matches!(target.poll_event(), Some(TargetEvent::Hello { .. })));
+        assert_eq!(
+            target.poll_event(),
+            None,
+            "a Register of an unknown key never reaches the owner"
+        );
+        let refused = std::iter::from_fn(|| agent.poll_event()).find_map(|event| match event {
+            AgentEvent::Refused(refusal) => Some(refusal.code),
+            _ => None,
+        });
+        assert_eq!(refused, Some(ErrorCode::NotEnrolled));
+    }
+
+    #[test]
+    fn a_key_speaks_for_its_own_agent_only() {
+        let now = Instant::now();
+        let (mut agent, target) = ends(now, Peer::Known(AgentId([2; 16])));
+        assert!(target.is_closed());
+        assert!(
+            matches!(agent.poll_event(), Some(AgentEvent::Refused(refusal)) if refusal.code == ErrorCode::NotAllowed)
+        );
+    }
+
+    #[test]
+    fn whoever_says_hello_and_no_more_is_dropped() {
+        let now = Instant::now();
+        let mut target = TargetEnd::new(now, hello(None), 4, Peer::Unknown);
+        let mut agent = Channel::dial(now, hello(Some(AGENT)), 0, MAX_BODY);
+        target.receive(now, &agent.poll_transmit().unwrap()).unwrap();
+        assert!(matches!(target.poll_event(), Some(TargetEvent::Hello { .. })));
+        let at = target.poll_timeout();
+        assert_eq!(at, now + crate::channel::FRAME_TIMEOUT);
+        target.handle_timeout(at).unwrap();
+        assert_eq!(target.poll_event(), Some(TargetEvent::Expired));
+    }
+}

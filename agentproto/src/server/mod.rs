@@ -14,6 +14,8 @@ mod calls;
 mod party;
 mod rules;
 mod steps;
+#[cfg(test)]
+mod tests;
 mod verdict;
 
 use std::collections::{BTreeMap, VecDeque};
