@@ -147,6 +147,12 @@ impl Daemon {
             .signal(signal)
     }
 
+    /// Its process id while it runs.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.running.as_ref().map(Running::id)
+    }
+
     /// Everything that it logged.
     #[must_use]
     pub fn log(&self) -> String {
