@@ -179,19 +179,15 @@ fn a_renamed_lun_does_not_appear_as_an_empty_disk() {
             ensure!(said.contains(word), "the refusal does not name `{word}`: {said}");
         }
 
-        // The way back: the old name, then the rename that the refusal names.
-        daemon.write_config(&[PORTAL, &lun("accounts", "32MiB")].concat())?;
+        // The way out that the refusal names, with the daemon stopped: the volume gets the LUN's new name.
+        daemon.text(&["volume", "rename", "accounts", "acounts"])?;
         daemon.resume()?;
-        qemu_io(
-            &daemon.url("iqn.2026-11.test:accounts", 0),
-            &["read -P 0x77 0 1M"],
-        )?
-        .success()?;
+        qemu_io(&daemon.url("iqn.2026-11.test:acounts", 0), &["read -P 0x77 0 1M"])?.success()?;
         daemon.write_config(PORTAL)?;
         daemon.text(&["config", "apply", "--yes"])?;
-        let left = volume(&daemon, "accounts")?;
+        let left = volume(&daemon, "acounts")?;
         ensure!(left["state"] == "unassigned", "{left}");
-        daemon.text(&["volume", "rename", "accounts", "ledger"])?;
+        daemon.text(&["volume", "rename", "acounts", "ledger"])?;
         daemon.write_config(&[PORTAL, &lun("ledger", "32MiB")].concat())?;
         daemon.text(&["config", "apply", "--yes"])?;
         qemu_io(&daemon.url("iqn.2026-11.test:ledger", 0), &["read -P 0x77 0 1M"])?.success()?;
