@@ -11,6 +11,9 @@ use crate::{Error, Result};
 pub(crate) type ChunkNo = u32;
 
 const WORD: usize = 64;
+/// The same, for counts of set bits.
+const CHUNK_GRAINS_U32: u32 = 4096;
+const _: () = assert!(CHUNK_GRAINS == 4096);
 const EMPTY: Bits = [0; CHUNK_GRAINS / WORD];
 /// A chunk with fewer free grains is passed over while others (or the end of the file) offer longer runs.
 const WORTH_A_SEEK: u16 = 512;
@@ -194,7 +197,7 @@ impl Allocator {
     pub(crate) fn insert(&mut self, chunk: ChunkNo, bits: Bits) -> Result<()> {
         let used: u32 = bits.iter().map(|w| w.count_ones()).sum();
         let free = self.counts.get(chunk as usize).map(|c| u32::from(c.free));
-        if free != Some(CHUNK_GRAINS as u32 - used) {
+        if free != Some(CHUNK_GRAINS_U32 - used) {
             return Err(Error::corrupt(
                 "allocation bitmap",
                 format!("chunk {chunk}: {used} used, free {free:?}"),

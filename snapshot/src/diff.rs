@@ -58,12 +58,12 @@ impl Pool {
         max: usize,
     ) -> Result<DiffPart> {
         let inner = &self.inner;
-        // `E` lists what is committed.
-        inner.commit_now()?;
+        // `E` lists what is committed, so that comes after the last step of a job.
         let _no_jobs = inner
             .job_gate
             .read()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
+        inner.commit_now()?;
         let (old, new, size, segments) = self.sides(from, to)?;
         let page_bytes = inner.page_bytes();
         if start >= size {

@@ -80,7 +80,6 @@ struct Turns {
 }
 
 impl Inner {
-    #[expect(clippy::too_many_arguments, reason = "assembled once, in one place")]
     pub(crate) fn new(
         options: PoolOptions,
         grain_bytes: u32,
@@ -290,9 +289,14 @@ impl Inner {
         epoch: Epoch,
         page: PageNo,
     ) -> Result<(Option<Epoch>, Page)> {
+        self.stable(|| self.resolve_once(branch, epoch, page))
+    }
+
+    /// Runs `look` until no page moved between branches meanwhile: it would be missed in both.
+    fn stable<T>(&self, look: impl Fn() -> Result<T>) -> Result<T> {
         loop {
             let generation = self.state().map.structure_gen;
-            let found = self.resolve_once(branch, epoch, page);
+            let found = look();
             if self.state().map.structure_gen == generation {
                 return found;
             }
@@ -303,15 +307,25 @@ impl Inner {
         let (mut b, mut e) = (branch, epoch);
         loop {
             // RAM first: a version that leaves RAM after this look is in the store before the next.
-            let parent = {
+            let (ram, parent) = {
                 let state = self.state();
-                if let Some(version) = state.map.own_at((b, page), e) {
-                    return Ok((version.epoch.filter(|_| b == branch), version.page.clone()));
-                }
-                state.branch(b)?.record.parent
+                let found = state.map.own_at((b, page), e);
+                (
+                    found.map(|(v, newest)| (v.epoch, v.page.clone(), newest)),
+                    state.branch(b)?.record.parent,
+                )
             };
-            if let Some((key, page)) = self.stored_at(b, page, e)? {
-                return Ok(((b == branch).then_some(key.epoch), page));
+            if let Some((found, page, true)) = ram {
+                return Ok((found.filter(|_| b == branch), page));
+            }
+            // RAM may lack a stored version between those that it has: a page that moved in from the branch below is
+            // older than all, and stays while it is dirty.
+            let stored = self.stored_at(b, page, e)?.map(|(k, p)| (Some(k.epoch), p));
+            let ram = ram.map(|(found, page, _)| (found, page));
+            let both = [stored, ram].into_iter().flatten();
+            // On a tie RAM is last, and newer.
+            if let Some((found, page)) = both.max_by_key(|(found, _)| *found) {
+                return Ok((found.filter(|_| b == branch), page));
             }
             match parent {
                 Some(p) => (b, e) = (p.branch, p.epoch),
@@ -421,6 +435,10 @@ impl Inner {
         if from > to {
             return Ok(None);
         }
+        self.stable(|| self.next_present_once(branch, from, to))
+    }
+
+    fn next_present_once(&self, branch: BranchId, from: PageNo, to: PageNo) -> Result<Option<PageNo>> {
         let mut best: Option<PageNo> = None;
         let mut at = Some(branch);
         while let Some(b) = at {

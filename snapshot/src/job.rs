@@ -215,7 +215,9 @@ impl Inner {
                 && state
                     .branches
                     .get(&into)
-                    .is_some_and(|b| b.record.parent == Some(from));
+                    .is_some_and(|b| b.record.parent == Some(from))
+                // Nobody would free what moves into a branch after its own jobs. Once begun, those come later.
+                && (job.cursor > 0 || state.is_wanted(into));
             if !valid {
                 state.end_job(id);
                 state.follow_up();
@@ -285,8 +287,7 @@ impl State {
         let below = self
             .snapshots_of(branch)
             .map(|(id, _)| id.epoch)
-            .filter(|e| *e < last)
-            .last();
+            .rfind(|e| *e < last);
         let older = below.unwrap_or_else(|| self.origin(branch));
         let above = self
             .snapshots_of(branch)
@@ -296,7 +297,7 @@ impl State {
             || self.jobs.values().any(|j| j.kind == JobKind::DropHead(branch));
         let newer = match upto {
             None => None,
-            Some(_) => above.or(has_head.then_some(Epoch(u32::MAX))),
+            Some(_) => above.or_else(|| has_head.then_some(Epoch(u32::MAX))),
         };
         Neighbours { older, newer }
     }

@@ -34,6 +34,7 @@ mod volume;
 pub use check::{CheckReport, Problem, ProblemKind, check, check_media};
 pub use dump::{dump, dump_meta, restore, restore_meta};
 pub use error::{Error, Result};
+pub use meta_client::METADATA_THREAD;
 pub use meta_sled::SledMeta;
 pub use open::{DATA_FILE, META_DIR, paths, reserved_grains};
 pub use pool::Pool;
@@ -45,4 +46,9 @@ pub use volume::Volume;
 pub mod sim;
 
 #[cfg(test)]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::too_many_lines,
+    reason = "tests with small numbers, told in order"
+)]
 mod pool_tests;

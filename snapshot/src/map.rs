@@ -44,6 +44,8 @@ struct Slot {
     versions: Vec<Version>,
     /// Used since the clock hand last passed.
     referenced: bool,
+    /// The first is the newest version of the branch; not so after that one was removed.
+    resolved: bool,
 }
 
 impl Slot {
@@ -117,13 +119,15 @@ impl PageMap {
         self.slots.get_mut(&at)?.versions.first_mut()
     }
 
-    /// The branch's own newest version in RAM that is not younger than `epoch`.
-    pub(crate) fn own_at(&self, at: PageAt, epoch: Epoch) -> Option<&Version> {
-        self.slots
-            .get(&at)?
+    /// The branch's own newest version in RAM that is not younger than `epoch`, and whether the metadata store cannot
+    /// have a newer one: a dirty old version may lie below clean ones that are not in RAM (a fold adopts such).
+    pub(crate) fn own_at(&self, at: PageAt, epoch: Epoch) -> Option<(&Version, bool)> {
+        let slot = self.slots.get(&at)?;
+        let index = slot
             .versions
             .iter()
-            .find(|v| v.epoch.is_some_and(|e| e <= epoch))
+            .position(|v| v.epoch.is_some_and(|e| e <= epoch))?;
+        slot.versions.get(index).map(|v| (v, index == 0 && slot.resolved))
     }
 
     /// The branch's own oldest version in RAM that is younger than `epoch`.
@@ -169,6 +173,7 @@ impl PageMap {
             Slot {
                 versions: vec![version],
                 referenced: true,
+                resolved: true,
             },
         );
         assert!(old.is_none(), "page {at:?} was inserted twice");
@@ -272,6 +277,7 @@ impl PageMap {
             return;
         };
         let version = slot.versions.remove(index);
+        slot.resolved &= index > 0;
         self.versions -= 1;
         let (empty, pinned) = (slot.versions.is_empty(), slot.pinned());
         if !pinned {
@@ -367,7 +373,10 @@ mod tests {
             },
         );
         assert_eq!(map.cached(), 2, "the older dirty version stays below");
-        assert_eq!(map.own_at(at(0), Epoch(1)).unwrap().epoch, Some(Epoch(1)));
+        assert_eq!(
+            map.own_at(at(0), Epoch(1)).map(|(v, sure)| (v.epoch, sure)),
+            Some((Some(Epoch(1)), false))
+        );
         assert_eq!(map.own_after(at(0), Epoch(1)).unwrap().epoch, Some(Epoch(2)));
         map.stored(key(0, 1), 5);
         assert_eq!(map.cached(), 1);

@@ -11,6 +11,9 @@ use crate::lock::lock;
 use crate::meta::{Barrier, Batch, MetaStore, Pair};
 use crate::{Error, Result};
 
+/// Name of the threads that run sled: panics there are caught and poison the pool instead of ending the process.
+pub const METADATA_THREAD: &str = "stillpoint-meta";
+
 /// Makes the store on the thread that will own it.
 pub(crate) type OpenMeta = Box<dyn FnOnce() -> Result<Box<dyn MetaStore>> + Send>;
 
@@ -89,7 +92,7 @@ impl Meta {
         let (requests, inbox) = mpsc::channel::<Request>();
         let (ready, opened) = mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
-            .name("stillpoint-meta".into())
+            .name(METADATA_THREAD.into())
             .spawn(move || {
                 let store = catch_unwind(AssertUnwindSafe(open))
                     .unwrap_or_else(|_| Err(Error::corrupt("metadata store", "panic while opening")));
@@ -105,7 +108,7 @@ impl Meta {
                 // sled's drop flushes; a panic there must not reach the joining thread.
                 drop(catch_unwind(AssertUnwindSafe(move || drop(guarded))));
             })
-            .map_err(|e| Error::io("start thread", "stillpoint-meta", e))?;
+            .map_err(|e| Error::io("start thread", METADATA_THREAD, e))?;
         let barrier = match opened.recv_timeout(timeout) {
             Ok(answer) => answer?,
             Err(RecvTimeoutError::Timeout) => {

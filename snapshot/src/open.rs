@@ -30,7 +30,7 @@ pub const DATA_FILE: &str = "data";
 /// Name of the metadata store's directory in the pool's directory.
 pub const META_DIR: &str = "meta";
 const BALLAST_FILE: &str = "ballast";
-const LOCK_FILE: &str = "lock";
+pub(crate) const LOCK_FILE: &str = "lock";
 /// Smallest run of free grains that is punched, in bytes.
 const PUNCH_BYTES: u64 = 64 << 10;
 /// Pairs read per call while tables are loaded.
@@ -205,7 +205,7 @@ pub(crate) fn create_on(
         grain_bytes: options.grain_bytes,
         txg: 0,
     };
-    superblock.write(disk.as_ref())?;
+    superblock.write_both(disk.as_ref())?;
     disk.sync_data()
         .map_err(|e| Error::io("fdatasync", "data file", e))?;
     let system = SystemRecord {

@@ -585,6 +585,18 @@ impl Inner {
         self.checkpoint_if_due()
     }
 
+    /// Bytes of new data that would be taken now: below the operator's bound and above the head room.
+    pub(crate) fn available_bytes(&self) -> u64 {
+        let mut state = self.state();
+        state.space.ask(self.disk.as_ref());
+        let room = state.space.free.saturating_sub(state.space.headroom());
+        let used = state.alloc.in_use() * u64::from(self.grain_bytes);
+        match self.options.max_bytes {
+            0 => room,
+            max => room.min(max.saturating_sub(used)),
+        }
+    }
+
     /// Tells when space is back after it had run out.
     fn look_for_space(&self) {
         let recovered = {

@@ -140,46 +140,35 @@ impl Pool {
     /// # Errors
     /// `NotFound`, `Exists` (name), `Refused` (shortening a lock), `Limit`, `Poisoned`.
     pub fn set_snapshot(&self, id: SnapshotId, change: &SnapshotChange) -> Result<SnapshotInfo> {
-        let meta = change.meta.as_ref().map_or(0, Vec::len);
-        check_limit(
-            "bytes of a snapshot's metadata",
-            meta,
-            limits::SNAPSHOT_META_BYTES,
-        )?;
+        let mut changed = self.set_snapshots(&[(id, change.clone())])?;
+        changed.pop().ok_or_else(|| not_a_snapshot(&id.to_string()))
+    }
+
+    /// Like [`Pool::set_snapshot`] for several snapshots: all of them in one durable commit, or none.
+    ///
+    /// # Errors
+    /// As [`Pool::set_snapshot`].
+    pub fn set_snapshots(&self, changes: &[(SnapshotId, SnapshotChange)]) -> Result<Vec<SnapshotInfo>> {
         let now = self.inner.now_ms();
         let txg = {
             let mut state = self.inner.state();
-            let mut record = state.live(id)?.clone();
-            if let Some(name) = &change.name {
-                check_name(name)?;
-                let volume = state.branch(id.branch)?.record.volume;
-                if state
-                    .named_snapshot(volume, name)
-                    .is_some_and(|other| other != id)
-                {
-                    return Err(Error::Exists {
-                        what: format!("a snapshot {name:?}"),
-                    });
-                }
-                record.name.clone_from(name);
-            }
-            if let Some(until) = change.lock_until_ms {
-                if record.lock_until_ms > now && until < record.lock_until_ms {
-                    return Err(Error::refused("a running lock cannot be shortened"));
-                }
-                record.lock_until_ms = until;
-            }
-            record.consistency = change.consistency.unwrap_or(record.consistency);
-            record.hold = change.hold.unwrap_or(record.hold);
-            if let Some(meta) = &change.meta {
-                record.meta.clone_from(meta);
-            }
-            state.put_snapshot(id, Some(record));
+            let records = changes
+                .iter()
+                .map(|(id, change)| Ok((*id, state.changed(*id, change, now)?)))
+                .collect::<Result<Vec<_>>>()?;
+            records
+                .into_iter()
+                .for_each(|(id, record)| state.put_snapshot(id, Some(record)));
             state.open.id
         };
         self.inner.commit_through(txg)?;
-        self.snapshot_by_id(id)
-            .ok_or_else(|| not_a_snapshot(&id.to_string()))
+        let state = self.inner.state();
+        let info = |(id, _): &(SnapshotId, SnapshotChange)| {
+            state
+                .info(*id, &self.inner)
+                .ok_or_else(|| not_a_snapshot(&id.to_string()))
+        };
+        changes.iter().map(info).collect()
     }
 
     /// Deletes a snapshot: gone from every list at once, durable on return, its grains freed in the background. With
@@ -311,6 +300,7 @@ impl Pool {
             done += len;
         }
         self.inner.hook("read.looked_up");
+        self.inner.hook("read.looked_up");
         self.inner.read_runs(runs.0, buf)
     }
 }
@@ -393,6 +383,39 @@ impl State {
     pub(crate) fn live(&self, id: SnapshotId) -> Result<&SnapshotRecord> {
         let found = self.snapshots.get(&id).filter(|n| n.state == SnapshotState::Live);
         found.ok_or_else(|| not_a_snapshot(&id.to_string()))
+    }
+
+    /// A live snapshot's record with a change applied.
+    fn changed(&self, id: SnapshotId, change: &SnapshotChange, now_ms: i64) -> Result<SnapshotRecord> {
+        let meta = change.meta.as_ref().map_or(0, Vec::len);
+        check_limit(
+            "bytes of a snapshot's metadata",
+            meta,
+            limits::SNAPSHOT_META_BYTES,
+        )?;
+        let mut record = self.live(id)?.clone();
+        if let Some(name) = &change.name {
+            check_name(name)?;
+            let volume = self.branch(id.branch)?.record.volume;
+            if self.named_snapshot(volume, name).is_some_and(|other| other != id) {
+                return Err(Error::Exists {
+                    what: format!("a snapshot {name:?}"),
+                });
+            }
+            record.name.clone_from(name);
+        }
+        if let Some(until) = change.lock_until_ms {
+            if record.lock_until_ms > now_ms && until < record.lock_until_ms {
+                return Err(Error::refused("a running lock cannot be shortened"));
+            }
+            record.lock_until_ms = until;
+        }
+        record.consistency = change.consistency.unwrap_or(record.consistency);
+        record.hold = change.hold.unwrap_or(record.hold);
+        if let Some(meta) = &change.meta {
+            record.meta.clone_from(meta);
+        }
+        Ok(record)
     }
 
     /// The live snapshot of that name in a volume's history.

@@ -485,9 +485,17 @@ impl State {
 
     fn fold(&mut self, from: SnapshotId) {
         let children: Vec<BranchId> = self.children(from).take(2).collect();
-        if let [into] = children.as_slice() {
+        if let [into] = children.as_slice()
+            && self.is_wanted(*into)
+        {
             self.add_job(JobKind::Collapse { from, into: *into });
         }
+    }
+
+    /// Whether anybody reads the branch: otherwise it is being freed, and what it stands on is freed after it.
+    pub(crate) fn is_wanted(&self, branch: BranchId) -> bool {
+        self.branches.get(&branch).is_some_and(|b| b.record.head)
+            || self.snapshots_of(branch).next().is_some()
     }
 
     /// A branch without head and snapshots is gone.

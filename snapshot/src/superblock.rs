@@ -100,12 +100,24 @@ impl Superblock {
         }
     }
 
+    /// Writes this into both slots of a new data file.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn write_both(&self, disk: &dyn Disk) -> Result<()> {
+        [0, 1].iter().try_for_each(|slot| self.write_to(*slot, disk))
+    }
+
     /// Writes this into its slot. Not synced: the next sync of the data file makes it durable.
     ///
     /// # Errors
     /// `Io`.
     pub fn write(&self, disk: &dyn Disk) -> Result<()> {
-        disk.write_at(Self::slot(self.txg) * SLOT_BYTES, &self.encode())
+        self.write_to(Self::slot(self.txg), disk)
+    }
+
+    fn write_to(&self, slot: u64, disk: &dyn Disk) -> Result<()> {
+        disk.write_at(slot * SLOT_BYTES, &self.encode())
             .map_err(|e| Error::io("write", "superblock", e))
     }
 }

@@ -113,6 +113,15 @@ pub struct VolumeInfo {
     pub created_ms: i64,
 }
 
+/// Room of a volume.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VolumeSpace {
+    /// Bytes of the volume that are backed by a grain, shared ones included.
+    pub used_bytes: u64,
+    /// Bytes of new data that the pool would take now.
+    pub available_bytes: u64,
+}
+
 /// How much a snapshot proves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

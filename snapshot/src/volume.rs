@@ -9,7 +9,7 @@ use crate::inner::Inner;
 use crate::lock::{Mode, RangeGuard, RangeLocks};
 use crate::page::{Entry, PAGE_ENTRIES, Page, PageNo};
 use crate::state::State;
-use crate::types::{BranchId, Caw, Extent, ExtentKind, VolumeId, VolumeInfo, limits};
+use crate::types::{BranchId, Caw, Extent, ExtentKind, VolumeId, VolumeInfo, VolumeSpace, limits};
 use crate::{Error, Result};
 
 /// Largest span whose range is locked at once by a zeroing command: others get their turn in between.
@@ -100,6 +100,9 @@ struct Piece {
     buffer: Range<usize>,
 }
 
+/// A place in the data file and the bytes of the buffer that go there.
+type Placed = (u64, Range<usize>);
+
 /// What happens to one grain of a write.
 struct Step {
     index: u8,
@@ -147,6 +150,18 @@ impl Volume {
             &state.branch(self.shared.head())?.record,
             self.pool.grain_bytes,
         ))
+    }
+
+    /// What the volume uses and what the pool has left for it. Asks the file system.
+    ///
+    /// # Errors
+    /// `NotFound` after a delete.
+    pub fn space(&self) -> Result<VolumeSpace> {
+        let used_bytes = self.info()?.mapped_bytes;
+        Ok(VolumeSpace {
+            used_bytes,
+            available_bytes: self.pool.available_bytes(),
+        })
     }
 
     /// Name.
@@ -510,7 +525,7 @@ impl Volume {
     }
 
     /// Where a write goes if all of it is overwritten in place and its map is in RAM.
-    fn places_in_place(&self, offset: u64, len: usize) -> Result<Option<Vec<(u64, Range<usize>)>>> {
+    fn places_in_place(&self, offset: u64, len: usize) -> Result<Option<Vec<Placed>>> {
         let branch = self.shared.head();
         let mut runs = Runs::default();
         for piece in self.pieces(offset, len) {
