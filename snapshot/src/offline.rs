@@ -335,7 +335,9 @@ fn claim(dir: &Path) -> Result<Vec<fs::File>> {
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
             Ok(()) => held.push(file),
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(Error::refused("the pool is in use: stop the daemon that has it open first"));
+                return Err(Error::refused(
+                    "the pool is in use: stop the daemon that has it open first",
+                ));
             }
             Err(error) => return Err(io("lock", &path)(error.into())),
         }
@@ -420,12 +422,17 @@ pub(crate) fn make_new(dir: &Path, fill: impl FnOnce(&mut dyn MetaStore) -> Resu
     let [place, building, kept] = [META_DIR, META_DIR_NEW, META_DIR_KEPT].map(|name| dir.join(name));
     let data = dir.join(DATA_FILE);
     if !data.is_file() {
-        return Err(Error::NotFound { what: format!("the data file {}", data.display()) });
+        return Err(Error::NotFound {
+            what: format!("the data file {}", data.display()),
+        });
     }
     let _unused = claim(dir)?;
     if place.exists() && kept.exists() {
         let both = (place.display(), kept.display());
-        return Err(Error::refused(format!("{} is kept as {}, which exists: move that away first", both.0, both.1)));
+        return Err(Error::refused(format!(
+            "{} is kept as {}, which exists: move that away first",
+            both.0, both.1
+        )));
     }
     if building.exists() {
         // What an interrupted restore left.
@@ -454,10 +461,16 @@ fn fits(data: &Path, meta: &mut dyn MetaStore) -> Result<()> {
     let disk = FileDisk::open_read_only(data).map_err(io("open", data))?;
     let (superblock, system) = (Superblock::newest(&disk)?, system(meta)?);
     if superblock.pool_id != system.pool_id || superblock.grain_bytes != system.grain_bytes {
-        return Err(Error::refused(format!("this is not the metadata of {}", data.display())));
+        return Err(Error::refused(format!(
+            "this is not the metadata of {}",
+            data.display()
+        )));
     }
     if superblock.txg > system.txg {
-        return Err(Error::LostCommits { superblock: superblock.txg, metadata: system.txg });
+        return Err(Error::LostCommits {
+            superblock: superblock.txg,
+            metadata: system.txg,
+        });
     }
     Ok(())
 }

@@ -69,7 +69,11 @@ fn kill_9_loses_nothing_that_was_flushed() {
         let facts = fs::read_to_string(orders.facts()).unwrap_or_default();
         worked += usize::from(facts.contains(" snapshot "));
         if let Err(what) = workload::judge(scratch.path(), &facts) {
-            panic!("STILLPOINT_SEED={seed} round {round}: {what}");
+            let kept = scratch.keep();
+            panic!(
+                "STILLPOINT_SEED={seed} round {round}: {what}\nkept in {}",
+                kept.display()
+            );
         }
     }
     assert!(

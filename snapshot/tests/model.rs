@@ -26,7 +26,7 @@ use stillpoint_snapshot::{
 use common::facts::{SECTOR, Stamp, stamped, stamped_run, stamps};
 use common::model::{GRAIN_SECTORS, Model, ModelSnapshot, ModelVolume, Seen};
 
-const QUICK_SEEDS: u64 = 120;
+const QUICK_SEEDS: u64 = 80;
 const STEPS: usize = 70;
 const MOST_VOLUMES: usize = 4;
 const MOST_SNAPSHOTS: usize = 9;

@@ -382,20 +382,38 @@ fn the_tools_work_on_real_files_change_nothing_and_refuse_a_pool_in_use() {
     fs::write(copy.join("meta/db"), b"nothing of use").unwrap();
     assert!(check(&copy).map_or(true, |report| !report.is_clean()));
     restore(&mut &text[..], &copy).unwrap();
-    assert_eq!(fs::read(copy.join("meta.before-restore/db")).unwrap(), b"nothing of use");
+    assert_eq!(
+        fs::read(copy.join("meta.before-restore/db")).unwrap(),
+        b"nothing of use"
+    );
     assert!(check(&copy).unwrap().is_clean());
-    assert!(matches!(restore(&mut &text[..], &copy), Err(Error::Refused { .. })), "one is kept already");
+    assert!(
+        matches!(restore(&mut &text[..], &copy), Err(Error::Refused { .. })),
+        "one is kept already"
+    );
     let pool = Pool::open(&copy, &options()).unwrap();
     assert!(content(&pool).unwrap() == before);
-    assert!(matches!(restore(&mut &text[..], &copy), Err(Error::Refused { .. })), "in use");
+    assert!(
+        matches!(restore(&mut &text[..], &copy), Err(Error::Refused { .. })),
+        "in use"
+    );
     // A dump that the data file has left behind would give grains away twice.
     pool.meta_put("later", Some(b"1")).unwrap();
     pool.shutdown().unwrap();
     drop(pool);
     fs::remove_dir_all(copy.join("meta.before-restore")).unwrap();
-    assert!(matches!(restore(&mut &text[..], &copy), Err(Error::LostCommits { .. })));
+    assert!(matches!(
+        restore(&mut &text[..], &copy),
+        Err(Error::LostCommits { .. })
+    ));
     let other = scratch.path().join("other");
     Pool::create(&other, &options()).unwrap().shutdown().unwrap();
-    assert!(matches!(restore(&mut &text[..], &other), Err(Error::Refused { .. })), "of another pool");
-    assert!(matches!(restore(&mut &text[..], scratch.path()), Err(Error::NotFound { .. })));
+    assert!(
+        matches!(restore(&mut &text[..], &other), Err(Error::Refused { .. })),
+        "of another pool"
+    );
+    assert!(matches!(
+        restore(&mut &text[..], scratch.path()),
+        Err(Error::NotFound { .. })
+    ));
 }
