@@ -2,26 +2,34 @@
 //! gives it (invariants I1, I2, I6 of the format), volumes and snapshots hang together, and the metadata is not older
 //! than the data file (I7). Changes nothing; sled recovers by writing, so its files are copied first.
 
+mod records;
+mod walk;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::Path;
 
 use serde::Serialize;
 
+use self::records::Records;
+use self::walk::{Tally, Walk};
 use crate::disk::Disk;
 use crate::meta::{MAX_VALUE_BYTES, MetaStore};
-use crate::offline::{self, Overlay, Pages, Parents, Versions, each};
-use crate::page::{MAX_GRAINS, PAGE_ENTRIES, Page};
+use crate::offline::{self, Overlay, Pages, each};
+use crate::page::MAX_GRAINS;
 use crate::record::{
     self, Bits, BranchRecord, CHUNK_GRAINS, JobKind, JobRecord, Key, PageKey, SnapshotRecord, SystemRecord,
     table,
 };
 use crate::superblock::{RESERVED_BYTES, Superblock};
-use crate::types::{BranchId, Epoch, SnapshotId, SnapshotState, limits};
+use crate::types::{BranchId, SnapshotId, SnapshotState, limits};
 use crate::{Error, Result};
 
 /// Problems listed at most; the rest is counted.
 const MOST_PROBLEMS: usize = 1000;
+/// Free grains of an empty chunk.
+#[expect(clippy::cast_possible_truncation, reason = "4,096")]
+const ALL_FREE: u16 = CHUNK_GRAINS as u16;
 
 /// What kind of promise is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -165,60 +173,6 @@ pub fn check_media(disk: &dyn Disk, meta: &mut dyn MetaStore) -> Result<CheckRep
     Ok(checker.report)
 }
 
-/// The records that fit in RAM: everything but pages and bitmaps.
-#[derive(Default)]
-struct Records {
-    branches: BTreeMap<BranchId, BranchRecord>,
-    snapshots: BTreeMap<SnapshotId, SnapshotRecord>,
-    jobs: BTreeMap<u64, JobRecord>,
-}
-
-impl Records {
-    fn children(&self, of: SnapshotId) -> usize {
-        self.branches
-            .values()
-            .filter(|branch| branch.parent == Some(of))
-            .count()
-    }
-
-    fn snapshots_of(
-        &self,
-        branch: BranchId,
-    ) -> impl DoubleEndedIterator<Item = (&SnapshotId, &SnapshotRecord)> {
-        let at = |epoch| SnapshotId { branch, epoch };
-        self.snapshots.range(at(Epoch::ZERO)..=at(Epoch(u32::MAX)))
-    }
-
-    fn has_job(&self, test: impl Fn(JobKind) -> bool) -> bool {
-        self.jobs.values().any(|job| test(job.kind))
-    }
-
-    fn abandoned(&self) -> BTreeSet<BranchId> {
-        let branch = |job: &JobRecord| match job.kind {
-            JobKind::DropHead(branch) => Some(branch),
-            JobKind::DropSnapshot(_) | JobKind::Collapse { .. } => None,
-        };
-        self.jobs.values().filter_map(branch).collect()
-    }
-
-    /// Parents that can be followed: known, and not in a ring.
-    fn parents(&self) -> Parents {
-        let mut parents = Parents::new();
-        for (&id, branch) in &self.branches {
-            if let Some(parent) = branch
-                .parent
-                .filter(|parent| self.branches.contains_key(&parent.branch))
-            {
-                // Numbers grow, so a parent that is not older than its child is damage, and no ring can pass this.
-                if parent.branch < id {
-                    parents.insert(id, parent);
-                }
-            }
-        }
-        parents
-    }
-}
-
 struct Checker<'a> {
     meta: &'a mut dyn MetaStore,
     system: SystemRecord,
@@ -226,13 +180,6 @@ struct Checker<'a> {
     records: Records,
     /// Grains that the map uses, by chunk.
     used: BTreeMap<u32, Box<Bits>>,
-}
-
-/// Mapped entries that each snapshot and each head sees, relative to what it inherits.
-#[derive(Default)]
-struct Tally {
-    snapshots: BTreeMap<SnapshotId, i64>,
-    heads: BTreeMap<BranchId, i64>,
 }
 
 impl Checker<'_> {
@@ -334,13 +281,13 @@ impl Checker<'_> {
                 id.0, branch.current.0
             ));
         }
-        if let Some((newest, _)) = records.snapshots_of(id).next_back() {
-            if newest.epoch >= branch.current {
-                self.wrong(format!(
-                    "branch {} writes with epoch {}, below snapshot {newest}",
-                    id.0, branch.current.0
-                ));
-            }
+        if let Some((newest, _)) = records.snapshots_of(id).next_back()
+            && newest.epoch >= branch.current
+        {
+            self.wrong(format!(
+                "branch {} writes with epoch {}, below snapshot {newest}",
+                id.0, branch.current.0
+            ));
         }
         if let Some(parent) = branch.parent {
             if !records.snapshots.contains_key(&parent) {
@@ -438,7 +385,9 @@ impl Checker<'_> {
         let mut bad_pages = BTreeSet::new();
         pages.each(
             self.meta,
-            &mut |error| drop(bad_pages.insert(error.to_string())),
+            &mut |error| {
+                bad_pages.insert(error.to_string());
+            },
             |versions| {
                 walk.page(&versions);
                 Ok(())
@@ -497,13 +446,13 @@ impl Checker<'_> {
     fn changed(&mut self, mut expected: BTreeSet<PageKey>) -> Result<()> {
         let report = &mut self.report;
         each(self.meta, table::CHANGED, |_, (key, _)| {
-            if let Ok(Key::Changed(key)) = Key::parse(&key) {
-                if !expected.remove(&key) {
-                    report.add(
-                        ProblemKind::Inconsistent,
-                        format!("{key:?} is listed as changed but has no version"),
-                    );
-                }
+            if let Ok(Key::Changed(key)) = Key::parse(&key)
+                && !expected.remove(&key)
+            {
+                report.add(
+                    ProblemKind::Inconsistent,
+                    format!("{key:?} is listed as changed but has no version"),
+                );
             }
             Ok(())
         })?;
@@ -570,10 +519,7 @@ impl Checker<'_> {
         })?;
         stated.retain(|chunk, _| *chunk < self.system.chunks);
         for chunk in 0..self.system.chunks {
-            let actual = free
-                .get(&chunk)
-                .copied()
-                .unwrap_or(u16::try_from(CHUNK_GRAINS).unwrap_or(u16::MAX));
+            let actual = free.get(&chunk).copied().unwrap_or(ALL_FREE);
             // A chunk without a bitmap may have no count yet.
             match stated.get(&chunk) {
                 Some(&count) if count == actual || !free.contains_key(&chunk) => {}
@@ -582,20 +528,6 @@ impl Checker<'_> {
                     "chunk {chunk} has {actual} free grains, the count says {found:?}"
                 )),
             }
-        }
-        Ok(())
-    }
-}
-
-impl Records {
-    fn take(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
-        match Key::parse(key)? {
-            Key::Branch(id) => drop(self.branches.insert(id, BranchRecord::decode(id, value)?)),
-            Key::Snapshot(id) => drop(self.snapshots.insert(id, SnapshotRecord::decode(id, value)?)),
-            Key::Job(id) => drop(self.jobs.insert(id, JobRecord::decode(id, value)?)),
-            Key::Counts(block) => drop(record::decode_counts(block, value)?),
-            Key::Value(name) => drop(record::decode_value(&name, value)?),
-            Key::System | Key::Page(_) | Key::Changed(_) | Key::Bitmap(_) | Key::Journal(..) => {}
         }
         Ok(())
     }
@@ -619,140 +551,6 @@ fn compare(report: &mut CheckReport, chunk: u32, allocated: &Bits, used: &Bits) 
                     ProblemKind::Leaked,
                     format!("grain {grain} is allocated and nothing uses it"),
                 );
-            }
-        }
-    }
-}
-
-impl JobKind {
-    /// Branches whose page versions the job removes or moves.
-    fn branches(self) -> Vec<BranchId> {
-        match self {
-            Self::DropHead(branch) => vec![branch],
-            Self::DropSnapshot(snapshot) => vec![snapshot.branch],
-            Self::Collapse { from, into } => vec![from.branch, into],
-        }
-    }
-}
-
-/// One pass over the map.
-struct Walk<'a> {
-    records: &'a Records,
-    report: &'a mut CheckReport,
-    used: &'a mut BTreeMap<u32, Box<Bits>>,
-    tally: Tally,
-    changed: BTreeSet<PageKey>,
-    /// Grains below this exist in the data file.
-    limit: u64,
-    grain_bytes: u64,
-    /// Branches whose head a job is freeing.
-    abandoned: BTreeSet<BranchId>,
-}
-
-impl Walk<'_> {
-    fn page(&mut self, page: &Versions) {
-        let (id, no) = (page.branch, page.page);
-        self.report.page_versions += page.versions.len() as u64;
-        let Some(branch) = self.records.branches.get(&id) else {
-            self.report.add(
-                ProblemKind::Inconsistent,
-                format!("page {no} of branch {}, which is gone", id.0),
-            );
-            return;
-        };
-        let mut before = &page.inherited;
-        for (epoch, content) in &page.versions {
-            self.changed.insert(PageKey {
-                branch: id,
-                page: no,
-                epoch: *epoch,
-            });
-            if *epoch > branch.current {
-                let text = format!("page {no} of branch {} has epoch {} of the future", id.0, epoch.0);
-                self.report.add(ProblemKind::Inconsistent, text);
-            }
-            self.place(page, *epoch, before, content, branch);
-            before = content;
-        }
-        self.see(page, branch);
-    }
-
-    /// A grain that differs from the version before is a placement of its own; every grain may have one (I2).
-    fn place(&mut self, at: &Versions, epoch: Epoch, before: &Page, now: &Page, branch: &BranchRecord) {
-        for (index, (old, new)) in (0u64..).zip(before.iter().zip(now.iter())) {
-            let offset = (u64::from(at.page) * PAGE_ENTRIES as u64 + index) * self.grain_bytes;
-            let place = || format!("byte {offset} of branch {} at epoch {}", at.branch.0, epoch.0);
-            if !new.is_hole() && (new.birth() > branch.current || offset >= branch.size_bytes) {
-                self.report.add(
-                    ProblemKind::Inconsistent,
-                    format!("{}: entry {new:?} cannot be", place()),
-                );
-            }
-            let Some(grain) = new.grain() else { continue };
-            if old.grain() == Some(grain) {
-                if old.birth() != new.birth() {
-                    let text = format!("{}: grain {grain} changed its birth, {old:?} to {new:?}", place());
-                    self.report.add(ProblemKind::Inconsistent, text);
-                }
-                continue;
-            }
-            if grain >= self.limit {
-                let text = format!("{}: grain {grain} lies beyond the data file", place());
-                self.report.add(ProblemKind::Inconsistent, text);
-            }
-            if !self.mark(grain) {
-                self.report.add(
-                    ProblemKind::SharedGrain,
-                    format!("{}: grain {grain} is placed twice", place()),
-                );
-            }
-        }
-    }
-
-    fn mark(&mut self, grain: u64) -> bool {
-        let chunk = u32::try_from(grain / CHUNK_GRAINS as u64).unwrap_or(u32::MAX);
-        let within = usize::try_from(grain % CHUNK_GRAINS as u64).unwrap_or(0);
-        let bits = self
-            .used
-            .entry(chunk)
-            .or_insert_with(|| Box::new([0; CHUNK_GRAINS / 64]));
-        let Some(word) = bits.get_mut(within / 64) else {
-            return false;
-        };
-        let mask = 1 << (within % 64);
-        let fresh = *word & mask == 0;
-        *word |= mask;
-        fresh
-    }
-
-    /// Which snapshots and heads see which version: for the counts, and for versions that nobody sees (I6).
-    fn see(&mut self, page: &Versions, branch: &BranchRecord) {
-        let inherited = i64::try_from(page.inherited.mapped()).unwrap_or(0);
-        let more = |content: &Page| i64::try_from(content.mapped()).unwrap_or(0) - inherited;
-        let mut next = page.versions.iter().map(|(epoch, _)| *epoch).skip(1);
-        for (epoch, content) in &page.versions {
-            let until = next.next();
-            let mut seen = until.is_none() && branch.head;
-            let at = |epoch| SnapshotId {
-                branch: page.branch,
-                epoch,
-            };
-            let end = until.unwrap_or(Epoch(u32::MAX));
-            for (id, _) in self.records.snapshots.range(at(*epoch)..at(end)) {
-                *self.tally.snapshots.entry(*id).or_default() += more(content);
-                seen = true;
-            }
-            if until.is_none() && branch.head {
-                *self.tally.heads.entry(page.branch).or_default() += more(content);
-            }
-            // A job frees what lies above the last snapshot of an abandoned head.
-            let abandoned = until.is_none() && self.abandoned.contains(&page.branch);
-            if !seen && !abandoned {
-                let text = format!(
-                    "page {} of branch {}: nobody sees epoch {}",
-                    page.page, page.branch.0, epoch.0
-                );
-                self.report.add(ProblemKind::UselessVersion, text);
             }
         }
     }

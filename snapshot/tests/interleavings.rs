@@ -133,7 +133,7 @@ impl Bench {
     }
 
     /// Power cuts at this moment: every way in which data and metadata may have been lost.
-    fn cuts(&self, look: impl Fn(&Bench)) {
+    fn cuts(&self, look: impl Fn(&Self)) {
         let all = [Loss::All, Loss::Nothing, Loss::Random];
         for (seed, (disk, meta)) in (0..).zip(all.iter().flat_map(|disk| all.map(|meta| (*disk, meta)))) {
             let left = self.world.after_cuts(disk, meta, &mut Rng::new(seed));
@@ -226,7 +226,7 @@ fn b_unmap_of_a_grain_while_the_delete_job_of_its_snapshot_runs_frees_it_once() 
     std::thread::scope(|scope| {
         for round in 0..3 {
             let pause = b.gate.arm("job.page");
-            let job = beside(scope, || drop(b.pool.run_jobs(1).unwrap()));
+            let job = beside(scope, || assert_eq!(b.pool.run_jobs(1).unwrap(), 1));
             pause.wait();
             // On pages that the job has passed, is at, and has not seen.
             for page in 0..PAGES {

@@ -334,7 +334,7 @@ fn copy_of(dir: &Path, to: &Path) {
         if entry.path().is_dir() {
             copy_of(&entry.path(), &target)
         } else {
-            drop(fs::copy(entry.path(), target).unwrap())
+            fs::copy(entry.path(), target).unwrap();
         }
     }
 }

@@ -1,0 +1,87 @@
+//! The records that fit in RAM, and how they hang together.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::Result;
+use crate::offline::Parents;
+use crate::record::{self, BranchRecord, JobKind, JobRecord, Key, SnapshotRecord};
+use crate::types::{BranchId, Epoch, SnapshotId};
+
+/// The records that fit in RAM: everything but pages and bitmaps.
+#[derive(Default)]
+pub(super) struct Records {
+    pub(super) branches: BTreeMap<BranchId, BranchRecord>,
+    pub(super) snapshots: BTreeMap<SnapshotId, SnapshotRecord>,
+    pub(super) jobs: BTreeMap<u64, JobRecord>,
+}
+
+impl Records {
+    pub(super) fn children(&self, of: SnapshotId) -> usize {
+        self.branches
+            .values()
+            .filter(|branch| branch.parent == Some(of))
+            .count()
+    }
+
+    pub(super) fn snapshots_of(
+        &self,
+        branch: BranchId,
+    ) -> impl DoubleEndedIterator<Item = (&SnapshotId, &SnapshotRecord)> {
+        let at = |epoch| SnapshotId { branch, epoch };
+        self.snapshots.range(at(Epoch::ZERO)..=at(Epoch(u32::MAX)))
+    }
+
+    pub(super) fn has_job(&self, test: impl Fn(JobKind) -> bool) -> bool {
+        self.jobs.values().any(|job| test(job.kind))
+    }
+
+    pub(super) fn abandoned(&self) -> BTreeSet<BranchId> {
+        let branch = |job: &JobRecord| match job.kind {
+            JobKind::DropHead(branch) => Some(branch),
+            JobKind::DropSnapshot(_) | JobKind::Collapse { .. } => None,
+        };
+        self.jobs.values().filter_map(branch).collect()
+    }
+
+    /// Parents that can be followed: known, and not in a ring.
+    pub(super) fn parents(&self) -> Parents {
+        let mut parents = Parents::new();
+        for (&id, branch) in &self.branches {
+            if let Some(parent) = branch
+                .parent
+                .filter(|parent| self.branches.contains_key(&parent.branch))
+            {
+                // Numbers grow, so a parent that is not older than its child is damage, and no ring can pass this.
+                if parent.branch < id {
+                    parents.insert(id, parent);
+                }
+            }
+        }
+        parents
+    }
+}
+
+impl Records {
+    pub(super) fn take(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
+        match Key::parse(key)? {
+            Key::Branch(id) => drop(self.branches.insert(id, BranchRecord::decode(id, value)?)),
+            Key::Snapshot(id) => drop(self.snapshots.insert(id, SnapshotRecord::decode(id, value)?)),
+            Key::Job(id) => drop(self.jobs.insert(id, JobRecord::decode(id, value)?)),
+            Key::Counts(block) => drop(record::decode_counts(block, value)?),
+            Key::Value(name) => drop(record::decode_value(&name, value)?),
+            Key::System | Key::Page(_) | Key::Changed(_) | Key::Bitmap(_) | Key::Journal(..) => {}
+        }
+        Ok(())
+    }
+}
+
+impl JobKind {
+    /// Branches whose page versions the job removes or moves.
+    pub(super) fn branches(self) -> Vec<BranchId> {
+        match self {
+            Self::DropHead(branch) => vec![branch],
+            Self::DropSnapshot(snapshot) => vec![snapshot.branch],
+            Self::Collapse { from, into } => vec![from.branch, into],
+        }
+    }
+}
