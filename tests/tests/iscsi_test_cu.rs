@@ -115,7 +115,10 @@ fn lanes(daemon: &Daemon) -> Vec<(String, String)> {
 
 fn judge(kind: &str, tally: &Tally, skips: &[(&str, &str)], failures: &[(&str, &str)]) -> Result<()> {
     let (passed, skipped, failed) = tally.counts();
-    println!("story iscsi-test-cu, {kind}: {passed} passed, {skipped} skipped, {failed} failed");
+    let (slowest, name) = &tally.slowest;
+    println!(
+        "story iscsi-test-cu, {kind}: {passed} passed, {skipped} skipped, {failed} failed; {name} took {slowest:.1?}"
+    );
     let (skips, failures) = ([SKIPS, skips].concat(), [FAILURES, failures].concat());
     let surprises = tally.surprises(Lists {
         skips: &skips,
