@@ -12,6 +12,9 @@ use stillpoint_snapshot::{Caw, Error as StoreError, ExtentKind, Volume};
 /// other commands get their turn in between.
 const STEP: u64 = 1 << 20;
 
+/// Longer reads and writes always go to a worker: copying them would keep the connection's thread from its other connections.
+const IN_PLACE_MAX: u32 = 1 << 20;
+
 /// One LUN's storage.
 #[derive(Clone, Debug)]
 pub(crate) enum LunBackend {
@@ -31,6 +34,7 @@ impl LunBackend {
     pub(crate) fn try_execute(&self, op: &BlockOp, data: &[u8]) -> Option<BlockResult> {
         let Self::Local(volume) = self;
         let tried = match *op {
+            BlockOp::Read { len, .. } | BlockOp::Write { len, .. } if len > IN_PLACE_MAX => return None,
             BlockOp::Read { offset, len, .. } => {
                 let mut buffer = BytesMut::zeroed(len as usize);
                 volume

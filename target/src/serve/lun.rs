@@ -12,9 +12,10 @@ use stillpoint_scsi::{
     BlockError, BlockOp, BlockResult, Context, NexusId, NexusName, Plan, Reply, ReservationChange,
     TargetPort, Unit, UnitSpec,
 };
-use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::backend::LunBackend;
+use super::operations::Operations;
 use super::registry::{Control, Registry, Session, TargetRules};
 use super::state::{Identity, State};
 
@@ -62,7 +63,7 @@ pub(crate) struct Lun {
     state: State,
     unit: Mutex<Unit>,
     backend: RwLock<LunBackend>,
-    operations: Mutex<TaskTracker>,
+    operations: Operations,
     counters: Counters,
 }
 
@@ -108,7 +109,7 @@ impl Lun {
             state,
             unit: Mutex::new(unit),
             backend: RwLock::new(backend),
-            operations: Mutex::new(TaskTracker::new()),
+            operations: Operations::default(),
             counters: Counters::default(),
         }))
     }
@@ -184,9 +185,13 @@ impl Lun {
 
     /// Waits for the block operations that were issued before the call; later ones do not hold it up.
     pub(crate) async fn drain(&self) {
-        let before = std::mem::take(&mut *self.operations.lock().unwrap_or_else(PoisonError::into_inner));
-        before.close();
-        before.wait().await;
+        self.operations.drain().await;
+    }
+
+    /// A command of a session is about to run. Whoever ends the session and then drains the LUN has waited for it, or it sees
+    /// that the session is ending: so this comes first, then that look, then [`Self::plan`].
+    pub(crate) fn begin(&self) -> TaskTrackerToken {
+        self.operations.begin()
     }
 
     /// A session's I_T nexus uses the LUN.
@@ -228,16 +233,12 @@ impl Lun {
         session: &Session,
         rules: &TargetRules,
         command: &Command,
+        token: TaskTrackerToken,
     ) -> Result<Outcome, Planned> {
         self.counters.commands.fetch_add(1, Relaxed);
         self.counters
             .written_bytes
             .fetch_add(command.data.len() as u64, Relaxed);
-        let token = self
-            .operations
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .token();
         let numbers: Vec<u16> = rules.luns.iter().map(|(number, _)| *number).collect();
         let context = Context {
             nexus: NexusId(session.id),
@@ -270,26 +271,40 @@ impl Lun {
     }
 
     /// PERSISTENT RESERVE OUT: what must survive is durable, and what was preempted has ended, before the answer.
-    fn reserve(&self, change: &ReservationChange, registry: &Registry) -> BlockResult {
-        if let Some(save) = &change.save
-            && let Err(error) = self.state.save_reservations(&self.name, change.sequence, save)
-        {
-            tracing::error!(lun = %self.name, %error, "persistent reservations could not be saved");
-            return BlockResult::Failed(BlockError::Fault);
+    async fn reserve(self: &Arc<Self>, change: &ReservationChange, registry: &Registry) -> BlockResult {
+        if let Some(save) = change.save.clone() {
+            let (lun, sequence) = (Arc::clone(self), change.sequence);
+            let saving = move || lun.state.save_reservations(&lun.name, sequence, &save);
+            let saved = match tokio::task::spawn_blocking(saving).await {
+                Ok(saved) => saved.map_err(anyhow::Error::from),
+                Err(error) => Err(error.into()),
+            };
+            if let Err(error) = saved {
+                tracing::error!(lun = %self.name, %error, "persistent reservations could not be saved");
+                return BlockResult::Failed(BlockError::Fault);
+            }
         }
         let victims = registry.sessions_with(|session| change.abort_tasks_of.contains(&NexusId(session.id)));
-        if victims.is_empty() {
-            return BlockResult::Done;
-        }
-        let handle = tokio::runtime::Handle::current();
-        for victim in victims {
-            let number = victim.target.rules().number_of(self);
+        let mut waits = Vec::new();
+        for victim in &victims {
+            // A target that serves the LUN no longer has no queued commands for it either.
+            let Some(number) = victim.target.rules().number_of(self) else {
+                continue;
+            };
             let (done, wait) = tokio::sync::oneshot::channel();
-            victim.tell(Control::AbortTasks { lun: number, done });
-            // A session that ended has no tasks any more.
-            drop(handle.block_on(wait));
+            victim.tell(Control::AbortTasks {
+                luns: vec![number],
+                done,
+            });
+            waits.push(wait);
         }
-        handle.block_on(self.drain());
+        for wait in waits {
+            // A session that is ending starts no commands any more.
+            drop(wait.await);
+        }
+        if !victims.is_empty() {
+            self.drain().await;
+        }
         BlockResult::Done
     }
 }
@@ -315,15 +330,32 @@ impl Planned {
         }
     }
 
-    /// Carries the command out; blocks.
-    pub(crate) fn execute(self, lun: &Lun, registry: &Registry) -> Outcome {
-        let Self { planned, data, token } = self;
+    /// Whether it waits for other sessions, and so belongs to [`Planned::reserve`]: workers that wait for one another could
+    /// all be taken.
+    pub(crate) fn waits_for_others(&self) -> bool {
+        matches!(self.planned.op(), BlockOp::Reservations(_))
+    }
+
+    /// Carries a PERSISTENT RESERVE OUT out.
+    pub(crate) async fn reserve(self, lun: &Arc<Lun>, registry: &Registry) -> Outcome {
+        let Self { planned, token, .. } = self;
+        // It waits for the LUN's running operations, of which it must not be one.
+        drop(token);
         let result = match planned.op() {
-            BlockOp::Reservations(change) => {
-                // It waits for the LUN's running operations, of which it must not be one.
-                drop(token);
-                lun.reserve(change, registry)
-            }
+            BlockOp::Reservations(change) => lun.reserve(change, registry).await,
+            _ => BlockResult::Failed(BlockError::Fault),
+        };
+        lun.outcome(planned.finish(result))
+    }
+
+    /// Carries the command out; blocks.
+    pub(crate) fn execute(self, lun: &Lun) -> Outcome {
+        let Self {
+            planned,
+            data,
+            token: _running,
+        } = self;
+        let result = match planned.op() {
             BlockOp::SaveModePages(pages) => {
                 let flushed = if pages.flush {
                     lun.backend()

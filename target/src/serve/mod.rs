@@ -12,6 +12,7 @@ pub(crate) mod control;
 pub(crate) mod events;
 mod lun;
 mod net;
+mod operations;
 pub(crate) mod registry;
 mod session;
 pub(crate) mod snapshots;
@@ -37,6 +38,8 @@ pub(crate) use registry::Registry;
 
 /// Sessions get this long to log out when the daemon stops.
 const LOGOUT_GRACE: Duration = Duration::from_secs(3);
+/// Their running commands get this much longer: only a disk that hangs takes it.
+const COMMANDS_GRACE: Duration = Duration::from_secs(20);
 /// Threads that may wait for the disk. A flush holds one until its commit, so there are many.
 const IO_THREADS: usize = 256;
 
@@ -99,9 +102,23 @@ fn end_on_panic() {
     }));
 }
 
+/// Every connection is a file descriptor, and the usual soft limit of 1024 is kept for programs that use `select`.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, wanted) {
+        tracing::warn!(%error, ?limit, "the limit of open files cannot be raised");
+    }
+}
+
 /// Runs the daemon until SIGTERM or SIGINT.
 pub(crate) fn main(options: &ServeOptions) -> anyhow::Result<ExitCode> {
     end_on_panic();
+    raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("stillpoint")
@@ -308,13 +325,18 @@ async fn stop(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
     tracing::info!("stopping");
     notify(&[sd_notify::NotifyState::Stopping]);
     daemon.shutdown.cancel();
-    let sessions = daemon.registry.sessions_with(|_| true);
-    futures_all(sessions.iter().map(|session| {
+    let sessions = daemon.registry.close();
+    let ends = futures_all(sessions.iter().map(|session| {
         daemon
             .registry
             .drop_session(session.id, LOGOUT_GRACE, "the daemon stops")
-    }))
-    .await;
+    }));
+    if tokio::time::timeout(LOGOUT_GRACE + COMMANDS_GRACE, ends)
+        .await
+        .is_err()
+    {
+        tracing::error!("commands of some sessions do not end: the store is closed under them");
+    }
     daemon.tracker.close();
     if tokio::time::timeout(LOGOUT_GRACE, daemon.tracker.wait())
         .await

@@ -1,17 +1,18 @@
 //! Portals: listening, accepting, and the limits for those who have not logged in yet.
 
-use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
 
 use super::registry::PortalView;
 use super::{Daemon, session};
 
-/// Connections that have not logged in, from one address. A host that boots logs in to a few dozen targets at once.
+/// Connections that have not logged in, from one source. A host that boots logs in to a few dozen targets at once.
 const PENDING_PER_SOURCE: usize = 64;
 /// Connections that have not logged in, in all.
 const PENDING: usize = 512;
@@ -22,10 +23,43 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// A peer that vanished without a word is noticed by the kernel after about 30 s + 3 × 10 s, whatever iSCSI does.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 
-/// Counts the connections that have not logged in.
+/// The connections that have not logged in.
+///
+/// When there are too many, the oldest goes and the new one gets its place: a login takes milliseconds, and whoever floods the
+/// portal with connections pushes out its own. Refusing the new ones would let it lock everybody out.
 #[derive(Debug, Default)]
-pub(crate) struct Pending {
-    by_source: Mutex<HashMap<IpAddr, usize>>,
+pub(crate) struct Pending(Mutex<Seats>);
+
+#[derive(Debug, Default)]
+struct Seats {
+    last: u64,
+    /// By source, oldest first.
+    taken: HashMap<IpAddr, BTreeMap<u64, CancellationToken>>,
+}
+
+impl Seats {
+    fn len(&self) -> usize {
+        self.taken.values().map(BTreeMap::len).sum()
+    }
+
+    /// Sends the oldest connection of this source away.
+    fn oust(&mut self, source: IpAddr) {
+        let Some(seats) = self.taken.get_mut(&source) else {
+            return;
+        };
+        if let Some((_, seat)) = seats.pop_first() {
+            seat.cancel();
+        }
+        if seats.is_empty() {
+            self.taken.remove(&source);
+        }
+    }
+
+    /// The source that has most connections.
+    fn greediest(&self) -> Option<IpAddr> {
+        let most = self.taken.iter().max_by_key(|(_, seats)| seats.len());
+        most.map(|(source, _)| *source)
+    }
 }
 
 /// One connection that has not logged in; gives its place back when dropped.
@@ -33,39 +67,76 @@ pub(crate) struct Pending {
 pub(crate) struct PendingSeat {
     pending: Arc<Pending>,
     source: IpAddr,
+    number: u64,
+    taken: CancellationToken,
+    shutdown: CancellationToken,
 }
 
 impl Pending {
-    fn seat(self: &Arc<Self>, source: IpAddr) -> Option<PendingSeat> {
-        let source = source.to_canonical();
-        let mut by_source = self.by_source.lock().unwrap_or_else(PoisonError::into_inner);
-        let total: usize = by_source.values().sum();
-        let here = by_source.entry(source).or_default();
-        if total >= PENDING || *here >= PENDING_PER_SOURCE {
-            if *here == 0 {
-                by_source.remove(&source);
-            }
-            return None;
+    fn lock(&self) -> MutexGuard<'_, Seats> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn seat(self: &Arc<Self>, peer: IpAddr, shutdown: &CancellationToken) -> PendingSeat {
+        let source = source(peer);
+        let taken = shutdown.child_token();
+        let mut seats = self.lock();
+        if seats
+            .taken
+            .get(&source)
+            .is_some_and(|here| here.len() >= PENDING_PER_SOURCE)
+        {
+            seats.oust(source);
+        } else if seats.len() >= PENDING
+            && let Some(greediest) = seats.greediest()
+        {
+            seats.oust(greediest);
         }
-        *here += 1;
-        Some(PendingSeat {
+        seats.last += 1;
+        let number = seats.last;
+        seats
+            .taken
+            .entry(source)
+            .or_default()
+            .insert(number, taken.clone());
+        drop(seats);
+        PendingSeat {
             pending: Arc::clone(self),
             source,
-        })
+            number,
+            taken,
+            shutdown: shutdown.clone(),
+        }
+    }
+}
+
+/// One host, as far as that can be told: an IPv6 host has a whole /64 to choose addresses from.
+fn source(peer: IpAddr) -> IpAddr {
+    match peer.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+        four => four,
+    }
+}
+
+impl PendingSeat {
+    /// Resolves when the connection has to go, with the reason.
+    pub(crate) async fn taken(&self) -> &'static str {
+        self.taken.cancelled().await;
+        if self.shutdown.is_cancelled() {
+            "the daemon stops"
+        } else {
+            "it did not log in while many others came"
+        }
     }
 }
 
 impl Drop for PendingSeat {
     fn drop(&mut self) {
-        let mut by_source = self
-            .pending
-            .by_source
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(here) = by_source.get_mut(&self.source) {
-            *here -= 1;
-            if *here == 0 {
-                by_source.remove(&self.source);
+        let mut seats = self.pending.lock();
+        if let Some(here) = seats.taken.get_mut(&self.source) {
+            here.remove(&self.number);
+            if here.is_empty() {
+                seats.taken.remove(&self.source);
             }
         }
     }
@@ -127,10 +198,7 @@ pub(crate) async fn serve(daemon: Arc<Daemon>, listener: TcpListener, portal: Po
 }
 
 fn take(daemon: &Arc<Daemon>, stream: TcpStream, peer: SocketAddr, portal: &PortalView) {
-    let Some(seat) = daemon.pending.seat(peer.ip()) else {
-        tracing::debug!(%peer, "connection closed: too many that have not logged in");
-        return;
-    };
+    let seat = daemon.pending.seat(peer.ip(), &daemon.shutdown);
     let prepared = stream.set_nodelay(true).and_then(|()| {
         let keepalive = socket2::TcpKeepalive::new()
             .with_time(KEEPALIVE)
@@ -152,47 +220,58 @@ fn take(daemon: &Arc<Daemon>, stream: TcpStream, peer: SocketAddr, portal: &Port
 mod tests {
     use super::*;
 
+    fn address(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
     #[test]
-    fn seats_are_limited_by_source_and_given_back() {
-        let pending = Arc::new(Pending::default());
-        let one: IpAddr = "192.0.2.1".parse().unwrap();
+    fn one_source_pushes_out_its_own_oldest() {
+        let (pending, shutdown) = (Arc::new(Pending::default()), CancellationToken::new());
+        let other = pending.seat(address("192.0.2.2"), &shutdown);
         let mut seats: Vec<_> = (0..PENDING_PER_SOURCE)
-            .map(|_| pending.seat(one).expect("a seat"))
+            .map(|_| pending.seat(address("192.0.2.1"), &shutdown))
             .collect();
-        assert!(
-            pending.seat(one).is_none(),
-            "one source has taken all of its seats"
-        );
-        assert!(
-            pending.seat("::ffff:192.0.2.1".parse().unwrap()).is_none(),
-            "the same source, mapped to IPv6"
-        );
-        assert!(
-            pending.seat("192.0.2.2".parse().unwrap()).is_some(),
-            "another source is not affected"
-        );
-        seats.pop();
-        assert!(pending.seat(one).is_some(), "a seat was given back");
+        let ousted = |seats: &[PendingSeat]| seats.iter().filter(|seat| seat.taken.is_cancelled()).count();
+        assert_eq!(ousted(&seats), 0);
+        seats.push(pending.seat(address("::ffff:192.0.2.1"), &shutdown));
+        assert!(seats[0].taken.is_cancelled(), "the same source, mapped to IPv6");
+        assert_eq!(ousted(&seats), 1);
+        assert!(!other.taken.is_cancelled(), "another source is not affected");
+        // Those that went were counted out at once; that they are dropped later changes nothing.
+        assert_eq!(pending.lock().len(), PENDING_PER_SOURCE + 1);
+        drop(seats.remove(0));
+        assert_eq!(pending.lock().len(), PENDING_PER_SOURCE + 1);
         seats.clear();
+        drop(other);
         assert!(
-            pending.by_source.lock().unwrap().is_empty(),
+            pending.lock().taken.is_empty(),
             "nothing is kept of sources that are gone"
         );
     }
 
     #[test]
-    fn seats_are_limited_in_all() {
-        let pending = Arc::new(Pending::default());
-        let source = |i: usize| IpAddr::from([10, 0, (i / 256) as u8, (i % 256) as u8]);
-        let seats: Vec<_> = (0..PENDING)
-            .map(|i| pending.seat(source(i)).expect("a seat"))
+    fn in_all_the_greediest_source_makes_room() {
+        let (pending, shutdown) = (Arc::new(Pending::default()), CancellationToken::new());
+        let quiet = pending.seat(address("2001:db8:1::1"), &shutdown);
+        let flood: Vec<_> = (0..PENDING - 1)
+            .map(|i| {
+                pending.seat(
+                    address(&format!("2001:db8:2:{:x}::{:x}", i / 32, i + 1)),
+                    &shutdown,
+                )
+            })
             .collect();
-        assert!(pending.seat(source(PENDING)).is_none());
-        assert_eq!(
-            pending.by_source.lock().unwrap().len(),
-            PENDING,
-            "a refused source leaves no entry"
-        );
-        drop(seats);
+        let late = pending.seat(address("198.51.100.1"), &shutdown);
+        assert_eq!(pending.lock().len(), PENDING);
+        assert!(!quiet.taken.is_cancelled() && !late.taken.is_cancelled());
+        assert_eq!(flood.iter().filter(|seat| seat.taken.is_cancelled()).count(), 1);
+    }
+
+    #[test]
+    fn a_stop_takes_every_seat() {
+        let (pending, shutdown) = (Arc::new(Pending::default()), CancellationToken::new());
+        let seat = pending.seat(address("2001:db8::1"), &shutdown);
+        shutdown.cancel();
+        assert!(seat.taken.is_cancelled());
     }
 }

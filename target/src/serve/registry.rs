@@ -6,13 +6,13 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use stillpoint_config::{Access, Chap};
 use stillpoint_scsi::TargetPort;
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio_util::sync::CancellationToken;
 
 use super::Daemon;
@@ -100,16 +100,14 @@ pub(crate) enum Control {
         /// For the log.
         reason: String,
     },
-    /// End the session now.
-    Drop {
-        /// For the log.
-        reason: String,
-    },
-    /// Another I_T nexus reset this LUN, or all of them: forget the tasks, send nothing (TAS = 0).
+    /// [`Session::end`] was called: nothing else is to be done.
+    Wake,
+    /// Another I_T nexus cleared the tasks of these LUNs: forget them, send nothing (TAS = 0).
     AbortTasks {
-        /// Number of the LUN; `None` is all.
-        lun: Option<u16>,
-        /// Told when none of those tasks is running any more.
+        /// Numbers of the LUNs.
+        luns: Vec<u16>,
+        /// Told when none of those tasks can begin any more; what runs, a drain of the LUN waits for. Dropped when the session
+        /// is ending, which comes to the same.
         done: tokio::sync::oneshot::Sender<()>,
     },
 }
@@ -174,6 +172,7 @@ pub(crate) struct Session {
     pub(crate) since: jiff::Timestamp,
     pub(crate) figures: SessionFigures,
     pub(crate) control: mpsc::Sender<Control>,
+    ending: OnceLock<String>,
     /// Cancelled when the session's task has let go of everything: no command of it touches the medium any more.
     pub(crate) gone: CancellationToken,
 }
@@ -187,11 +186,26 @@ impl Session {
             && self.portal_group == portal_group
     }
 
-    /// Asks the session's task for something. A full or closed queue means that the session is ending or hangs: it is ended.
+    /// Asks the session's task for something. One that does not take its messages is ended: what it was asked may be what a
+    /// reset by another host waits for.
     pub(crate) fn tell(&self, what: Control) {
-        if let Err(error) = self.control.try_send(what) {
-            tracing::debug!(session = self.id, %error, "control message not taken");
+        if let Err(TrySendError::Full(what)) = self.control.try_send(what) {
+            tracing::warn!(session = self.id, initiator = %self.initiator, ?what, "session ended: it does not take its messages");
+            self.end("it does not take its control messages");
         }
+    }
+
+    /// Ends the session: from now on it begins no command. [`Self::gone`] says when its last one is over.
+    pub(crate) fn end(&self, reason: &str) {
+        if self.ending.set(reason.to_owned()).is_ok() {
+            // A full queue wakes the task as well, and behind a closed one there is none to wake.
+            drop(self.control.try_send(Control::Wake));
+        }
+    }
+
+    /// Why the session is ending, if it is.
+    pub(crate) fn ending(&self) -> Option<&str> {
+        self.ending.get().map(String::as_str)
     }
 
     fn view(&self) -> SessionView {
@@ -279,6 +293,8 @@ struct Sessions {
     last_tsih: u16,
     /// Targets that take no logins now, with the number of holds.
     held: BTreeMap<String, usize>,
+    /// The daemon stops: nobody logs in any more.
+    closed: bool,
 }
 
 /// See the module.
@@ -307,7 +323,7 @@ pub(crate) struct Entering {
 pub(crate) enum NotNow {
     /// The daemon has [`MAX_SESSIONS`].
     Full,
-    /// The target takes no logins for a moment.
+    /// The target takes no logins for a moment, or the daemon stops.
     Held,
 }
 
@@ -517,27 +533,23 @@ impl Registry {
         let Some(session) = self.lock_sessions().by_id.get(&id).cloned() else {
             return false;
         };
-        let first = if grace.is_zero() {
-            Control::Drop {
-                reason: reason.to_owned(),
-            }
-        } else {
-            Control::Logout {
+        if !grace.is_zero() {
+            session.tell(Control::Logout {
                 grace,
                 reason: reason.to_owned(),
-            }
-        };
-        session.tell(first);
-        if tokio::time::timeout(grace + Duration::from_secs(1), session.gone.cancelled())
-            .await
-            .is_err()
-        {
-            session.tell(Control::Drop {
-                reason: reason.to_owned(),
             });
-            session.gone.cancelled().await;
+            drop(tokio::time::timeout(grace + Duration::from_secs(1), session.gone.cancelled()).await);
         }
+        session.end(reason);
+        session.gone.cancelled().await;
         true
+    }
+
+    /// Nobody logs in any more. Returns the sessions that there are.
+    pub(crate) fn close(&self) -> Vec<Arc<Session>> {
+        let mut sessions = self.lock_sessions();
+        sessions.closed = true;
+        sessions.by_id.values().cloned().collect()
     }
 
     /// Enters a session in the table, before its login is answered: of two logins at once, each sees the other.
@@ -546,7 +558,7 @@ impl Registry {
     /// When the daemon has as many sessions as it may have, or the target takes no logins now.
     pub(crate) fn enter(&self, entering: Entering) -> Result<Arc<Session>, NotNow> {
         let mut sessions = self.lock_sessions();
-        if sessions.held.contains_key(entering.target.iqn()) {
+        if sessions.closed || sessions.held.contains_key(entering.target.iqn()) {
             return Err(NotNow::Held);
         }
         if sessions.by_id.len() >= MAX_SESSIONS {
@@ -582,6 +594,7 @@ impl Registry {
             since: jiff::Timestamp::now(),
             figures: SessionFigures::default(),
             control,
+            ending: OnceLock::new(),
             gone: CancellationToken::new(),
         });
         sessions.by_id.insert(session.id, Arc::clone(&session));
@@ -625,5 +638,141 @@ impl Registry {
             .filter(reachable)
             .map(shown)
             .collect()
+    }
+}
+
+/// Sessions without sockets, for tests.
+#[cfg(test)]
+pub(super) mod testing {
+    use stillpoint_config::Initiators;
+
+    use super::*;
+
+    pub(crate) const TARGET: &str = "iqn.2026-11.test:disk";
+
+    /// Rules without LUNs that admit everybody.
+    pub(crate) fn rules(max_sessions: u32) -> TargetRules {
+        TargetRules {
+            luns: Vec::new(),
+            access: Access {
+                initiators: Initiators::Anyone,
+                allow_from: Vec::new(),
+            },
+            chap: None,
+            portal_groups: vec![1],
+            max_sessions,
+            agents: false,
+            origin: TargetOrigin::Configured,
+        }
+    }
+
+    /// A login of this initiator that is entered in the table, and what its task would receive.
+    pub(crate) fn enter(
+        registry: &Registry,
+        initiator: &str,
+        isid: u8,
+    ) -> Result<(Arc<Session>, mpsc::Receiver<Control>), NotNow> {
+        let (control, controls) = mpsc::channel(4);
+        let session = registry.enter(Entering {
+            initiator: initiator.to_owned(),
+            isid: [0, 2, 0x3d, 0, 0, isid],
+            target: registry.target(TARGET).expect("the target is served"),
+            peer: SocketAddr::from(([192, 0, 2, 1], 50_000)),
+            portal: SocketAddr::from(([192, 0, 2, 2], 3260)),
+            portal_group: 1,
+            control,
+        })?;
+        Ok((session, controls))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::{TARGET, enter, rules};
+    use super::*;
+
+    fn registry() -> Registry {
+        let registry = Registry::default();
+        registry.put_target(TARGET, rules(1));
+        registry
+    }
+
+    #[test]
+    fn handles_are_unique_and_never_zero() {
+        let registry = registry();
+        registry.lock_sessions().last_tsih = u16::MAX - 2;
+        let sessions: Vec<_> = (0..6).map(|i| enter(&registry, "a", i).unwrap().0).collect();
+        let handles: Vec<u16> = sessions.iter().map(|session| session.tsih).collect();
+        assert_eq!(handles, [u16::MAX - 1, u16::MAX, 1, 2, 3, 4]);
+        registry.lock_sessions().last_tsih = 0;
+        assert_eq!(
+            enter(&registry, "a", 9).unwrap().0.tsih,
+            5,
+            "those in use are passed over"
+        );
+    }
+
+    #[test]
+    fn nobody_enters_a_full_or_a_stopping_daemon() {
+        let registry = registry();
+        let held: Vec<_> = (0..MAX_SESSIONS)
+            .map(|_| enter(&registry, "a", 1).unwrap())
+            .collect();
+        assert_eq!(enter(&registry, "a", 1).unwrap_err(), NotNow::Full);
+        registry.leave(&held[7].0);
+        enter(&registry, "a", 1).unwrap();
+        assert_eq!(registry.close().len(), MAX_SESSIONS);
+        assert_eq!(enter(&registry, "a", 1).unwrap_err(), NotNow::Held);
+    }
+
+    #[test]
+    fn a_session_that_takes_no_messages_is_ended() {
+        let registry = registry();
+        let (session, mut controls) = enter(&registry, "a", 1).unwrap();
+        let mut waits = Vec::new();
+        for _ in 0..5 {
+            let (done, wait) = tokio::sync::oneshot::channel();
+            session.tell(Control::AbortTasks { luns: vec![0], done });
+            waits.push(wait);
+        }
+        assert!(
+            session.ending().is_some(),
+            "what it did not take could never be done"
+        );
+        assert!(waits[4].try_recv().is_err());
+        assert_eq!(controls.len(), 4);
+        controls.close();
+        session.end("another reason");
+        assert!(
+            session.ending().unwrap().contains("messages"),
+            "the first reason counts"
+        );
+    }
+
+    #[test]
+    fn an_end_wakes_the_task() {
+        let registry = registry();
+        let (session, mut controls) = enter(&registry, "a", 1).unwrap();
+        session.end("test");
+        assert!(matches!(controls.try_recv(), Ok(Control::Wake)));
+        session.end("test");
+        assert!(controls.try_recv().is_err());
+    }
+
+    #[tokio::test]
+    async fn a_drop_waits_until_the_session_has_let_go() {
+        let registry = registry();
+        let (session, mut controls) = enter(&registry, "a", 1).unwrap();
+        let dropping = registry.drop_session(session.id, Duration::from_millis(10), "test");
+        let task = async {
+            assert!(matches!(controls.recv().await, Some(Control::Logout { .. })));
+            // It does not log out; after the grace it is told again.
+            assert!(matches!(controls.recv().await, Some(Control::Wake)));
+            assert_eq!(session.ending(), Some("test"));
+            registry.leave(&session);
+        };
+        let (dropped, ()) = tokio::join!(dropping, task);
+        assert!(dropped && registry.sessions().is_empty());
+        assert!(!registry.drop_session(session.id, Duration::ZERO, "test").await);
     }
 }

@@ -33,7 +33,9 @@ const BATCH: usize = 32;
 /// Rounds of reading before the loop looks after everything else.
 const READS_PER_TURN: usize = 16;
 /// Control messages that wait for the task.
-const CONTROLS: usize = 64;
+const CONTROLS: usize = 1024;
+/// A peer that reads nothing for this long while there is something to send is given up.
+const STALL: Duration = Duration::from_secs(60);
 /// A session that ends has this long to send what it still has to say.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -70,6 +72,8 @@ enum End {
     Protocol(stillpoint_iscsi::Error),
     /// The control plane said so.
     Dropped(String),
+    /// It had not logged in, and is not waited for any longer.
+    Cut(&'static str),
 }
 
 struct Task {
@@ -100,6 +104,8 @@ struct Task {
     out: VecDeque<Frame>,
     /// Bytes of `out`'s first frame that the socket has taken.
     sent: usize,
+    /// Since when the socket takes nothing. The protocol layer watches what it still has, not what waits in `out`.
+    stalled: Option<Instant>,
 }
 
 impl Task {
@@ -138,6 +144,7 @@ impl Task {
             ahead_end: 0,
             out: VecDeque::new(),
             sent: 0,
+            stalled: None,
         })
     }
 
@@ -153,61 +160,81 @@ impl Task {
             End::Socket(error) => tracing::info!(%error, "connection lost"),
             End::Protocol(error) => tracing::warn!(%error, "connection dropped"),
             End::Dropped(reason) => tracing::info!(%reason, "session ended"),
+            // Of a flood there would be thousands.
+            End::Cut(reason) => tracing::debug!(%reason, "connection closed"),
         }
-        self.wind_up(stream, !matches!(end, End::Socket(_))).await;
+        let speak = !matches!(end, End::Socket(_) | End::Cut(_));
+        self.wind_up(stream, speak).await;
     }
 
     /// One round: everything that is ready, then wait for something to be.
     async fn turn(&mut self, stream: &TcpStream) -> Result<(), End> {
+        if let Some(reason) = self.session.as_ref().and_then(|session| session.ending()) {
+            return Err(End::Dropped(reason.to_owned()));
+        }
         self.events();
         self.write(stream)?;
         // What was sent may have made room for commands that waited inside the protocol layer.
         while self.events() {
             self.write(stream)?;
         }
-        if self.conn.is_closed() && self.out.is_empty() {
+        if self.conn.is_closed() {
             return Err(End::Closed);
         }
-        let wants_read = !self.conn.is_closed() && !self.conn.receiving_paused();
-        if wants_read && self.ahead_at < self.ahead_end {
-            return self.read(stream);
+        let wakes = self.wakes();
+        if wakes.is_some_and(|at| at <= Instant::now()) {
+            // Not left to the wait below: a peer that never stops sending would put its deadlines off for ever.
+            return self.timeout();
         }
-        let wakes = [
-            self.conn.poll_timeout(),
-            self.deadline.as_ref().map(|(at, _)| *at),
-        ]
-        .into_iter()
-        .flatten()
-        .min();
         let sleep = async {
             match wakes {
                 Some(at) => tokio::time::sleep_until(at.into()).await,
                 None => std::future::pending().await,
             }
         };
+        let reads = !self.conn.receiving_paused();
+        let buffered = reads && self.ahead_at < self.ahead_end;
+        let mut more = false;
         tokio::select! {
             biased;
-            Some(control) = self.controls.recv() => self.control(control)?,
+            why = cut(self.seat.as_ref()), if self.seat.is_some() => return Err(End::Cut(why)),
+            Some(control) = self.controls.recv() => self.control(control),
             Some(finished) = self.done.recv() => self.finished(finished),
             Some((tmf, response)) = self.tmf_done.recv() => self.conn.tmf_complete(Instant::now(), tmf, response),
             ready = stream.writable(), if !self.out.is_empty() => ready.map_err(End::Socket)?,
-            ready = stream.readable(), if wants_read => {
+            () = std::future::ready(()), if buffered => more = self.read(stream)?,
+            ready = stream.readable(), if reads => {
                 ready.map_err(End::Socket)?;
-                self.read(stream)?;
+                more = self.read(stream)?;
             }
             () = sleep => self.timeout()?,
         }
         while let Ok(finished) = self.done.try_recv() {
             self.finished(finished);
         }
+        if more {
+            // This peer can keep the loop busy for ever: the other connections of this thread, and our own messages, get
+            // their turn.
+            tokio::task::yield_now().await;
+        }
         Ok(())
     }
 
-    /// Reads what is there, the first part straight into the place where the protocol wants it.
-    fn read(&mut self, stream: &TcpStream) -> Result<(), End> {
+    /// The next deadline of all.
+    fn wakes(&self) -> Option<Instant> {
+        let stall = self.stalled.map(|since| since + STALL);
+        let deadline = self.deadline.as_ref().map(|(at, _)| *at);
+        [self.conn.poll_timeout(), deadline, stall]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// Reads what is there, the first part straight into the place where the protocol wants it. Whether there may be more.
+    fn read(&mut self, stream: &TcpStream) -> Result<bool, End> {
         for _ in 0..READS_PER_TURN {
             if self.conn.is_closed() || self.conn.receiving_paused() {
-                return Ok(());
+                return Ok(false);
             }
             let place = self.conn.space();
             let kept = self.ahead.get(self.ahead_at..self.ahead_end).unwrap_or_default();
@@ -221,7 +248,7 @@ impl Task {
                         (self.ahead_at, self.ahead_end) = (0, n.saturating_sub(wanted));
                         n.min(wanted)
                     }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                     Err(error) => return Err(End::Socket(error)),
                 }
             } else {
@@ -235,7 +262,7 @@ impl Task {
             self.conn.advance(Instant::now(), n).map_err(End::Protocol)?;
             self.events();
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Sends what the socket takes without waiting.
@@ -248,6 +275,7 @@ impl Task {
                 self.out.push_back(frame);
             }
             if self.out.is_empty() {
+                self.stalled = None;
                 return Ok(());
             }
             let mut slices: Vec<IoSlice<'_>> = Vec::with_capacity(self.out.len() * 3);
@@ -264,8 +292,14 @@ impl Task {
                 }
             }
             match stream.try_write_vectored(&slices) {
-                Ok(n) => self.take_sent(n),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Ok(n) => {
+                    self.stalled = None;
+                    self.take_sent(n);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.stalled.get_or_insert_with(Instant::now);
+                    return Ok(());
+                }
                 Err(error) => return Err(End::Socket(error)),
             }
         }
@@ -287,6 +321,9 @@ impl Task {
         let now = Instant::now();
         if let Some((_, reason)) = self.deadline.take_if(|(at, _)| *at <= now) {
             return Err(End::Dropped(reason));
+        }
+        if self.stalled.is_some_and(|since| since + STALL <= now) {
+            return Err(End::Socket(io::ErrorKind::TimedOut.into()));
         }
         self.conn.handle_timeout(now).map_err(End::Protocol)
     }
@@ -356,6 +393,8 @@ impl Task {
         span.record("initiator", tracing::field::display(&session.initiator));
         span.record("session", session.id);
         self.session = Some(Arc::clone(&session));
+        // From here on it counts among the sessions. A discovery session keeps its seat: nobody has proved anything there.
+        self.seat = None;
         let (daemon, control) = (Arc::clone(&self.daemon), self.control.clone());
         let decide = async move {
             let admission = match admit(&daemon.registry, &session).await {
@@ -371,7 +410,10 @@ impl Task {
     }
 
     fn logged_in(&mut self) {
-        self.seat = None;
+        if !self.probes.is_empty() {
+            // Asked for while the login was being decided on.
+            self.conn.ping(Instant::now());
+        }
         let info = self.conn.info();
         let Some(session) = &self.session else {
             tracing::debug!("discovery session");
@@ -421,7 +463,12 @@ impl Task {
             return;
         };
         self.attach(*number, lun);
-        match lun.plan(&session, &rules, &command) {
+        let token = lun.begin();
+        if session.ending().is_some() {
+            // Whoever ended it may have waited for its commands already. Unanswered: the connection goes down with it.
+            return;
+        }
+        match lun.plan(&session, &rules, &command, token) {
             Ok(outcome) => self.answer(command.task, outcome),
             Err(planned) => match planned.try_now(lun) {
                 Ok(outcome) => self.answer(command.task, outcome),
@@ -440,14 +487,22 @@ impl Task {
         self.conn.complete(Instant::now(), task, outcome);
     }
 
-    /// Hands a command to a worker thread.
+    /// Hands a command to a worker thread, or to a task of its own when it waits for other sessions.
     fn start(&mut self, task: TaskId, lun: &Arc<Lun>, planned: Planned) {
         let (daemon, lun, finish) = (Arc::clone(&self.daemon), Arc::clone(lun), self.finish.clone());
         self.running += 1;
         let span = tracing::debug_span!("task", task = task.get(), lun = lun.name());
+        // The connection may be gone meanwhile: then nobody waits for the outcome.
+        if planned.waits_for_others() {
+            let reserve = async move {
+                let outcome = planned.reserve(&lun, &daemon.registry).await;
+                drop(finish.send(Finished { task, outcome }));
+            };
+            self.daemon.tracker.spawn(reserve.instrument(span));
+            return;
+        }
         tokio::task::spawn_blocking(move || {
-            let outcome = span.in_scope(|| planned.execute(&lun, &daemon.registry));
-            // The connection may be gone meanwhile: then nobody waits for the outcome.
+            let outcome = span.in_scope(|| planned.execute(&lun));
             drop(finish.send(Finished { task, outcome }));
         });
     }
@@ -488,23 +543,21 @@ impl Task {
         }
         tracing::info!(?function, lun = ?lun.number(), "reset by the initiator");
         let others = self.daemon.registry.sessions_with(|other| other.id != session.id);
-        let mut waits = Vec::new();
+        let shares = |other: &Session, lun: &Lun| other.target.rules().number_of(lun);
         for lun in &affected {
-            let sharing: Vec<_> = others
-                .iter()
-                .filter_map(|other| other.target.rules().number_of(lun).map(|number| (other, number)))
-                .collect();
             if reset {
                 lun.reset();
             } else {
-                lun.task_set_cleared(sharing.iter().map(|(other, _)| other.id));
+                let sharing = others.iter().filter(|other| shares(other, lun).is_some());
+                lun.task_set_cleared(sharing.map(|other| other.id));
             }
-            for (other, number) in sharing {
+        }
+        let mut waits = Vec::new();
+        for other in &others {
+            let luns: Vec<u16> = affected.iter().filter_map(|lun| shares(other, lun)).collect();
+            if !luns.is_empty() {
                 let (done, wait) = oneshot::channel();
-                other.tell(Control::AbortTasks {
-                    lun: Some(number),
-                    done,
-                });
+                other.tell(Control::AbortTasks { luns, done });
                 waits.push(wait);
             }
         }
@@ -513,16 +566,12 @@ impl Task {
             let same_target = others
                 .iter()
                 .filter(|other| other.target.key() == session.target.key());
-            same_target.for_each(|other| {
-                other.tell(Control::Drop {
-                    reason: "target cold reset by another session".to_owned(),
-                })
-            });
+            same_target.for_each(|other| other.end("target cold reset by another session"));
         }
         let finish = self.tmf_finish.clone();
         self.daemon.tracker.spawn(async move {
             for wait in waits {
-                // A session that ended has no tasks any more.
+                // A session that is ending begins no commands any more.
                 drop(wait.await);
             }
             for lun in &affected {
@@ -532,7 +581,7 @@ impl Task {
         });
     }
 
-    fn control(&mut self, control: Control) -> Result<(), End> {
+    fn control(&mut self, control: Control) {
         let now = Instant::now();
         match control {
             Control::Admit(admission) => self.conn.admit(now, admission),
@@ -545,25 +594,23 @@ impl Task {
                 self.conn.request_logout(now, grace);
                 self.deadline = Some((now + grace, reason));
             }
-            Control::Drop { reason } => return Err(End::Dropped(reason)),
-            Control::AbortTasks { lun, done } => {
+            Control::Wake => {}
+            Control::AbortTasks { luns, done } => {
                 // Tasks that run end without a trace; the sender waits for them by draining the LUN.
-                self.conn.abort_lun_tasks(lun.and_then(LunField::from_number));
+                for lun in luns.into_iter().filter_map(LunField::from_number) {
+                    self.conn.abort_lun_tasks(Some(lun));
+                }
                 let _ = done.send(());
             }
         }
-        Ok(())
     }
 
-    /// Ends the session: says what is left to say, waits for its running commands, and lets go of its LUNs.
+    /// Ends the session: waits for its running commands, lets go of its LUNs, and says what is left to say.
     async fn wind_up(&mut self, stream: &TcpStream, speak: bool) {
+        // Whoever waits for an answer to a message is let go: two sessions that end and wait for each other would never end.
+        self.controls.close();
+        while self.controls.try_recv().is_ok() {}
         self.conn.close();
-        if speak {
-            let last_words = async {
-                while self.write(stream).is_ok() && !self.out.is_empty() && stream.writable().await.is_ok() {}
-            };
-            drop(tokio::time::timeout(LAST_WORDS, last_words).await);
-        }
         // A command that runs may still write. Whoever replaces this session waits for `gone`.
         while self.running > 0 {
             let Some(_) = self.done.recv().await else { break };
@@ -575,6 +622,21 @@ impl Task {
             }
             self.daemon.registry.leave(&session);
         }
+        // Last: a peer that reads nothing holds up nobody who waits for the session's end.
+        if speak {
+            let last_words = async {
+                while self.write(stream).is_ok() && !self.out.is_empty() && stream.writable().await.is_ok() {}
+            };
+            drop(tokio::time::timeout(LAST_WORDS, last_words).await);
+        }
+    }
+}
+
+/// Resolves when a connection that has not logged in has to make room.
+async fn cut(seat: Option<&PendingSeat>) -> &'static str {
+    match seat {
+        Some(seat) => seat.taken().await,
+        None => std::future::pending().await,
     }
 }
 
