@@ -14,6 +14,7 @@
 mod common;
 
 use std::cell::Cell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::{Mutex, Once};
 
@@ -179,6 +180,8 @@ struct Rig {
     names: u64,
     /// What each step did, for the message of a failure.
     story: Vec<String>,
+    /// What the FUA write of this step made durable: counts once a cut within the step has been judged.
+    durable_now: Option<(String, Range<u64>)>,
 }
 
 /// Why a step did not go well.
@@ -281,6 +284,7 @@ impl Rig {
             stamp: 0,
             names: 0,
             story: Vec::new(),
+            durable_now: None,
         };
         rig.create(SECTORS)?;
         rig.create(SECTORS)?;
@@ -298,6 +302,17 @@ impl Rig {
 
     /// One step, with its cut or fault, and everything compared afterwards.
     fn step(&mut self, step: Step) -> Verdict {
+        self.disturbed_step(step)?;
+        if let Some((name, range)) = self.durable_now.take() {
+            for sector in range {
+                let values = &mut self.model_of(&name).sectors[sector as usize];
+                values.drain(..values.len() - 1);
+            }
+        }
+        Ok(())
+    }
+
+    fn disturbed_step(&mut self, step: Step) -> Verdict {
         let before = self.model.clone();
         let mut rng = Rng::new(step.seed);
         match step.trouble {
@@ -478,10 +493,7 @@ impl Rig {
         self.model_of(&name).set(clock, sector, count, stamp);
         volume.write(sector * SECTOR as u64, &stamped_run(sector, count, stamp), fua)?;
         if fua {
-            for sector in sector..sector + count {
-                let values = &mut self.model_of(&name).sectors[sector as usize];
-                values.drain(..values.len() - 1);
-            }
+            self.durable_now = Some((name, sector..sector + count));
         }
         Ok(())
     }
