@@ -14,6 +14,7 @@ mod dump;
 mod error;
 mod inner;
 mod job;
+mod keeper;
 mod lock;
 mod map;
 pub mod meta;

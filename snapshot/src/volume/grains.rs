@@ -1,0 +1,357 @@
+//! The way of a volume's bytes to grains and back: cut at map pages, choose for each grain, do the I/O, publish.
+
+use std::ops::Range;
+
+use super::Volume;
+use super::runs::{Extents, Run, Runs, kind_of, part, part_mut};
+use crate::alloc::Need;
+use crate::inner::Inner;
+use crate::page::{Entry, PAGE_ENTRIES, Page, PageNo};
+use crate::state::State;
+use crate::types::BranchId;
+use crate::{Error, Result};
+
+/// A part of an operation that lies in one map page.
+pub(super) struct Piece {
+    page: PageNo,
+    /// Bytes within the page.
+    within: Range<u64>,
+    /// Bytes within the operation's buffer.
+    buffer: Range<usize>,
+}
+
+/// A place in the data file and the bytes of the buffer that go there.
+pub(super) type Placed = (u64, Range<usize>);
+
+/// What happens to one grain of a write.
+pub(super) struct Step {
+    index: u8,
+    old: Entry,
+    /// Where the data goes.
+    grain: u64,
+    /// Overwritten in place: the map does not change.
+    in_place: bool,
+}
+
+impl Volume {
+    pub(super) fn grain_of(&self, offset: u64) -> u64 {
+        offset / u64::from(self.pool.grain_bytes)
+    }
+
+    pub(super) fn last_grain(&self, offset: u64, len: u64) -> u64 {
+        self.grain_of(offset + len.saturating_sub(1))
+    }
+
+    pub(super) fn page_of(&self, offset: u64) -> PageNo {
+        PageNo::try_from(offset / self.pool.page_bytes()).expect("64 TiB are 2^28 pages of 256 KiB")
+    }
+
+    /// Cuts a range of the volume at the borders of map pages.
+    pub(super) fn pieces(&self, offset: u64, len: usize) -> impl Iterator<Item = Piece> + use<> {
+        let page_bytes = self.pool.page_bytes();
+        let mut done = 0usize;
+        std::iter::from_fn(move || {
+            if done >= len {
+                return None;
+            }
+            let at = offset + done as u64;
+            let start = at % page_bytes;
+            let n = usize::try_from(page_bytes - start)
+                .unwrap_or(usize::MAX)
+                .min(len - done);
+            let page = PageNo::try_from(at / page_bytes).expect("checked by the range");
+            let piece = Piece {
+                page,
+                within: start..start + n as u64,
+                buffer: done..done + n,
+            };
+            done += n;
+            Some(piece)
+        })
+    }
+
+    /// The grains that a piece touches: index in the page, bytes within the grain, bytes of the buffer.
+    pub(super) fn grains(
+        &self,
+        piece: &Piece,
+    ) -> impl Iterator<Item = (u8, Range<u64>, Range<usize>)> + use<> {
+        let grain = u64::from(self.pool.grain_bytes);
+        let (within, base) = (piece.within.clone(), piece.buffer.start);
+        (within.start / grain..within.end.div_ceil(grain)).map(move |index| {
+            let start = (index * grain).max(within.start);
+            let end = ((index + 1) * grain).min(within.end);
+            let at = base + usize::try_from(start - within.start).expect("inside of the buffer");
+            let len = usize::try_from(end - start).expect("at most a grain");
+            let number = u8::try_from(index).expect("64 entries");
+            (number, start - index * grain..end - index * grain, at..at + len)
+        })
+    }
+
+    pub(crate) fn read_locked(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let branch = self.shared.head();
+        let mut runs = Runs::default();
+        for piece in self.pieces(offset, buf.len()) {
+            let page = self.pool.page(branch, piece.page)?;
+            self.add_runs(&page, &piece, offset, &mut runs);
+        }
+        self.pool.hook("read.looked_up");
+        self.pool.read_runs(runs.0, buf)
+    }
+
+    pub(super) fn add_runs(&self, page: &Page, piece: &Piece, offset: u64, runs: &mut Runs) {
+        for (index, within, buffer) in self.grains(piece) {
+            let place = page.at(index).grain().map(|g| self.pool.place(g) + within.start);
+            runs.add(place, buffer.clone(), offset + buffer.start as u64);
+        }
+    }
+
+    /// The runs of a read, if the whole map of it is in RAM.
+    pub(super) fn cached_runs(&self, offset: u64, len: usize) -> Result<Option<Vec<Run>>> {
+        let branch = self.shared.head();
+        let mut runs = Runs::default();
+        for piece in self.pieces(offset, len) {
+            let mut state = self.pool.state();
+            let Some(version) = state.map.newest((branch, piece.page)) else {
+                return Ok(None);
+            };
+            let page = version.page.clone();
+            state.map.hits += 1;
+            drop(state);
+            self.add_runs(&page, &piece, offset, &mut runs);
+        }
+        Ok(Some(runs.0))
+    }
+
+    /// Where a write goes if all of it is overwritten in place and its map is in RAM.
+    pub(super) fn places_in_place(&self, offset: u64, len: usize) -> Result<Option<Vec<Placed>>> {
+        let branch = self.shared.head();
+        let mut runs = Runs::default();
+        for piece in self.pieces(offset, len) {
+            let mut state = self.pool.state();
+            let held = state.write_hold(branch, piece.page)?;
+            let Some(version) = state.map.newest((branch, piece.page)) else {
+                return Ok(None);
+            };
+            for (index, within, buffer) in self.grains(&piece) {
+                let Some(grain) = in_place(version.page.at(index), held) else {
+                    return Ok(None);
+                };
+                runs.add(Some(self.pool.place(grain) + within.start), buffer.clone(), 0);
+            }
+        }
+        Ok(Some(
+            runs.0
+                .into_iter()
+                .filter_map(|r| Some((r.place?, r.buffer)))
+                .collect(),
+        ))
+    }
+
+    pub(crate) fn write_locked(&self, offset: u64, data: &[u8]) -> Result<()> {
+        self.pieces(offset, data.len())
+            .try_for_each(|piece| self.write_piece(&piece, data))
+    }
+
+    /// Chooses for each grain, writes the data, then publishes: in this order (invariants I3 and I4).
+    pub(super) fn write_piece(&self, piece: &Piece, data: &[u8]) -> Result<()> {
+        let branch = self.shared.head();
+        let steps = self.plan(branch, piece)?;
+        self.pool.hook("write.chosen");
+        let taken = || steps.iter().filter(|s| !s.in_place).map(|s| s.grain);
+        if let Err(e) = self.write_steps(piece, &steps, data) {
+            self.pool.unreserve(taken());
+            return Err(e);
+        }
+        self.pool.wrote(piece.buffer.len() as u64);
+        self.pool.hook("write.data");
+        if taken().next().is_none() {
+            return Ok(());
+        }
+        let published = self.pool.with_page(branch, piece.page, |state| {
+            let birth = state.branch(branch)?.record.current;
+            let fresh = steps.iter().filter(|s| !s.in_place);
+            let changes: Vec<_> = fresh.map(|s| (s.index, Entry::mapped(s.grain, birth))).collect();
+            state.publish(branch, piece.page, &changes)
+        });
+        published.inspect_err(|_| self.pool.unreserve(taken()))
+    }
+
+    pub(super) fn plan(&self, branch: BranchId, piece: &Piece) -> Result<Vec<Step>> {
+        let mut steps: Vec<Step> = Vec::new();
+        loop {
+            let need = self.pool.with_page(branch, piece.page, |state| {
+                self.plan_in(state, branch, piece, &mut steps)
+            });
+            let failed = match need {
+                Ok(None) => return Ok(steps),
+                Ok(Some(need)) => match self.pool.satisfy(need) {
+                    Ok(()) => continue,
+                    Err(e) => e,
+                },
+                Err(e) => e,
+            };
+            self.pool
+                .unreserve(steps.iter().filter(|s| !s.in_place).map(|s| s.grain));
+            return Err(failed);
+        }
+    }
+
+    /// Goes on where `steps` ends; what was chosen stays chosen, since the range is locked.
+    pub(super) fn plan_in(
+        &self,
+        state: &mut State,
+        branch: BranchId,
+        piece: &Piece,
+        steps: &mut Vec<Step>,
+    ) -> Result<Option<Need>> {
+        let held = state.write_hold(branch, piece.page)?;
+        let page = state
+            .map
+            .newest((branch, piece.page))
+            .map(|v| v.page.clone())
+            .unwrap_or_default();
+        for (index, _, _) in self.grains(piece).skip(steps.len()) {
+            let old = page.at(index);
+            let (grain, in_place) = match in_place(old, held) {
+                Some(grain) => (grain, true),
+                None => match self.pool.reserve_in(state) {
+                    Ok(grain) => (grain, false),
+                    Err(need) => return Ok(Some(need)),
+                },
+            };
+            steps.push(Step {
+                index,
+                old,
+                grain,
+                in_place,
+            });
+        }
+        Ok(None)
+    }
+
+    pub(super) fn write_steps(&self, piece: &Piece, steps: &[Step], data: &[u8]) -> Result<()> {
+        let grain_bytes = u64::from(self.pool.grain_bytes);
+        let io = |e| Error::io("write", "data file", e);
+        let mut runs = Runs::default();
+        for ((_, within, buffer), step) in self.grains(piece).zip(steps) {
+            let place = self.pool.place(step.grain);
+            let whole = within.end - within.start == grain_bytes;
+            if step.in_place || whole {
+                runs.add(Some(place + within.start), buffer.clone(), 0);
+            } else {
+                let merged = self.merge(step.old, &within, part(data, buffer))?;
+                self.pool.disk.write_at(place, &merged).map_err(io)?;
+            }
+        }
+        for run in runs.0 {
+            if let Some(place) = run.place {
+                self.pool
+                    .disk
+                    .write_at(place, part(data, run.buffer))
+                    .map_err(io)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A whole grain: the old content with `data` at `within`.
+    pub(super) fn merge(&self, old: Entry, within: &Range<u64>, data: &[u8]) -> Result<Vec<u8>> {
+        let mut grain = vec![0; self.pool.grain_bytes as usize];
+        if let Some(from) = old.grain() {
+            let read = self.pool.disk.read_at(self.pool.place(from), &mut grain);
+            read.map_err(|e| Error::io("read", "data file", e))?;
+        }
+        let start = usize::try_from(within.start).expect("inside of a grain");
+        part_mut(&mut grain, start..start + data.len()).copy_from_slice(data);
+        Ok(grain)
+    }
+
+    /// Zeroes a range whose lock is held. Pages that were never written are skipped without being looked at.
+    pub(super) fn zero_locked(&self, range: Range<u64>, unmap: bool, skip_absent: bool) -> Result<()> {
+        let branch = self.shared.head();
+        let page_bytes = self.pool.page_bytes();
+        let mut at = range.start;
+        while at < range.end {
+            if skip_absent {
+                let Some(next) =
+                    self.pool
+                        .next_present(branch, self.page_of(at), self.page_of(range.end - 1))?
+                else {
+                    return Ok(());
+                };
+                at = at.max(u64::from(next) * page_bytes);
+            }
+            let end = (at - at % page_bytes + page_bytes).min(range.end);
+            self.zero_piece(branch, at..end, unmap)?;
+            self.pool.throttle()?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    pub(super) fn zero_piece(&self, branch: BranchId, range: Range<u64>, unmap: bool) -> Result<()> {
+        let grain = u64::from(self.pool.grain_bytes);
+        let len = usize::try_from(range.end - range.start).expect("at most a page");
+        let Some(piece) = self.pieces(range.start, len).next() else {
+            return Ok(());
+        };
+        let page = self.pool.page(branch, piece.page)?;
+        let mut whole = Vec::new();
+        for (index, within, buffer) in self.grains(&piece) {
+            let old = page.at(index);
+            if within.end - within.start == grain {
+                whole.push(index);
+            } else if old.grain().is_some() {
+                let zeroes = vec![0; buffer.len()];
+                self.write_locked(range.start + buffer.start as u64, &zeroes)?;
+            }
+        }
+        self.pool.with_page(branch, piece.page, |state| {
+            let birth = state.branch(branch)?.record.current;
+            let entry = if unmap { Entry::HOLE } else { Entry::zero(birth) };
+            let page = state
+                .map
+                .newest((branch, piece.page))
+                .map(|v| v.page.clone())
+                .unwrap_or_default();
+            let differs = |old: Entry| if unmap { !old.is_hole() } else { !old.is_zero() };
+            let changes: Vec<_> = whole
+                .iter()
+                .filter(|i| differs(page.at(**i)))
+                .map(|i| (*i, entry))
+                .collect();
+            if changes.is_empty() {
+                Ok(())
+            } else {
+                state.publish(branch, piece.page, &changes)
+            }
+        })
+    }
+
+    /// Adds the extents of a page within `range`; `false` when the list is full.
+    pub(super) fn page_extents(&self, page: &Page, start: u64, range: Range<u64>, out: &mut Extents) -> bool {
+        let grain = u64::from(self.pool.grain_bytes);
+        page.iter().enumerate().all(|(i, entry)| {
+            let from = (start + i as u64 * grain).max(range.start);
+            let to = (start + (i as u64 + 1) * grain).min(range.end);
+            from >= to || out.add(from..to, kind_of(entry))
+        })
+    }
+}
+
+impl Inner {
+    /// Does what the allocator asked for.
+    pub(crate) fn satisfy(&self, need: Need) -> Result<()> {
+        match need {
+            Need::Chunk(chunk) => self.load_chunk(chunk),
+            Need::Space => Err(self.out_of_space()),
+        }
+    }
+}
+
+/// The grain of an entry that may be overwritten: nothing holds it but the head.
+fn in_place(entry: Entry, held: crate::Epoch) -> Option<u64> {
+    entry.grain().filter(|_| entry.birth() > held)
+}
+
+const _: () = assert!(PAGE_ENTRIES == 64, "grain indices of a page are u8");
