@@ -104,7 +104,7 @@ pub(crate) fn first_start(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
     if let Some(doubt) = standing.doubt() {
         return Err(said(doubt));
     }
-    close_interrupted(daemon).map_err(said)?;
+    close_interrupted(&daemon.pool, &daemon.events).map_err(said)?;
     reconcile(daemon, &config, DAEMON).map_err(said)?;
     watch_store(daemon)?;
     let luns = daemon.registry.luns().len();

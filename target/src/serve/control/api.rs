@@ -474,6 +474,8 @@ pub(crate) struct SnapshotRow {
     pub(crate) agents: Vec<Value>,
     /// Why less is proved than was asked for.
     pub(crate) reasons: Vec<String>,
+    /// When the agents prepared, froze and thawed, in milliseconds from the beginning.
+    pub(crate) times: Option<Value>,
 }
 
 /// `snapshot diff`.

@@ -15,7 +15,7 @@ use super::{Meta, Proof, free_name, proof_key, row, stamp};
 use crate::serve::agents::{self, Cutter, Level, Mode, SnapshotAsk, Verdict};
 use crate::serve::control::api::{Refusal, SnapshotCreate, VolumeKind};
 use crate::serve::control::{Caller, blocking, luns};
-use crate::serve::events::{DAEMON, code};
+use crate::serve::events::{DAEMON, Events, code};
 use crate::serve::state::{State, VolumeTag};
 use crate::serve::{Daemon, control};
 
@@ -327,18 +327,15 @@ impl Cutter for PoolCutter {
     fn promote(&mut self, verdict: &Verdict) -> anyhow::Result<()> {
         let mut changes = Vec::new();
         for (snapshot, lun) in self.made.iter().zip(&verdict.levels) {
+            let failure = verdict.failure.iter().map(ToString::to_string);
             let proof = Proof {
                 agents: verdict
                     .agents
                     .iter()
                     .map(serde_json::to_value)
                     .collect::<Result<_, _>>()?,
-                reasons: verdict
-                    .failure
-                    .iter()
-                    .map(|f| f.refusal.to_string())
-                    .chain(lun.shortfalls.iter().cloned())
-                    .collect(),
+                reasons: failure.chain(lun.shortfalls.iter().cloned()).collect(),
+                times: Some(serde_json::to_value(verdict.times)?),
             };
             let meta = self.remember(snapshot.id, proof)?;
             let change = SnapshotChange {
@@ -392,8 +389,8 @@ impl PoolCutter {
 }
 
 /// At start: a daemon that died between cut and proof left records that are pending. What they prove is `crash`.
-pub(crate) fn close_interrupted(daemon: &Daemon) -> Result<(), Refusal> {
-    for snapshot in daemon.pool.snapshots(None) {
+pub(crate) fn close_interrupted(pool: &Pool, events: &Events) -> Result<(), Refusal> {
+    for snapshot in pool.snapshots(None) {
         let meta = Meta::of(&snapshot);
         if !meta.pending {
             continue;
@@ -402,8 +399,8 @@ pub(crate) fn close_interrupted(daemon: &Daemon) -> Result<(), Refusal> {
         let meta = Meta {
             pending: false,
             proof: Proof {
-                agents: Vec::new(),
                 reasons: vec![reason],
+                ..Proof::default()
             },
             ..meta
         };
@@ -411,9 +408,9 @@ pub(crate) fn close_interrupted(daemon: &Daemon) -> Result<(), Refusal> {
             meta: Some(meta.to_bytes()),
             ..SnapshotChange::default()
         };
-        daemon.pool.set_snapshot(snapshot.id, &change)?;
+        pool.set_snapshot(snapshot.id, &change)?;
         let subject = format!("snapshot {}@{}", snapshot.volume_name, snapshot.name);
-        daemon.events.emit(
+        events.emit(
             code::SNAPSHOT_INTERRUPTED,
             subject,
             "interrupted by the end of the daemon: it is crash-consistent only",
@@ -453,4 +450,148 @@ pub(super) fn automatic(
     let made = daemon.pool.begin_cut(&[volume], &spec)?.commit()?;
     let made = made.into_iter().next();
     made.ok_or_else(|| Refusal::failed("internal", "the store took no snapshot", "report this"))
+}
+
+#[cfg(test)]
+mod tests {
+    use stillpoint_agentproto::ident::{AgentId, Fingerprint, LunId};
+    use stillpoint_agentproto::server::{AgentReport, LunLevel, Outcome, Times};
+    use stillpoint_snapshot::{PoolOptions, VolumeSpec};
+
+    use super::*;
+
+    fn pool() -> (tempfile::TempDir, Pool) {
+        let dir = tempfile::tempdir().expect("dir");
+        let options = PoolOptions {
+            ballast_bytes: 0,
+            ..PoolOptions::default()
+        };
+        let pool = Pool::create(&dir.path().join("pool"), &options).expect("pool");
+        (dir, pool)
+    }
+
+    fn cutter(pool: &Pool, lock_until_ms: i64) -> PoolCutter {
+        let spec = VolumeSpec {
+            name: "a".into(),
+            size_bytes: 1 << 20,
+            block_size: 512,
+            attributes: Vec::new(),
+        };
+        let volume = pool.create_volume(&spec).expect("volume");
+        let meta = Meta {
+            requested: Consistency::Application,
+            cut_ms: 0,
+            group_id: None,
+            note: None,
+            created_by: "ann".into(),
+            pending: true,
+            elsewhere: false,
+            proof: Proof::default(),
+        };
+        let job = Job {
+            volumes: vec![volume.id()],
+            luns: vec!["a".into()],
+            spec_name: "s".into(),
+            meta,
+            lock_until_ms,
+        };
+        PoolCutter {
+            pool: pool.clone(),
+            state: State::open(pool),
+            job,
+            cut: None,
+            made: Vec::new(),
+        }
+    }
+
+    fn verdict(level: Level, agents: usize) -> Verdict {
+        let report = |i: usize| AgentReport {
+            id: AgentId((i as u128).to_be_bytes()),
+            host: format!("host{i}"),
+            version: "1".into(),
+            fingerprint: Fingerprint([0; 32]),
+            outcome: Outcome::HoldOk,
+            detail: None,
+            findings: Vec::new(),
+            apps: Vec::new(),
+            exclusions: Vec::new(),
+            held_ms: Some(12),
+        };
+        Verdict {
+            kept: true,
+            levels: vec![LunLevel {
+                lun: LunId([0; 16]),
+                level,
+                shortfalls: vec!["no application".into()],
+            }],
+            failure: None,
+            agents: (0..agents).map(report).collect(),
+            times: Times::default(),
+        }
+    }
+
+    #[test]
+    fn a_record_is_born_as_crash_and_raised_by_the_verdict() {
+        let (_dir, pool) = pool();
+        let until = jiff::Timestamp::now().as_millisecond() + 3_600_000;
+        let mut cutter = cutter(&pool, until);
+        cutter.settle().expect("settle");
+        cutter.cut().expect("cut");
+        cutter.commit().expect("commit");
+        let born = pool.snapshot("a", "s").expect("durable");
+        assert_eq!(born.consistency, stillpoint_snapshot::Consistency::Crash);
+        assert!(Meta::of(&born).pending && born.lock_until_ms == 0);
+        cutter.promote(&verdict(Level::Filesystem, 1)).expect("promote");
+        let kept = pool.snapshot("a", "s").expect("kept");
+        assert_eq!(kept.consistency, stillpoint_snapshot::Consistency::Filesystem);
+        let meta = Meta::of(&kept);
+        assert!(!meta.pending && kept.lock_until_ms == until);
+        assert_eq!(
+            (meta.proof.agents.len(), meta.proof.reasons),
+            (1, vec!["no application".to_owned()])
+        );
+    }
+
+    #[test]
+    fn what_was_not_proved_is_discarded_although_it_was_to_be_locked() {
+        let (_dir, pool) = pool();
+        let mut cutter = cutter(&pool, i64::MAX);
+        cutter.cut().expect("cut");
+        cutter.commit().expect("commit");
+        cutter.discard().expect("discard");
+        assert!(pool.snapshots(None).is_empty());
+    }
+
+    #[test]
+    fn a_long_proof_is_kept_beside_the_record() {
+        let (_dir, pool) = pool();
+        let mut cutter = cutter(&pool, 0);
+        cutter.cut().expect("cut");
+        cutter.commit().expect("commit");
+        cutter.promote(&verdict(Level::Application, 60)).expect("promote");
+        let kept = pool.snapshot("a", "s").expect("kept");
+        let meta = Meta::of(&kept);
+        assert!(meta.elsewhere && meta.proof.agents.is_empty());
+        assert_eq!(meta.proof(&State::open(&pool), kept.id).agents.len(), 60);
+    }
+
+    #[test]
+    fn a_snapshot_that_a_crash_interrupted_is_closed_as_crash() {
+        let (dir, pool) = pool();
+        let mut cutter = cutter(&pool, 0);
+        cutter.cut().expect("cut");
+        cutter.commit().expect("commit");
+        let events = Events::open(dir.path()).expect("events");
+        close_interrupted(&pool, &events).expect("close");
+        let closed = pool.snapshot("a", "s").expect("still there");
+        let meta = Meta::of(&closed);
+        assert_eq!(closed.consistency, stillpoint_snapshot::Consistency::Crash);
+        assert!(!meta.pending && meta.requested == Consistency::Application && meta.proof.reasons.len() == 1);
+        assert_eq!(
+            events.newest(1).first().map(|e| e.code.clone()).as_deref(),
+            Some("SP-5010")
+        );
+        close_interrupted(&pool, &events).expect("again");
+        assert_eq!(events.newest(10).len(), 1, "closed once");
+    }
 }

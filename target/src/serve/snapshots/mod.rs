@@ -9,12 +9,13 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use stillpoint_config::Consistency;
-use stillpoint_snapshot::{DiffTo, SnapshotChange, SnapshotInfo};
+use stillpoint_snapshot::{DiffTo, SnapshotChange, SnapshotId, SnapshotInfo};
 
 use super::Daemon;
 use super::control::api::{Diff, DiffExtent, Refusal, SnapshotRef, SnapshotRow, done, time_text};
 use super::control::{blocking, luns};
 use super::events::code;
+use super::state::State;
 
 pub(crate) use create::{close_interrupted, create};
 pub(crate) use mount::{mount, serve_mounts, unmount};
@@ -51,10 +52,13 @@ struct Proof {
     agents: Vec<Value>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     reasons: Vec<String>,
+    /// When they prepared, froze and thawed, in milliseconds from the beginning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    times: Option<Value>,
 }
 
 /// Where the proof of a snapshot is, when it is too long for the record.
-fn proof_key(id: stillpoint_snapshot::SnapshotId) -> String {
+fn proof_key(id: SnapshotId) -> String {
     format!("proof/{id}")
 }
 
@@ -71,6 +75,15 @@ impl Meta {
             elsewhere: false,
             proof: Proof::default(),
         })
+    }
+
+    /// What the agents reported, from wherever it is.
+    fn proof(&self, state: &State, id: SnapshotId) -> Proof {
+        if !self.elsewhere {
+            return self.proof.clone();
+        }
+        let bytes = state.big_get(&proof_key(id)).unwrap_or_default();
+        serde_json::from_slice(&bytes).unwrap_or_default()
     }
 
     fn to_bytes(&self) -> Vec<u8> {
@@ -104,12 +117,7 @@ pub(crate) fn find(daemon: &Daemon, snapshot: &SnapshotRef) -> Result<SnapshotIn
 
 fn row(daemon: &Daemon, snapshot: &SnapshotInfo) -> SnapshotRow {
     let meta = Meta::of(snapshot);
-    let proof = if meta.elsewhere {
-        let bytes = daemon.state.big_get(&proof_key(snapshot.id)).unwrap_or_default();
-        serde_json::from_slice(&bytes).unwrap_or_default()
-    } else {
-        meta.proof
-    };
+    let proof = meta.proof(&daemon.state, snapshot.id);
     let now = jiff::Timestamp::now().as_millisecond();
     SnapshotRow {
         lun: snapshot.volume_name.clone(),
@@ -129,6 +137,7 @@ fn row(daemon: &Daemon, snapshot: &SnapshotInfo) -> SnapshotRow {
         used_by: used_by(daemon, snapshot),
         agents: proof.agents,
         reasons: proof.reasons,
+        times: proof.times,
     }
 }
 
