@@ -7,6 +7,7 @@ mod show;
 mod verbs;
 
 use std::io::{BufRead as _, IsTerminal as _, Write as _};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
@@ -202,12 +203,24 @@ fn generate_files(verb: &GenerateVerb) -> Result<(), Refusal> {
             out(&String::from_utf8_lossy(&script));
             Ok(())
         }
-        GenerateVerb::Man { dir } => clap_mangen::generate_to(Cli::command(), dir).map_err(|e| {
-            Refusal::failed(
-                "io",
-                format!("man pages cannot be written to {} ({e})", dir.display()),
-                "name a directory",
-            )
-        }),
+        GenerateVerb::Man { dir } => {
+            let mut command = Cli::command().disable_help_subcommand(true);
+            command.build();
+            man_pages(&command, dir).map_err(|e| {
+                let message = format!("man pages cannot be written to {} ({e})", dir.display());
+                Refusal::failed("io", message, "name a directory")
+            })
+        }
     }
+}
+
+/// One page per verb, in the section of administrators' commands.
+fn man_pages(command: &clap::Command, dir: &Path) -> std::io::Result<()> {
+    for verb in command.get_subcommands().filter(|verb| !verb.is_hide_set()) {
+        man_pages(verb, dir)?;
+    }
+    clap_mangen::Man::new(command.clone())
+        .section("8")
+        .generate_to(dir)?;
+    Ok(())
 }
