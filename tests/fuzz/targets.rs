@@ -16,17 +16,17 @@ use stillpoint_scsi::{
 };
 
 /// A fuzz target.
-pub struct Target {
+pub(crate) struct Target {
     /// As `tests/fuzz/run` and the corpus directories spell it.
-    pub name: &'static str,
+    pub(crate) name: &'static str,
     /// What it does with an input.
-    pub run: fn(&[u8]),
+    pub(crate) run: fn(&[u8]),
     /// Inputs to begin with.
-    pub seeds: fn() -> Vec<Vec<u8>>,
+    pub(crate) seeds: fn() -> Vec<Vec<u8>>,
 }
 
 /// All targets.
-pub const ALL: &[Target] = &[
+pub(crate) const ALL: &[Target] = &[
     Target {
         name: "iscsi_login",
         run: iscsi_login,
@@ -385,7 +385,11 @@ fn agent_frames(data: &[u8]) {
     for limit in [MAX_BODY_UNAUTHENTICATED, MAX_BODY] {
         let mut channel = Channel::accepting(now, hello(), 1, limit);
         // One byte at a time and all at once must be the same to the channel; which one, the length of the input chooses.
-        let piece = if data.len() % 2 == 0 { data.len().max(1) } else { 1 };
+        let piece = if data.len().is_multiple_of(2) {
+            data.len().max(1)
+        } else {
+            1
+        };
         for bytes in data.chunks(piece) {
             let result = channel.receive(now, bytes);
             while channel.poll_event().is_some() {
