@@ -531,11 +531,11 @@ impl Raw {
     pub fn receive(&mut self, limit: Duration) -> Result<Came> {
         match self.aside.pop_front() {
             Some(pdu) => Ok(Came::Pdu(pdu)),
-            None => self.from_socket(limit),
+            None => self.next_pdu(limit),
         }
     }
 
-    fn from_socket(&mut self, limit: Duration) -> Result<Came> {
+    fn next_pdu(&mut self, limit: Duration) -> Result<Came> {
         let deadline = Instant::now() + limit;
         loop {
             if let Some(pdu) = self.take_pdu() {
@@ -596,7 +596,7 @@ impl Raw {
         }
         let deadline = Instant::now() + LIMIT;
         loop {
-            match self.from_socket(deadline.saturating_duration_since(Instant::now()))? {
+            match self.next_pdu(deadline.saturating_duration_since(Instant::now()))? {
                 Came::Pdu(pdu) if wanted(&pdu) => return Ok(pdu),
                 Came::Pdu(pdu) if is_ping(&pdu) => self.pong(&pdu)?,
                 Came::Pdu(pdu) => self.aside.push_back(pdu),
@@ -625,7 +625,7 @@ impl Raw {
         let deadline = Instant::now() + limit;
         let mut last: Vec<Pdu> = self.aside.drain(..).collect();
         loop {
-            match self.from_socket(deadline.saturating_duration_since(Instant::now()))? {
+            match self.next_pdu(deadline.saturating_duration_since(Instant::now()))? {
                 Came::Pdu(pdu) => last.push(pdu),
                 Came::End => return Ok(last),
                 Came::Nothing => bail!("the connection is still open after {limit:?}; came: {last:?}"),
@@ -641,7 +641,7 @@ impl Raw {
         let deadline = Instant::now() + time;
         let mut all: Vec<Pdu> = self.aside.drain(..).collect();
         loop {
-            match self.from_socket(deadline.saturating_duration_since(Instant::now()))? {
+            match self.next_pdu(deadline.saturating_duration_since(Instant::now()))? {
                 Came::Pdu(pdu) if is_ping(&pdu) => self.pong(&pdu)?,
                 Came::Pdu(pdu) => all.push(pdu),
                 Came::Nothing => return Ok(all),

@@ -242,14 +242,8 @@ mod tests {
     #[test]
     fn steps_cover_the_range_once() {
         let cut: Vec<_> = steps(512, 2 * STEP + 512).collect();
-        assert_eq!(
-            cut,
-            [
-                (512, STEP as usize),
-                (512 + STEP, STEP as usize),
-                (512 + 2 * STEP, 512)
-            ]
-        );
+        let step = usize::try_from(STEP).unwrap();
+        assert_eq!(cut, [(512, step), (512 + STEP, step), (512 + 2 * STEP, 512)]);
         assert_eq!(steps(0, 0).count(), 0);
     }
 }

@@ -224,17 +224,14 @@ impl Lun {
         self.unit().commands_cleared(&others);
     }
 
-    /// Decides what a command means: its outcome, or what has to be done for it.
-    ///
-    /// # Errors
-    /// Not an error: the operation that the caller has to carry out.
+    /// Decides what a command means.
     pub(crate) fn plan(
         &self,
         session: &Session,
         rules: &TargetRules,
         command: &Command,
         token: TaskTrackerToken,
-    ) -> Result<Outcome, Planned> {
+    ) -> Step {
         self.counters.commands.fetch_add(1, Relaxed);
         self.counters
             .written_bytes
@@ -250,8 +247,8 @@ impl Lun {
             },
         };
         match self.unit().plan(&context, &command.cdb, &command.data) {
-            Plan::Done(reply) => Ok(self.outcome(reply)),
-            Plan::Op(planned) => Err(Planned {
+            Plan::Done(reply) => Step::Answer(self.outcome(reply)),
+            Plan::Op(planned) => Step::Work(Planned {
                 planned,
                 data: command.data.clone(),
                 token,
@@ -309,6 +306,15 @@ impl Lun {
     }
 }
 
+/// What becomes of a command next.
+#[derive(Debug)]
+pub(crate) enum Step {
+    /// It is over.
+    Answer(Outcome),
+    /// This is to be done for it.
+    Work(Planned),
+}
+
 /// A command that needs its LUN's storage.
 #[derive(Debug)]
 pub(crate) struct Planned {
@@ -319,14 +325,11 @@ pub(crate) struct Planned {
 }
 
 impl Planned {
-    /// Carries the command out if that needs no waiting.
-    ///
-    /// # Errors
-    /// Not an error: the command, for [`Planned::execute`] on a worker.
-    pub(crate) fn try_now(self, lun: &Lun) -> Result<Outcome, Self> {
+    /// Carries the command out if that needs no waiting; else it is still to be done, by [`Planned::execute`] on a worker.
+    pub(crate) fn try_now(self, lun: &Lun) -> Step {
         match lun.backend().try_execute(self.planned.op(), &self.data) {
-            Some(result) => Ok(lun.outcome(self.planned.finish(result))),
-            None => Err(self),
+            Some(result) => Step::Answer(lun.outcome(self.planned.finish(result))),
+            None => Step::Work(self),
         }
     }
 

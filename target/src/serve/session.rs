@@ -22,7 +22,7 @@ use tracing::Instrument as _;
 use super::Daemon;
 use super::access::{Portal, connection_config};
 use super::admit::admit;
-use super::lun::{Lun, Planned, absent};
+use super::lun::{Lun, Planned, Step, absent};
 use super::net::PendingSeat;
 use super::registry::{Control, Entering, NotNow, Session};
 
@@ -469,10 +469,10 @@ impl Task {
             return;
         }
         match lun.plan(&session, &rules, &command, token) {
-            Ok(outcome) => self.answer(command.task, outcome),
-            Err(planned) => match planned.try_now(lun) {
-                Ok(outcome) => self.answer(command.task, outcome),
-                Err(planned) => self.start(command.task, lun, planned),
+            Step::Answer(outcome) => self.answer(command.task, outcome),
+            Step::Work(planned) => match planned.try_now(lun) {
+                Step::Answer(outcome) => self.answer(command.task, outcome),
+                Step::Work(planned) => self.start(command.task, lun, planned),
             },
         }
     }
