@@ -156,10 +156,14 @@ impl Tasks {
         if task.attribute == TaskAttribute::HEAD_OF_QUEUE {
             return false;
         }
+        // In the order of CmdSN, not of arrival. An immediate command carries the number of the next one that is not.
+        let precedes = |other: &Task| {
+            other.cmd_sn.precedes(task.cmd_sn) || (other.cmd_sn == task.cmd_sn && other.id < task.id)
+        };
         let older = self
             .by_itt
             .values()
-            .filter(|other| other.lun == task.lun && other.id < task.id);
+            .filter(|other| other.lun.names_same(task.lun) && precedes(other));
         match task.attribute {
             TaskAttribute::ORDERED => older.count() > 0,
             _ => {

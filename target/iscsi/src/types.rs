@@ -119,6 +119,16 @@ impl Lun {
             _ => None,
         }
     }
+
+    /// Whether both name the same logical unit: LUNs below 256 have two single-level forms, and one initiator may use the one
+    /// where another uses the other.
+    #[must_use]
+    pub fn names_same(self, other: Self) -> bool {
+        match (self.number(), other.number()) {
+            (Some(one), Some(two)) => one == two,
+            _ => self == other,
+        }
+    }
 }
 
 impl fmt::Debug for Lun {

@@ -18,8 +18,8 @@ use stillpoint_iscsi::pdu::{
     ScsiResponse, SnackRequest, TextRequest, TextResponse, TmfReply,
 };
 use stillpoint_iscsi::{
-    Cid, CmdSn, Command, Error, Event, Itt, LogoutReason, Outcome, Phase, RejectReason, StatSn, TargetRecord,
-    TaskAttribute, TaskId, TmfFunction, TmfId, TmfResponse, Ttt,
+    Cid, CmdSn, Command, Error, Event, Itt, LogoutReason, Lun, Outcome, Phase, RejectReason, StatSn,
+    TargetRecord, TaskAttribute, TaskId, TmfFunction, TmfId, TmfResponse, Ttt,
 };
 
 fn pair() -> Pair {
@@ -247,6 +247,25 @@ fn ordered_tasks_wait_for_older_and_hold_back_newer_ones_of_their_lun() {
     pair.no_event();
     pair.good(&ordered);
     assert_eq!(pair.command().itt.0, 3);
+}
+
+#[test]
+fn an_ordered_command_that_arrives_early_waits_for_its_elders() {
+    let mut pair = pair();
+    pair.cmd_sn = CmdSn(2);
+    let ordered = ScsiCommand {
+        attribute: TaskAttribute::ORDERED,
+        ..plain(1)
+    };
+    pair.scsi(ordered, &[]);
+    pair.no_event();
+    pair.cmd_sn = CmdSn(1);
+    pair.scsi(plain(2), &[]);
+    let elder = pair.command();
+    assert_eq!(elder.itt.0, 2);
+    pair.no_event();
+    pair.good(&elder);
+    assert_eq!(pair.command().itt.0, 1);
 }
 
 #[test]
@@ -528,6 +547,19 @@ fn another_nexus_clears_our_tasks() {
     pair.silent();
     pair.good(&other);
     assert_eq!(pair.only().opcode(), Opcode::SCSI_RESPONSE);
+}
+
+#[test]
+fn a_lun_is_the_same_in_both_addressing_methods() {
+    let mut pair = pair();
+    let flat = ScsiCommand {
+        lun: Lun([0x40, 0, 0, 0, 0, 0, 0, 0]),
+        ..plain(1)
+    };
+    pair.scsi(flat, &[]);
+    let command = pair.command();
+    assert_eq!(pair.conn.abort_lun_tasks(Some(lun(0))), [command.task]);
+    assert!(!lun(1).names_same(command.lun) && !Lun([0xc1, 1, 0, 0, 0, 0, 0, 0]).names_same(lun(0)));
 }
 
 // NOP

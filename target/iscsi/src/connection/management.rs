@@ -61,8 +61,8 @@ impl Scope {
         match self {
             Self::Task(one) => one == itt,
             // An immediate command carries the CmdSN that the next command will have, so does the function.
-            Self::Before(its_lun, limit) => its_lun == lun && !limit.precedes(cmd_sn),
-            Self::Lun(its_lun) => its_lun == lun,
+            Self::Before(its_lun, limit) => its_lun.names_same(lun) && !limit.precedes(cmd_sn),
+            Self::Lun(its_lun) => its_lun.names_same(lun),
             Self::All => true,
         }
     }
