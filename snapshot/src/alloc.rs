@@ -278,6 +278,24 @@ impl Allocator {
             .expect("sum of the chunks");
     }
 
+    /// Adds chunks until the grain has one.
+    pub(crate) fn extend_to(&mut self, grain: u64) -> ChunkNo {
+        let (chunk, _) = split(grain);
+        while self.counts.len() <= chunk as usize && self.extend().is_some() {}
+        chunk
+    }
+
+    /// Reserves the grain that an earlier process had reserved; its bitmap is in RAM. `false` when it is taken.
+    pub(crate) fn reserve_exactly(&mut self, grain: u64) -> bool {
+        let (chunk_no, index) = split(grain);
+        let Some(chunk) = self.chunks.get_mut(&chunk_no).filter(|c| c.is_available(index)) else {
+            return false;
+        };
+        put(&mut chunk.blocked, index, true);
+        self.count(chunk_no, -1);
+        true
+    }
+
     /// Gives back a reservation that was never published.
     pub(crate) fn unreserve(&mut self, grain: u64) {
         let (chunk_no, index) = split(grain);

@@ -15,6 +15,7 @@ use crate::page::{PAGE_ENTRIES, Page, PageNo};
 use crate::record::{self, PageKey, key};
 use crate::state::State;
 use crate::types::{BranchId, Epoch, Point, PoolOptions, StoreEvent};
+use crate::warm::{Identity, WarmLog, WarmMedium};
 use crate::{Error, Result};
 
 /// The shared part of a pool.
@@ -29,6 +30,7 @@ pub(crate) struct Inner {
     pub(crate) changed: Condvar,
     data_sync: GroupSync,
     pub(crate) poison: Poison,
+    pub(crate) warm: Option<WarmLog>,
     pub(crate) threads: Mutex<Vec<JoinHandle<()>>>,
     /// Jobs free what a dying snapshot holds; readers of snapshots (not of volumes) keep them out.
     pub(crate) job_gate: RwLock<()>,
@@ -37,6 +39,14 @@ pub(crate) struct Inner {
     pub(crate) data_syncs: AtomicU64,
     /// Held as long as the pool is open, so that no second daemon opens it.
     pub(crate) directory_lock: Mutex<Option<std::fs::File>>,
+}
+
+/// What a pool in a directory has and one on any medium has not.
+#[derive(Default)]
+pub(crate) struct Directory {
+    pub(crate) lock: Option<std::fs::File>,
+    /// Medium of the warm log, and the name of the running kernel.
+    pub(crate) warm: Option<(Box<dyn WarmMedium>, String)>,
 }
 
 /// The first failure after which nothing is acknowledged any more.
@@ -87,8 +97,10 @@ impl Inner {
         disk: Arc<dyn Disk>,
         meta: Meta,
         state: State,
-        directory_lock: Option<std::fs::File>,
+        directory: Directory,
     ) -> Self {
+        let Directory { lock, warm } = directory;
+        let warm = warm.map(|(medium, boot_id)| WarmLog::new(medium, Identity { pool_id, boot_id }));
         Self {
             options,
             grain_bytes,
@@ -99,11 +111,12 @@ impl Inner {
             changed: Condvar::new(),
             data_sync: GroupSync::default(),
             poison: Poison::default(),
+            warm,
             threads: Mutex::new(Vec::new()),
             job_gate: RwLock::new(()),
             unsynced_bytes: AtomicU64::new(0),
             data_syncs: AtomicU64::new(0),
-            directory_lock: Mutex::new(directory_lock),
+            directory_lock: Mutex::new(lock),
         }
     }
 
@@ -161,6 +174,9 @@ impl Inner {
             *reason = Some(text.clone());
             self.poison.set.store(true, Ordering::Release);
             drop(reason);
+            if let Some(warm) = &self.warm {
+                warm.invalidate();
+            }
             self.tell(StoreEvent::Poisoned { reason: text });
         }
         self.data_sync.ended.notify_all();

@@ -31,6 +31,7 @@ mod state;
 pub mod superblock;
 mod types;
 mod volume;
+mod warm;
 
 pub use check::{CheckReport, Problem, ProblemKind, check, check_media};
 pub use dump::{dump, dump_meta, restore, restore_meta};

@@ -449,6 +449,8 @@ pub(crate) fn make_new(dir: &Path, fill: impl FnOnce(&mut dyn MetaStore) -> Resu
         }
         return Err(error);
     }
+    // What a killed process had not committed stood on the metadata that goes.
+    crate::warm::remove(dir)?;
     if place.exists() {
         fs::rename(&place, &kept).map_err(io("rename", &place))?;
     }

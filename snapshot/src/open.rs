@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use rustix::fs::FlockOperation;
 
 use crate::alloc::Allocator;
 use crate::disk::{Disk, FileDisk};
-use crate::inner::Inner;
+use crate::inner::{Directory, Inner};
 use crate::map::{PageMap, Version};
 use crate::meta::{Batch, MetaStore, Pair};
 use crate::meta_client::{Meta, OpenMeta};
@@ -23,6 +25,7 @@ use crate::state::{Branch, Holds, JournalPart, State, Txg};
 use crate::superblock::{RESERVED_BYTES, Superblock};
 use crate::types::{BranchId, Epoch, PoolOptions, SnapshotId};
 use crate::volume::Shared;
+use crate::warm::{self, WarmFiles, WarmMedium};
 use crate::{Error, Result};
 
 /// Name of the data file in the pool's directory.
@@ -31,6 +34,8 @@ pub const DATA_FILE: &str = "data";
 pub const META_DIR: &str = "meta";
 const BALLAST_FILE: &str = "ballast";
 pub(crate) const LOCK_FILE: &str = "lock";
+/// How long another holder of the lock may take to go.
+const LOCK_WAIT: Duration = Duration::from_millis(500);
 /// Smallest run of free grains that is punched, in bytes.
 const PUNCH_BYTES: u64 = 64 << 10;
 /// Pairs read per call while tables are loaded.
@@ -75,7 +80,7 @@ pub(crate) fn create(dir: &Path, options: &PoolOptions) -> Result<Inner> {
         Box::new(move || boxed(SledMeta::open(&path)?)),
         open_timeout(options),
     )?;
-    let inner = create_on(disk, meta, options, Some(guard))?;
+    let inner = create_on(disk, meta, options, directory(dir, guard, options)?)?;
     sync_tree(&meta_dir)?;
     ballast(dir, inner.disk.as_ref(), options.ballast_bytes)?;
     let data = dir.join(DATA_FILE);
@@ -108,11 +113,36 @@ pub(crate) fn open(dir: &Path, options: &PoolOptions) -> Result<Inner> {
     release_ballast_if_full(dir, disk.as_ref())?;
     let opener: OpenMeta = Box::new(move || boxed(SledMeta::open(&path)?));
     let meta = Meta::open(opener, open_timeout(options))?;
-    let inner = open_on(disk, meta, options, Some(guard))?;
+    let inner = open_on(disk, meta, options, directory(dir, guard, options)?)?;
     if let Err(e) = ballast(dir, inner.disk.as_ref(), options.ballast_bytes) {
         tracing::warn!("no ballast file beside the metadata: {e}");
     }
     Ok(inner)
+}
+
+/// The lock of a directory, and its warm log if the running kernel has a name.
+fn directory(dir: &Path, lock: File, options: &PoolOptions) -> Result<Directory> {
+    let warm = match running_kernel(options) {
+        Ok(boot_id) => Some((Box::new(WarmFiles::open(dir)?) as Box<dyn WarmMedium>, boot_id)),
+        Err(e) => {
+            tracing::warn!("no boot id ({e}): a killed process loses what it had not committed");
+            None
+        }
+    };
+    Ok(Directory {
+        lock: Some(lock),
+        warm,
+    })
+}
+
+#[cfg(feature = "sim")]
+fn running_kernel(options: &PoolOptions) -> std::io::Result<String> {
+    options.boot_id.clone().map_or_else(warm::boot_id, Ok)
+}
+
+#[cfg(not(feature = "sim"))]
+fn running_kernel(_options: &PoolOptions) -> std::io::Result<String> {
+    warm::boot_id()
 }
 
 fn boxed(meta: SledMeta) -> Result<Box<dyn MetaStore>> {
@@ -131,12 +161,17 @@ fn lock_directory(dir: &Path) -> Result<File> {
         .write(true)
         .open(&path);
     let file = file.map_err(io("open", &path))?;
-    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-        Error::refused(format!(
-            "the pool in {} is in use by another process",
-            dir.display()
-        ))
-    })?;
+    let begun = Instant::now();
+    // A child process between fork and exec still has the descriptor of a pool that was just closed.
+    while rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        if begun.elapsed() > LOCK_WAIT {
+            return Err(Error::refused(format!(
+                "the pool in {} is in use by another process",
+                dir.display()
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
     Ok(file)
 }
 
@@ -186,7 +221,7 @@ pub(crate) fn create_on(
     disk: Arc<dyn Disk>,
     meta: Meta,
     options: &PoolOptions,
-    guard: Option<File>,
+    directory: Directory,
 ) -> Result<Inner> {
     if ![4096, 8192, 16_384, 65_536].contains(&options.grain_bytes) {
         return Err(Error::refused(format!(
@@ -222,7 +257,7 @@ pub(crate) fn create_on(
     batch.put(key::system(), system.encode());
     meta.apply(batch)?;
     meta.commit()?;
-    open_on(disk, meta, options, guard)
+    open_on(disk, meta, options, directory)
 }
 
 /// Opens a pool on a medium and its metadata store.
@@ -230,7 +265,7 @@ pub(crate) fn open_on(
     disk: Arc<dyn Disk>,
     meta: Meta,
     options: &PoolOptions,
-    guard: Option<File>,
+    directory: Directory,
 ) -> Result<Inner> {
     let superblock = Superblock::newest(disk.as_ref())?;
     let value = meta.get(key::system())?;
@@ -261,7 +296,7 @@ pub(crate) fn open_on(
         disk,
         meta,
         state,
-        guard,
+        directory,
     );
     inner.replay(&system)?;
     inner.drop_stray_journal(&system)?;
@@ -276,8 +311,9 @@ pub(crate) fn open_on(
         }
     }
     state.open.holds.clear();
-    state.follow_up();
     drop(state);
+    inner.replay_warm()?;
+    inner.state().follow_up();
     Ok(inner)
 }
 
@@ -384,6 +420,7 @@ fn load(meta: &Meta, system: &SystemRecord, options: &PoolOptions) -> Result<Sta
         closing: None,
         journal: VecDeque::new(),
         checkpoint: system.checkpoint,
+        publications: 0,
         stopping: false,
         commits: 0,
         branches,

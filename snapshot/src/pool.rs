@@ -7,7 +7,7 @@ use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use crate::disk::Disk;
-use crate::inner::Inner;
+use crate::inner::{Directory, Inner};
 use crate::keeper::{keep, work};
 use crate::lock::{Mode, lock};
 use crate::meta::MetaStore;
@@ -64,7 +64,12 @@ impl Pool {
     /// # Errors
     /// As [`Pool::create`].
     pub fn create_with(disk: Arc<dyn Disk>, meta: Box<dyn MetaStore>, options: &PoolOptions) -> Result<Self> {
-        Self::start(open::create_on(disk, client(meta, options)?, options, None)?)
+        Self::start(open::create_on(
+            disk,
+            client(meta, options)?,
+            options,
+            Directory::default(),
+        )?)
     }
 
     /// Opens a pool on any medium.
@@ -72,7 +77,12 @@ impl Pool {
     /// # Errors
     /// As [`Pool::open`].
     pub fn open_with(disk: Arc<dyn Disk>, meta: Box<dyn MetaStore>, options: &PoolOptions) -> Result<Self> {
-        Self::start(open::open_on(disk, client(meta, options)?, options, None)?)
+        Self::start(open::open_on(
+            disk,
+            client(meta, options)?,
+            options,
+            Directory::default(),
+        )?)
     }
 
     fn start(inner: Inner) -> Result<Self> {
@@ -395,6 +405,9 @@ impl Pool {
             }
         }
         let result = self.checkpoint_now().and_then(|()| self.inner.sync_data());
+        if let (Ok(()), Some(warm)) = (&result, &self.inner.warm) {
+            warm.clear();
+        }
         self.inner.fail_quietly("the pool is closed");
         self.inner.meta.close();
         drop(lock(&self.inner.directory_lock).take());

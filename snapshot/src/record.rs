@@ -567,7 +567,7 @@ impl Delta {
         indices(self.mask).zip(self.entries.iter().copied())
     }
 
-    fn encode(&self, e: &mut Enc) {
+    pub(crate) fn encode(&self, e: &mut Enc) {
         e.u32(self.key.branch.0);
         e.u32(self.key.page);
         e.u32(self.key.epoch.0);
@@ -584,7 +584,7 @@ impl Delta {
             .for_each(|x| e.u64(x.to_bits()));
     }
 
-    fn decode(d: &mut Dec<'_>) -> Result<Self> {
+    pub(crate) fn decode(d: &mut Dec<'_>) -> Result<Self> {
         let key = PageKey {
             branch: BranchId(d.u32()?),
             page: d.u32()?,

@@ -12,6 +12,7 @@ use crate::record::{BranchRecord, JobKind, JobRecord, PageKey, SnapshotRecord};
 use crate::space::Space;
 use crate::types::{BranchId, Epoch, SnapshotId, SnapshotState, StoreEvent, VolumeId};
 use crate::volume::Shared;
+use crate::warm::Ticket;
 use crate::{Error, Result};
 
 /// One thing that keeps older grains of a branch: a snapshot, or the snapshot that the branch stands on.
@@ -160,6 +161,8 @@ pub(crate) struct State {
     pub(crate) journal: VecDeque<JournalPart>,
     /// `J` up to here is in the stored pages, durably.
     pub(crate) checkpoint: u64,
+    /// Publications since the pool was opened: the order of the warm log.
+    pub(crate) publications: u64,
     pub(crate) stopping: bool,
     pub(crate) commits: u64,
 }
@@ -295,7 +298,7 @@ impl State {
         branch: BranchId,
         page_no: PageNo,
         changes: &[(u8, Entry)],
-    ) -> Result<()> {
+    ) -> Result<Ticket> {
         let (held, current) = {
             let b = self.branch(branch)?;
             (b.holds.newest(page_no), b.record.current)
@@ -333,7 +336,11 @@ impl State {
         self.map.touch(key, self.open.id);
         let record = self.branch_mut(branch)?;
         record.mapped_grains = (record.mapped_grains + taken).saturating_sub(given);
-        Ok(())
+        self.publications += 1;
+        Ok(Ticket {
+            txg: self.open.id,
+            sequence: self.publications,
+        })
     }
 
     /// The version of the head's page that may be changed: its newest, unless a hold can see that one (I6).

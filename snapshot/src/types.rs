@@ -378,6 +378,9 @@ pub struct PoolOptions {
     pub checkpoint_bytes: u64,
     /// Pages that a background job handles per commit.
     pub job_pages: usize,
+    /// What the running kernel says its boot id is, when a test plays a power cut; `None` = ask it.
+    #[cfg(feature = "sim")]
+    pub boot_id: Option<String>,
     /// Pause points for tests.
     #[cfg(feature = "sim")]
     pub hooks: Option<Arc<dyn Hooks>>,
@@ -398,6 +401,8 @@ impl Default for PoolOptions {
             checkpoint_txgs: 16,
             checkpoint_bytes: 8 << 20,
             job_pages: 1000,
+            #[cfg(feature = "sim")]
+            boot_id: None,
             #[cfg(feature = "sim")]
             hooks: None,
         }

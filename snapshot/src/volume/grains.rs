@@ -171,9 +171,11 @@ impl Volume {
             let birth = state.branch(branch)?.record.current;
             let fresh = steps.iter().filter(|s| !s.in_place);
             let changes: Vec<_> = fresh.map(|s| (s.index, Entry::mapped(s.grain, birth))).collect();
-            state.publish(branch, piece.page, &changes)
+            Ok((state.publish(branch, piece.page, &changes)?, changes))
         });
-        published.inspect_err(|_| self.pool.unreserve(taken()))
+        let (ticket, changes) = published.inspect_err(|_| self.pool.unreserve(taken()))?;
+        self.pool.hook("write.published");
+        self.pool.keep_warm(ticket, branch, piece.page, &changes)
     }
 
     pub(super) fn plan(&self, branch: BranchId, piece: &Piece) -> Result<Vec<Step>> {
@@ -306,7 +308,7 @@ impl Volume {
                 self.write_locked(range.start + buffer.start as u64, &zeroes)?;
             }
         }
-        self.pool.with_page(branch, piece.page, |state| {
+        let published = self.pool.with_page(branch, piece.page, |state| {
             let birth = state.branch(branch)?.record.current;
             let entry = if unmap { Entry::HOLE } else { Entry::zero(birth) };
             let page = state
@@ -321,11 +323,15 @@ impl Volume {
                 .map(|i| (*i, entry))
                 .collect();
             if changes.is_empty() {
-                Ok(())
-            } else {
-                state.publish(branch, piece.page, &changes)
+                return Ok(None);
             }
-        })
+            Ok(Some((state.publish(branch, piece.page, &changes)?, changes)))
+        })?;
+        let Some((ticket, changes)) = published else {
+            return Ok(());
+        };
+        self.pool.hook("write.published");
+        self.pool.keep_warm(ticket, branch, piece.page, &changes)
     }
 
     /// Adds the extents of a page within `range`; `false` when the list is full.
