@@ -3,6 +3,8 @@
 //! A target's rules (access list, CHAP, portal groups, LUNs) are replaced as a whole, so that a reload never shows half of a
 //! change; sessions that the new rules still admit live on untouched.
 
+mod hold;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,7 +17,7 @@ use stillpoint_scsi::TargetPort;
 use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio_util::sync::CancellationToken;
 
-use super::Daemon;
+pub(crate) use self::hold::LoginHold;
 use super::lun::Lun;
 
 /// Sessions of all targets together. Each holds buffers: a daemon that accepted any number could be made to grow without bound.
@@ -325,44 +327,6 @@ pub(crate) enum NotNow {
     Full,
     /// The target takes no logins for a moment, or the daemon stops.
     Held,
-}
-
-/// While it lives, nobody can log in to its targets: what needs a LUN without sessions is not overtaken by an initiator that
-/// comes back. Initiators are told to try again.
-#[derive(Debug)]
-pub(crate) struct LoginHold {
-    daemon: Arc<Daemon>,
-    targets: Vec<String>,
-}
-
-impl LoginHold {
-    /// Holds the logins of these targets.
-    pub(crate) fn new(daemon: &Arc<Daemon>, targets: impl IntoIterator<Item = String>) -> Self {
-        let targets: Vec<_> = targets.into_iter().map(|iqn| iqn.to_lowercase()).collect();
-        let mut sessions = daemon.registry.lock_sessions();
-        for iqn in &targets {
-            *sessions.held.entry(iqn.clone()).or_default() += 1;
-        }
-        drop(sessions);
-        Self {
-            daemon: Arc::clone(daemon),
-            targets,
-        }
-    }
-}
-
-impl Drop for LoginHold {
-    fn drop(&mut self) {
-        let mut sessions = self.daemon.registry.lock_sessions();
-        for iqn in &self.targets {
-            if let Some(holds) = sessions.held.get_mut(iqn) {
-                *holds -= 1;
-                if *holds == 0 {
-                    sessions.held.remove(iqn);
-                }
-            }
-        }
-    }
 }
 
 impl Registry {

@@ -4,16 +4,19 @@
 //! the LUN, outcomes back, PDUs out in one `writev`. Nothing here blocks: what may wait for a disk goes to a worker and comes
 //! back through `done`.
 
+mod reset;
+mod socket;
+
 use std::collections::VecDeque;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use stillpoint_iscsi::{
-    Admission, Command, Connection, Event, Frame, LoginStatus, Lun as LunField, Outcome, TaskId, TmfFunction,
-    TmfId, TmfResponse, Tsih,
+    Admission, Command, Connection, Event, Frame, LoginStatus, Lun as LunField, Outcome, TaskId, TmfId,
+    TmfResponse, Tsih,
 };
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
@@ -28,10 +31,6 @@ use super::registry::{Control, Entering, NotNow, Session};
 
 /// What one `readv` may bring beyond the place that the protocol named: the next PDUs' headers.
 const AHEAD: usize = 64 << 10;
-/// PDUs that one `writev` takes; each is up to three slices.
-const BATCH: usize = 32;
-/// Rounds of reading before the loop looks after everything else.
-const READS_PER_TURN: usize = 16;
 /// Control messages that wait for the task.
 const CONTROLS: usize = 1024;
 /// A peer that reads nothing for this long while there is something to send is given up.
@@ -230,93 +229,6 @@ impl Task {
             .min()
     }
 
-    /// Reads what is there, the first part straight into the place where the protocol wants it. Whether there may be more.
-    fn read(&mut self, stream: &TcpStream) -> Result<bool, End> {
-        for _ in 0..READS_PER_TURN {
-            if self.conn.is_closed() || self.conn.receiving_paused() {
-                return Ok(false);
-            }
-            let place = self.conn.space();
-            let kept = self.ahead.get(self.ahead_at..self.ahead_end).unwrap_or_default();
-            let n = if kept.is_empty() {
-                let wanted = place.len();
-                match stream
-                    .try_read_vectored(&mut [IoSliceMut::new(place), IoSliceMut::new(&mut self.ahead)])
-                {
-                    Ok(0) => return Err(End::Socket(io::ErrorKind::UnexpectedEof.into())),
-                    Ok(n) => {
-                        (self.ahead_at, self.ahead_end) = (0, n.saturating_sub(wanted));
-                        n.min(wanted)
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-                    Err(error) => return Err(End::Socket(error)),
-                }
-            } else {
-                let n = kept.len().min(place.len());
-                if let (Some(to), Some(from)) = (place.get_mut(..n), kept.get(..n)) {
-                    to.copy_from_slice(from);
-                }
-                self.ahead_at += n;
-                n
-            };
-            self.conn.advance(Instant::now(), n).map_err(End::Protocol)?;
-            self.events();
-        }
-        Ok(true)
-    }
-
-    /// Sends what the socket takes without waiting.
-    fn write(&mut self, stream: &TcpStream) -> Result<(), End> {
-        loop {
-            while self.out.len() < BATCH {
-                let Some(frame) = self.conn.poll_transmit() else {
-                    break;
-                };
-                self.out.push_back(frame);
-            }
-            if self.out.is_empty() {
-                self.stalled = None;
-                return Ok(());
-            }
-            let mut slices: Vec<IoSlice<'_>> = Vec::with_capacity(self.out.len() * 3);
-            let mut skip = self.sent;
-            for chunk in self.out.iter().flat_map(Frame::chunks) {
-                match chunk.get(skip..) {
-                    Some(rest) => {
-                        skip = 0;
-                        if !rest.is_empty() {
-                            slices.push(IoSlice::new(rest));
-                        }
-                    }
-                    None => skip -= chunk.len(),
-                }
-            }
-            match stream.try_write_vectored(&slices) {
-                Ok(n) => {
-                    self.stalled = None;
-                    self.take_sent(n);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.stalled.get_or_insert_with(Instant::now);
-                    return Ok(());
-                }
-                Err(error) => return Err(End::Socket(error)),
-            }
-        }
-    }
-
-    fn take_sent(&mut self, n: usize) {
-        self.sent += n;
-        while let Some(first) = self.out.front() {
-            let len = first.len();
-            if self.sent < len {
-                break;
-            }
-            self.sent -= len;
-            self.out.pop_front();
-        }
-    }
-
     fn timeout(&mut self) -> Result<(), End> {
         let now = Instant::now();
         if let Some((_, reason)) = self.deadline.take_if(|(at, _)| *at <= now) {
@@ -510,75 +422,6 @@ impl Task {
     fn finished(&mut self, finished: Finished) {
         self.running -= 1;
         self.answer(finished.task, finished.outcome);
-    }
-
-    /// RFC 7143 §11.5. The protocol layer has marked this session's affected tasks; the response goes out when the last of them
-    /// has ended, here and in other sessions.
-    fn task_management(&mut self, tmf: TmfId, function: TmfFunction, lun: LunField) {
-        let now = Instant::now();
-        let Some(session) = self.session.clone() else {
-            self.conn.tmf_complete(now, tmf, TmfResponse::REJECTED);
-            return;
-        };
-        // ABORT TASK and ABORT TASK SET concern this session's own tasks, which the protocol layer knows.
-        let (reset, everywhere) = match function {
-            TmfFunction::CLEAR_TASK_SET => (false, false),
-            TmfFunction::LOGICAL_UNIT_RESET => (true, false),
-            TmfFunction::TARGET_WARM_RESET | TmfFunction::TARGET_COLD_RESET => (true, true),
-            _ => {
-                self.conn.tmf_complete(now, tmf, TmfResponse::COMPLETE);
-                return;
-            }
-        };
-        let rules = session.target.rules();
-        let affected: Vec<Arc<Lun>> = rules
-            .luns
-            .iter()
-            .filter(|(number, _)| everywhere || lun.number() == Some(*number))
-            .map(|(_, lun)| Arc::clone(lun))
-            .collect();
-        if affected.is_empty() && !everywhere {
-            self.conn.tmf_complete(now, tmf, TmfResponse::LUN_DOES_NOT_EXIST);
-            return;
-        }
-        tracing::info!(?function, lun = ?lun.number(), "reset by the initiator");
-        let others = self.daemon.registry.sessions_with(|other| other.id != session.id);
-        let shares = |other: &Session, lun: &Lun| other.target.rules().number_of(lun);
-        for lun in &affected {
-            if reset {
-                lun.reset();
-            } else {
-                let sharing = others.iter().filter(|other| shares(other, lun).is_some());
-                lun.task_set_cleared(sharing.map(|other| other.id));
-            }
-        }
-        let mut waits = Vec::new();
-        for other in &others {
-            let luns: Vec<u16> = affected.iter().filter_map(|lun| shares(other, lun)).collect();
-            if !luns.is_empty() {
-                let (done, wait) = oneshot::channel();
-                other.tell(Control::AbortTasks { luns, done });
-                waits.push(wait);
-            }
-        }
-        if function == TmfFunction::TARGET_COLD_RESET {
-            // RFC 7143 §11.5.1: a cold reset ends all sessions to the target; this one ends after its answer.
-            let same_target = others
-                .iter()
-                .filter(|other| other.target.key() == session.target.key());
-            same_target.for_each(|other| other.end("target cold reset by another session"));
-        }
-        let finish = self.tmf_finish.clone();
-        self.daemon.tracker.spawn(async move {
-            for wait in waits {
-                // A session that is ending begins no commands any more.
-                drop(wait.await);
-            }
-            for lun in &affected {
-                lun.drain().await;
-            }
-            let _ = finish.send((tmf, TmfResponse::COMPLETE));
-        });
     }
 
     fn control(&mut self, control: Control) {
