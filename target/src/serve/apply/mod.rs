@@ -351,7 +351,7 @@ async fn carry_out(daemon: &Arc<Daemon>, agreed: Agreed, who: &str) -> Result<Co
 async fn try_carry_out(daemon: &Arc<Daemon>, agreed: Agreed, who: &str) -> Result<ConfigPlan, Refusal> {
     let (config, changes, mut plan) = blocking(daemon, |daemon| look(daemon)).await?;
     check_agreed(&changes, &plan, agreed)?;
-    let ends: BTreeSet<u64> = plan
+    let mut ends: BTreeSet<u64> = plan
         .changes
         .iter()
         .flat_map(|change| &change.ends_sessions)
@@ -369,6 +369,14 @@ async fn try_carry_out(daemon: &Arc<Daemon>, agreed: Agreed, who: &str) -> Resul
         Ok(config)
     })
     .await?;
+    // Somebody may have logged in between the look and the new rules: nobody keeps an access that was just revoked.
+    let now = daemon.registry.sessions_with(|_| true);
+    ends.extend(
+        changes
+            .iter()
+            .flat_map(|change| ended(change, &config, &now))
+            .map(|session| session.id),
+    );
     daemon.set_config(config);
     end_sessions(daemon, ends, "the configuration was changed").await;
     for change in &changes {
