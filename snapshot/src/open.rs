@@ -35,7 +35,7 @@ pub const META_DIR: &str = "meta";
 const BALLAST_FILE: &str = "ballast";
 pub(crate) const LOCK_FILE: &str = "lock";
 /// How long another holder of the lock may take to go.
-const LOCK_WAIT: Duration = Duration::from_millis(500);
+const LOCK_WAIT: Duration = Duration::from_secs(3);
 /// Smallest run of free grains that is punched, in bytes.
 const PUNCH_BYTES: u64 = 64 << 10;
 /// Pairs read per call while tables are loaded.
