@@ -197,13 +197,20 @@ fn verify(volume: &Volume, offset: u64, len: u64, expect: &Expect<'_>) -> Result
         let base = at - offset;
         let differs = match *expect {
             Expect::Anything => None,
-            Expect::Data(data) => data
-                .iter()
-                .skip(usize::try_from(base).unwrap_or(usize::MAX))
-                .zip(&*read)
-                .position(|(a, b)| a != b),
+            Expect::Data(data) => {
+                let start = usize::try_from(base).map_err(|_| BlockError::Fault)?;
+                first_difference(
+                    read,
+                    data.get(start..)
+                        .and_then(|rest| rest.get(..n))
+                        .ok_or(BlockError::Fault)?,
+                )
+            }
             // Steps and ranges are whole blocks, so each step starts with the pattern's first byte.
-            Expect::Block(block) => block.iter().cycle().zip(&*read).position(|(a, b)| a != b),
+            Expect::Block(block) => (0_usize..)
+                .step_by(block.len().max(1))
+                .zip(read.chunks(block.len().max(1)))
+                .find_map(|(at, chunk)| first_difference(chunk, block).map(|position| at + position)),
         };
         if let Some(position) = differs {
             return Err(BlockError::Miscompare {
@@ -212,6 +219,15 @@ fn verify(volume: &Volume, offset: u64, len: u64, expect: &Expect<'_>) -> Result
         }
     }
     Ok(())
+}
+
+/// Index of the first byte that differs; both are of the same length. Equal data, the usual case, is one memcmp.
+fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
+    if a == b {
+        None
+    } else {
+        a.iter().zip(b).position(|(a, b)| a != b)
+    }
 }
 
 /// Cuts a range into pieces of at most [`STEP`].
