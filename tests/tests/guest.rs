@@ -655,10 +655,19 @@ fn cut_off(
         let frozen = (|| -> Result<()> {
             guest.wait_for("the freeze hook", Duration::from_secs(30), "[ -e /run/freezing ]")?;
             proxy.hold();
-            guest.run("wc -l </run/direct.acknowledged >/run/before; rm /run/freezing")?;
-            let still = "a=$(wc -l </run/direct.acknowledged); sleep 0.5; [ $(wc -l </run/direct.acknowledged) = $a ]";
-            guest.wait_for("the writer to stand still", Duration::from_secs(10), still)?;
-            guest.run(then)?;
+            // One request, because the freeze may be over before a second one arrives. The journal is there from right before
+            // the freeze until right after the thaw.
+            guest.run(&format!(
+                "wc -l </run/direct.acknowledged >/run/before; rm /run/freezing
+                 frozen() {{ ls /run/stillpoint-agent/frozen-*.json >/dev/null 2>&1; }}
+                 until frozen; do sleep 0.02; done
+                 while :; do
+                     frozen || {{ echo the freeze was over before the writer was seen standing still; exit 1; }}
+                     a=$(wc -l </run/direct.acknowledged); sleep 0.15
+                     [ $(wc -l </run/direct.acknowledged) != $a ] || break
+                 done
+                 {then}"
+            ))?;
             let on = "a=$(wc -l </run/direct.acknowledged); sleep 0.2; [ $(wc -l </run/direct.acknowledged) -gt $a ]";
             guest.wait_for("the writer to go on by itself", HOLD * 3, on)?;
             let gap = guest.run(
