@@ -79,6 +79,8 @@ pub struct CheckReport {
     pub grains_used: u64,
     /// Unfinished background jobs.
     pub jobs: u64,
+    /// Operations that a killed process had acknowledged and not committed; the next start on this boot takes them up.
+    pub warm_operations: u64,
     /// The first problems found.
     pub problems: Vec<Problem>,
     /// All problems found.
@@ -114,6 +116,13 @@ impl fmt::Display for CheckReport {
             "transaction group {}: {} volumes and branches, {} snapshots, {} page versions, {} grains in use",
             self.txg, self.branches, self.snapshots, self.page_versions, self.grains_used
         )?;
+        if self.warm_operations > 0 {
+            writeln!(
+                f,
+                "the daemon was killed: {} operations to recover at the next start",
+                self.warm_operations
+            )?;
+        }
         for problem in &self.problems {
             writeln!(f, "{:?}: {}", problem.kind, problem.text)?;
         }
@@ -137,7 +146,9 @@ impl fmt::Display for CheckReport {
 pub fn check(dir: &Path) -> Result<CheckReport> {
     let copy = offline::Copy::of(dir)?;
     let (disk, mut meta) = copy.open()?;
-    check_media(&disk, &mut *meta)
+    let mut report = check_media(&disk, &mut *meta)?;
+    report.warm_operations = crate::warm::pending(dir, &disk, report.txg);
+    Ok(report)
 }
 
 /// Checks the media of a pool that is not running.

@@ -174,9 +174,6 @@ impl Inner {
             *reason = Some(text.clone());
             self.poison.set.store(true, Ordering::Release);
             drop(reason);
-            if let Some(warm) = &self.warm {
-                warm.invalidate();
-            }
             self.tell(StoreEvent::Poisoned { reason: text });
         }
         self.data_sync.ended.notify_all();
@@ -233,11 +230,16 @@ impl Inner {
             match result {
                 Ok(()) => turns.done = covers,
                 // No NoSpace here: whatever the reason, acknowledged writes may be lost.
-                Err(source) => self.fail(&Error::Io {
-                    op: "fdatasync",
-                    path: "data file".into(),
-                    source,
-                }),
+                Err(source) => {
+                    if let Some(warm) = &self.warm {
+                        warm.invalidate();
+                    }
+                    self.fail(&Error::Io {
+                        op: "fdatasync",
+                        path: "data file".into(),
+                        source,
+                    });
+                }
             }
             self.data_sync.ended.notify_all();
         }

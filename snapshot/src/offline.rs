@@ -13,7 +13,7 @@ use crate::disk::FileDisk;
 use crate::meta::{Barrier, Batch, MetaStore, Pair};
 use crate::meta_client::Meta;
 use crate::meta_sled::{SledMeta, sync_dir, sync_tree};
-use crate::open::{DATA_FILE, LOCK_FILE, META_DIR};
+use crate::open::{DATA_FILE, LOCK_FILE, META_DIR, take_lock};
 use crate::page::{Page, PageNo};
 use crate::record::{self, Delta, Key, PageKey, SystemRecord, key, table};
 use crate::superblock::Superblock;
@@ -332,15 +332,12 @@ fn claim(dir: &Path) -> Result<Vec<fs::File>> {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
             Err(error) => return Err(io("open", &path)(error)),
         };
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
-            Ok(()) => held.push(file),
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(Error::refused(
-                    "the pool is in use: stop the daemon that has it open first",
-                ));
-            }
-            Err(error) => return Err(io("lock", &path)(error.into())),
+        if !take_lock(&file, FlockOperation::NonBlockingLockShared).map_err(io("lock", &path))? {
+            return Err(Error::refused(
+                "the pool is in use: stop the daemon that has it open first",
+            ));
         }
+        held.push(file);
     }
     Ok(held)
 }

@@ -153,6 +153,22 @@ fn open_timeout(options: &PoolOptions) -> Duration {
     Duration::from_millis(options.open_timeout_ms)
 }
 
+/// Takes a lock, or says that somebody else keeps it. A child process between fork and exec still has the descriptor of a
+/// pool that was just closed, so the holder gets a moment to go.
+pub(crate) fn take_lock(file: &File, how: FlockOperation) -> std::io::Result<bool> {
+    let begun = Instant::now();
+    loop {
+        match rustix::fs::flock(file, how) {
+            Ok(()) => return Ok(true),
+            Err(rustix::io::Errno::WOULDBLOCK) if begun.elapsed() > LOCK_WAIT => return Ok(false),
+            Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
 fn lock_directory(dir: &Path) -> Result<File> {
     let path = dir.join(LOCK_FILE);
     let file = OpenOptions::new()
@@ -161,16 +177,11 @@ fn lock_directory(dir: &Path) -> Result<File> {
         .write(true)
         .open(&path);
     let file = file.map_err(io("open", &path))?;
-    let begun = Instant::now();
-    // A child process between fork and exec still has the descriptor of a pool that was just closed.
-    while rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-        if begun.elapsed() > LOCK_WAIT {
-            return Err(Error::refused(format!(
-                "the pool in {} is in use by another process",
-                dir.display()
-            )));
-        }
-        std::thread::sleep(Duration::from_millis(10));
+    if !take_lock(&file, FlockOperation::NonBlockingLockExclusive).map_err(io("lock", &path))? {
+        return Err(Error::refused(format!(
+            "the pool in {} is in use by another process",
+            dir.display()
+        )));
     }
     Ok(file)
 }

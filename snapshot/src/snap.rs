@@ -258,9 +258,11 @@ impl Pool {
             shared.switch(head, target.size_bytes, target.block_size);
             state.open.id
         };
-        drop(whole);
         self.inner.changed.notify_all();
-        self.inner.commit_through(txg)?;
+        // A write to the new head may be acknowledged only when a kill can no longer take that head away.
+        let durable = self.inner.commit_through(txg);
+        drop(whole);
+        durable?;
         Ok(self.handle(shared))
     }
 

@@ -346,6 +346,8 @@ impl Volume {
     /// # Errors
     /// `Refused` when it would shrink or is no multiple of the block size, `Limit`, `Poisoned`.
     pub fn grow(&self, new_size: u64) -> Result<()> {
+        // Until it is durable no write passes the old end: a kill would take it back, and growing again reads zeroes.
+        let _writers = self.shared.locks.lock_all(Mode::Shared);
         self.shared.alive()?;
         let txg = {
             let mut state = self.pool.state();

@@ -10,11 +10,13 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::codec::{Dec, Enc, seal, unseal};
+use crate::disk::Disk;
 use crate::inner::Inner;
 use crate::lock::lock;
 use crate::page::{Entry, PageNo};
 use crate::record::{Delta, FORMAT};
 use crate::state::State;
+use crate::superblock::Superblock;
 use crate::types::BranchId;
 use crate::{Error, Result};
 
@@ -106,6 +108,28 @@ pub(crate) fn remove(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Operations that the next start would take up. Reads only; what cannot be read is nothing to recover.
+pub(crate) fn pending(dir: &Path, disk: &dyn Disk, durable: u64) -> u64 {
+    let (Ok(superblock), Ok(boot_id)) = (Superblock::newest(disk), boot_id()) else {
+        return 0;
+    };
+    let identity = Identity {
+        pool_id: superblock.pool_id,
+        boot_id,
+    };
+    let logs = FILES
+        .iter()
+        .filter_map(|name| identity.parse(&std::fs::read(dir.join(name)).ok()?));
+    logs.filter(|(txg, _)| follows(*txg, durable))
+        .map(|(_, records)| records.len() as u64)
+        .sum()
+}
+
+/// Whether a file's group is the one that was open, or closing, after `durable`.
+fn follows(txg: u64, durable: u64) -> bool {
+    (durable + 1..=durable + 2).contains(&txg)
+}
+
 /// Names the running kernel.
 pub(crate) fn boot_id() -> io::Result<String> {
     Ok(std::fs::read_to_string(BOOT_ID)?.trim().to_owned())
@@ -127,12 +151,19 @@ struct Half {
     len: u64,
 }
 
+/// Both files as this process wrote them.
+#[derive(Default)]
+struct Halves {
+    files: [Half; 2],
+    /// Nothing is logged any more. Beside the files, so that no record comes after the decision.
+    off: bool,
+}
+
 /// The log of an open pool.
 pub(crate) struct WarmLog {
     medium: Box<dyn WarmMedium>,
     identity: Identity,
-    halves: Mutex<[Half; 2]>,
-    off: AtomicBool,
+    halves: Mutex<Halves>,
     warned: AtomicBool,
 }
 
@@ -209,13 +240,11 @@ fn parse_record(d: &mut Dec<'_>, key: &[u8]) -> Result<(u64, Delta)> {
 
 impl WarmLog {
     pub(crate) fn new(medium: Box<dyn WarmMedium>, identity: Identity) -> Self {
-        let (off, warned) = (AtomicBool::new(false), AtomicBool::new(false));
         Self {
             medium,
             identity,
             halves: Mutex::default(),
-            off,
-            warned,
+            warned: AtomicBool::new(false),
         }
     }
 
@@ -233,12 +262,12 @@ impl WarmLog {
 
     /// Remembers a change; `false` when it cannot, and the change must be committed before it is acknowledged.
     fn append(&self, ticket: Ticket, delta: &Delta) -> bool {
-        if self.off.load(Ordering::Acquire) {
-            return false;
-        }
         let n = usize::from(!ticket.txg.is_multiple_of(2));
         let mut halves = lock(&self.halves);
-        let [even, odd] = &mut *halves;
+        if halves.off {
+            return false;
+        }
+        let [even, odd] = &mut halves.files;
         let half = if n == 0 { even } else { odd };
         if half.txg > ticket.txg {
             // Its group has become durable meanwhile.
@@ -257,9 +286,10 @@ impl WarmLog {
 
     fn append_to(&self, half: &mut Half, n: usize, ticket: Ticket, delta: &Delta) -> io::Result<bool> {
         if half.txg < ticket.txg {
-            // What is in there belongs to a group that is durable: two groups later than it is open now.
+            // What is in there belongs to a group that is durable. It is written over, not truncated: growing a file
+            // costs twice as much as filling it (measured), and old records do not fit the new group's key.
             let header = self.identity.header(ticket.txg);
-            self.medium.rewrite(n, &header)?;
+            self.medium.write_at(n, 0, &header)?;
             *half = Half {
                 txg: ticket.txg,
                 len: header.len() as u64,
@@ -277,18 +307,25 @@ impl WarmLog {
 
     /// Empties both files. Best effort: what stays behind is refused by its transaction group.
     pub(crate) fn clear(&self) {
-        let _halves = lock(&self.halves);
+        self.empty(&mut lock(&self.halves));
+    }
+
+    /// After a failed sync of the data file the page cache may have lost what the log points to: it must never be
+    /// replayed. Other failures leave the page cache whole, and the log is what a restart recovers from.
+    pub(crate) fn invalidate(&self) {
+        let mut halves = lock(&self.halves);
+        halves.off = true;
+        self.empty(&mut halves);
+    }
+
+    /// The next record writes a header again.
+    fn empty(&self, halves: &mut Halves) {
+        halves.files = Default::default();
         for n in [0, 1] {
             if let Err(e) = self.medium.rewrite(n, &[]) {
                 tracing::warn!("{}: {e}", FILES.get(n).copied().unwrap_or_default());
             }
         }
-    }
-
-    /// After a failed sync the page cache may have lost what the log points to: it must never be replayed.
-    pub(crate) fn invalidate(&self) {
-        self.off.store(true, Ordering::Release);
-        self.clear();
     }
 }
 
@@ -335,7 +372,7 @@ impl Inner {
         let Some(warm) = &self.warm else { return Ok(()) };
         let durable = self.state().durable;
         let mut logs = warm.read();
-        logs.retain(|(txg, records)| (durable + 1..=durable + 2).contains(txg) && !records.is_empty());
+        logs.retain(|(txg, records)| follows(*txg, durable) && !records.is_empty());
         let newest = logs.iter().map(|(txg, _)| *txg).max();
         let mut records: Vec<(u64, Delta)> = logs.into_iter().flat_map(|(_, records)| records).collect();
         records.sort_by_key(|(sequence, _)| *sequence);
@@ -348,7 +385,14 @@ impl Inner {
             }
         }
         if let Some(newest) = newest {
-            self.commit_past(newest)?;
+            self.commit_past(newest).inspect_err(|e| {
+                tracing::error!(
+                    "what a killed process had acknowledged could not be recovered ({e}); {} and {} keep it for the \
+                     next start, unless the data file could not be synced",
+                    FILES[0],
+                    FILES[1]
+                );
+            })?;
             tracing::info!(
                 operations = done.operations,
                 skipped = done.skipped,

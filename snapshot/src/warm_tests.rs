@@ -4,8 +4,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::*;
+use crate::inner::Directory;
+use crate::meta_client::Meta;
 use crate::record::PageKey;
-use crate::{Epoch, Pool, PoolOptions, SnapshotSpec, Volume, VolumeSpec};
+use crate::sim::{Call, Failure, Fault, World};
+use crate::{Epoch, Pool, PoolOptions, SnapshotSpec, Volume, VolumeSpec, open};
 
 const G: usize = 4096;
 
@@ -172,6 +175,67 @@ fn a_record_that_did_not_fit_is_overwritten_by_the_next() {
 
 // Pools whose process died: the directory is copied while the pool lives. The page cache is what a copy reads.
 
+#[test]
+fn after_a_clear_the_next_record_has_a_header_again() {
+    let (_ram, warm) = log(1 << 20);
+    assert!(warm.append(ticket(5, 1), &delta(1, Entry::HOLE)));
+    warm.clear();
+    assert!(warm.append(ticket(5, 2), &delta(2, Entry::HOLE)));
+    let found = warm.read();
+    assert_eq!(found, vec![(5, vec![(2, delta(2, Entry::HOLE))])]);
+}
+
+/// A flush that fails in `call`: whether the log still knows the write before it.
+fn kept_when(call: Call) -> bool {
+    let world = World::new();
+    let meta = Meta::direct(Box::new(world.meta()));
+    let directory = Directory {
+        lock: None,
+        warm: Some((Box::new(log(1 << 20).0), "boot".into())),
+    };
+    let inner = open::create_on(Arc::new(world.disk()), meta, &options(), directory).unwrap();
+    let pool = Pool {
+        inner: Arc::new(inner),
+    };
+    let volume = pool
+        .create_volume(&VolumeSpec {
+            name: "v".into(),
+            size_bytes: 1 << 20,
+            block_size: 512,
+            attributes: Vec::new(),
+        })
+        .unwrap();
+    fill(&volume, 0, 1);
+    world.fail(Fault {
+        call,
+        nth: 0,
+        failure: Failure::Io,
+        sticky: true,
+    });
+    assert!(volume.flush().is_err() && pool.poisoned().is_some(), "{call:?}");
+    let warm = pool.inner.warm.as_ref().unwrap();
+    let next = Ticket {
+        txg: pool.inner.state().open.id,
+        sequence: u64::MAX,
+    };
+    assert_eq!(
+        warm.append(next, &delta(1, Entry::HOLE)),
+        call != Call::Sync,
+        "{call:?}"
+    );
+    warm.read()
+        .iter()
+        .any(|(_, records)| records.iter().any(|(s, _)| *s != u64::MAX))
+}
+
+#[test]
+fn only_a_failed_sync_of_the_data_file_forbids_a_replay() {
+    assert!(!kept_when(Call::Sync));
+    for call in [Call::MetaApply, Call::MetaFlush, Call::MetaSync] {
+        assert!(kept_when(call), "{call:?}");
+    }
+}
+
 fn options() -> PoolOptions {
     PoolOptions {
         manual: true,
@@ -242,6 +306,8 @@ fn a_killed_process_loses_nothing_that_was_acknowledged() {
     let expected = vec![5, 0, 0, 1, 2, 4, 1];
     assert_eq!(bytes(&pool, &at), expected);
     let dir = place.killed("p", "q");
+    let report = crate::check(&dir).unwrap();
+    assert!(report.is_clean() && report.warm_operations == 4, "{report}");
     pool.step().unwrap();
     let again = Pool::open(&dir, &options()).unwrap();
     assert_eq!(bytes(&again, &at), expected);

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use stillpoint_snapshot::sim::Rng;
 
+use common::facts::Crash;
 use common::recorder::{self, child};
 use common::workload::{self, Orders};
 
@@ -38,7 +39,7 @@ fn workload_child() {
 }
 
 #[test]
-fn kill_9_loses_nothing_that_was_flushed() {
+fn kill_9_loses_nothing_that_was_acknowledged() {
     let seed = number("STILLPOINT_SEED", 3);
     let mut rng = Rng::new(seed);
     let mut scratch = recorder::scratch();
@@ -68,7 +69,7 @@ fn kill_9_loses_nothing_that_was_flushed() {
         );
         let facts = fs::read_to_string(orders.facts()).unwrap_or_default();
         worked += usize::from(facts.contains(" snapshot "));
-        if let Err(what) = workload::judge(scratch.path(), &facts) {
+        if let Err(what) = workload::judge(scratch.path(), &facts, Crash::Kill) {
             let kept = scratch.keep();
             panic!(
                 "STILLPOINT_SEED={seed} round {round}: {what}\nkept in {}",

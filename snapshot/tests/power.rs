@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 use stillpoint_snapshot::sim::{Loss, Rng};
 
+use common::facts::Crash;
 use common::recorder::{self, LeftOut};
 use common::replay::{Event, FileSystem, read_log};
 use common::workload::{self, Orders};
@@ -139,7 +140,7 @@ fn a_power_cut_loses_nothing_that_was_flushed() {
     let cuts = number("STILLPOINT_SOAK_CUTS", QUICK_CUTS as u64) as usize;
     let mut judged = 0;
     recording.cut(seed, cuts, |point, loss, image, facts| {
-        if let Err(what) = workload::judge(image, facts) {
+        if let Err(what) = workload::judge(image, facts, Crash::Power) {
             panic!(
                 "STILLPOINT_SEED={seed}, cut {point}/{} ({loss:?}): {what}",
                 recording.events.len()
@@ -158,7 +159,9 @@ fn sees_loss_without_fdatasync_of(suffix: &'static str) {
     let recording = record(seed, LeftOut::Fdatasync(suffix), 2, 150);
     let mut seen = None;
     recording.cut(seed, CONTROL_CUTS, |point, _, image, facts| {
-        seen = workload::judge(image, facts).err().map(|what| (point, what));
+        seen = workload::judge(image, facts, Crash::Power)
+            .err()
+            .map(|what| (point, what));
         seen.is_none()
     });
     let (point, what) =

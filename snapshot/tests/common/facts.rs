@@ -20,6 +20,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(crate) const SECTOR: usize = 512;
 const MAGIC: u64 = 0x5354_494c_4c50_4e54;
 
+/// What ended a run, and so what must be left of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Crash {
+    /// The process died, the kernel went on: everything that was acknowledged.
+    Kill,
+    /// The machine died: everything that a flush covers.
+    Power,
+}
+
 /// Number of the operation that wrote a sector; 0 = zeroes.
 pub(crate) type Stamp = u64;
 
@@ -277,11 +286,12 @@ struct Version {
 /// All that happened, as far as the facts say.
 pub(crate) struct History {
     ops: BTreeMap<Stamp, Op>,
+    crash: Crash,
 }
 
 impl History {
     /// Reads facts; a last line without an end is dropped.
-    pub(crate) fn read(text: &str) -> Self {
+    pub(crate) fn read(text: &str, crash: Crash) -> Self {
         let mut ops = BTreeMap::new();
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         for (position, line) in whole.lines().enumerate() {
@@ -312,7 +322,7 @@ impl History {
                 _ => panic!("bad fact: {line}"),
             }
         }
-        Self { ops }
+        Self { ops, crash }
     }
 
     pub(crate) fn acknowledged(&self) -> usize {
@@ -341,6 +351,7 @@ impl History {
             | What::Create { .. }
             | What::Clone { .. }
             | What::Revert { .. } => true,
+            _ if self.crash == Crash::Kill => true,
             _ => self.flushes(volume).any(|flush| flush.began > *done),
         }
     }

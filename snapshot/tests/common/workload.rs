@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use stillpoint_snapshot::sim::Rng;
 use stillpoint_snapshot::{CloneSpec, Pool, PoolOptions, SnapshotSpec, Volume, VolumeSpec};
 
-use super::facts::{Facts, Found, SECTOR, What, stamped_run, stamps};
+use super::facts::{Crash, Facts, Found, SECTOR, What, stamped_run, stamps};
 
 /// 1 MiB: four map pages of 64 grains.
 const SECTORS: u64 = 2048;
@@ -403,8 +403,13 @@ impl Found for FoundPool<'_> {
 }
 
 /// Judges the pool and the facts below `dir`, which is the image of a crash or the leavings of a killed process.
-pub(crate) fn judge(dir: &Path, facts: &str) -> Result<(), String> {
-    let history = super::facts::History::read(facts);
+pub(crate) fn judge(dir: &Path, facts: &str, crash: Crash) -> Result<(), String> {
+    let history = super::facts::History::read(facts, crash);
+    let options = || PoolOptions {
+        // The replay runs on the kernel that wrote the image; it must not pass for the same boot.
+        boot_id: (crash == Crash::Power).then(|| "the boot after".to_owned()),
+        ..options()
+    };
     let pool_dir = dir.join("pool");
     if !Pool::exists(&pool_dir) {
         if history.acknowledged() > 0 {
