@@ -130,6 +130,11 @@ pub fn suite(tests: &[String], lanes: &[(String, String)]) -> Result<Tally> {
     Ok(tally.into_inner().expect("no worker panics"))
 }
 
+/// What `WriteSame10.ZeroBlocks` and `WriteSame16.ZeroBlocks` print behind "[SKIPPED]" **after** they have sent their command to
+/// a unit with WSNZ = 1 and have seen it refused with INVALID FIELD IN CDB. That is the whole test for such a unit, so it
+/// passed. (WSNZ = 0 would make the suite's `UnmapUntilEnd` want blocks unmapped by a pattern that is not zeroes, against SBC-3.)
+const REFUSAL_CHECKED: &str = "does not support 0-blocks.";
+
 fn one(name: &str, lane: &(String, String)) -> Result<Outcome> {
     if name.starts_with(WANT_ZEROES) {
         qemu_io(&lane.0, &["write -z 0 4M"])?
@@ -155,7 +160,10 @@ fn one(name: &str, lane: &(String, String)) -> Result<Outcome> {
     if finished.code != 0 || !ran {
         return Ok(Outcome::Failed(format!("exit code {}\n{text}", finished.code)));
     }
-    let skip = text.lines().find_map(|line| line.split_once("[SKIPPED]"));
+    let skip = text
+        .lines()
+        .filter(|line| !line.contains(REFUSAL_CHECKED))
+        .find_map(|line| line.split_once("[SKIPPED]"));
     Ok(match skip {
         Some((_, reason)) => Outcome::Skipped(reason.trim().to_owned()),
         None => Outcome::Passed,
