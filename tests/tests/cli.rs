@@ -92,6 +92,17 @@ fn exit_codes_and_errors() {
         daemon.refused(1, &["lun", "show", "nowhere"])?;
         daemon.refused(1, &["snapshot", "show", "disk@nowhere"])?;
         // Rules.
+        // A report, not an error: on standard output, and the exit code says the rest.
+        for (lun, code) in [("app", "not_mounted"), ("disk", "not_allowed")] {
+            let report = daemon.cli(&["lun", "preflight", lun, "--json"])?;
+            ensure!(report.code == 3 && report.stderr.is_empty(), "{report:?}");
+            let report: Value = serde_json::from_str(&report.stdout)?;
+            ensure!(report["ready"] == false && report["lun"] == lun, "{report}");
+            let found = list(&report["findings"])?;
+            ensure!(found.iter().any(|finding| finding["code"] == code), "{report}");
+        }
+        daemon.refused(2, &["lun", "preflight", "app", "--consistency", "crash"])?;
+        daemon.refused(1, &["lun", "preflight", "nope"])?;
         let refusal = daemon.refused(3, &["agent", "token", "create", "--lun", "disk"])?;
         ensure!(
             refusal["message"]
@@ -128,6 +139,7 @@ fn exit_codes_and_errors() {
         );
         ensure!(daemon.stop()? == 0, "SIGTERM must end the daemon with 0");
         daemon.refused(4, &["status"])?;
+        daemon.refused(4, &["lun", "preflight", "app"])?;
         daemon.refused(4, &["snapshot", "create", "disk"])?;
         daemon.text(&["store", "check"])?;
         Ok(())

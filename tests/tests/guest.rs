@@ -435,8 +435,24 @@ fn crash_snapshot_beside_it(scene: &mut Scene) -> Result<()> {
     scene.stop_writer()
 }
 
+/// `lun preflight` says what `snapshot create` would: refused without an application, ready with one.
+fn preflight(scene: &mut Scene, code: i32) -> Result<()> {
+    let finished = scene.daemon.cli(&["lun", "preflight", "app", "--json"])?;
+    ensure!(finished.code == code, "{finished:?}");
+    let report: Value = serde_json::from_str(&finished.stdout)?;
+    ensure!(report["ready"] == (code == 0), "{report}");
+    ensure!(
+        report["sessions"][0]["initiator"] == INITIATOR && report["agents"][0]["role"] == "mounted",
+        "{report}"
+    );
+    ensure!(report["agents"][0]["mounts"][0]["path"] == "/data", "{report}");
+    Ok(())
+}
+
 fn application_snapshot(scene: &mut Scene) -> Result<()> {
+    preflight(scene, 3)?;
     scene.hook("20-records", RECORDS_HOOK, Some("records"))?;
+    preflight(scene, 0)?;
     scene.start_writer("buffered", "/run/records")?;
     let on_disk = scene.guest.run("sync; wc -c </data/records/buffered/records")?;
     ensure!(

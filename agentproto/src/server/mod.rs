@@ -11,6 +11,7 @@
 
 mod ask;
 mod calls;
+mod examine;
 mod party;
 mod rules;
 mod steps;
@@ -22,6 +23,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 pub use ask::{Action, Candidate, IscsiSession, LunSpec, OnFailure, Spec};
+pub use examine::{Trouble, Witness, examine};
 pub use verdict::{AgentReport, Failure, LunLevel, Outcome, Phase, Times, Verdict};
 
 use crate::error::{ErrorCode, Refusal};
@@ -185,7 +187,7 @@ impl Coordinator {
                 self.cut_made = Some(unix_ms);
                 self.times.cut_ms = Some(self.elapsed(now));
                 for lun in &self.spec.luns {
-                    if let Some(refusal) = rules::strangers(lun, sessions, &self.parties) {
+                    if let Some(refusal) = rules::strangers(lun, sessions, &self.parties).into_iter().next() {
                         self.strangers.insert(lun.identity.lun, refusal.text);
                     }
                 }

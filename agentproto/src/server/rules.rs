@@ -6,31 +6,40 @@ use crate::error::{ErrorCode, Refusal};
 use crate::ident::LunId;
 use crate::message::{ExclusionKind, LunIdentity, Mode, Role, Severity};
 
-/// The first rule that is broken once every agent has reported, with the place of the party it is about.
-pub(super) fn preflight(spec: &Spec, parties: &[Party]) -> Result<(), (Option<usize>, Refusal)> {
-    if let Some(refusal) = spec.refused.clone() {
-        return Err((None, refusal));
-    }
-    for (at, party) in parties.iter().enumerate() {
-        if let Some(refusal) = party.failed.clone().filter(|_| party.is_required()) {
-            return Err((Some(at), refusal));
-        }
-        if let Some(finding) = party
-            .findings
-            .iter()
-            .find(|finding| finding.severity == Severity::Error)
-        {
-            let refusal = Refusal::new(finding.code, finding.text.clone()).about(finding.subject.clone());
-            return Err((Some(at), refusal));
-        }
-    }
-    for lun in &spec.luns {
-        of_lun(spec, lun, parties)?;
-    }
-    Ok(())
+/// A rule that is broken: the place of the party it is about, if it is one, and what is wrong.
+pub(super) type Broken = (Option<usize>, Refusal);
+
+/// The first rule that is broken once every agent has reported.
+pub(super) fn preflight(spec: &Spec, parties: &[Party]) -> Result<(), Broken> {
+    troubles(spec, parties).into_iter().next().map_or(Ok(()), Err)
 }
 
-fn of_lun(spec: &Spec, lun: &LunSpec, parties: &[Party]) -> Result<(), (Option<usize>, Refusal)> {
+/// Every rule that is broken once every agent has reported, the gravest first.
+pub(super) fn troubles(spec: &Spec, parties: &[Party]) -> Vec<Broken> {
+    let mut found: Vec<Broken> = spec
+        .refused
+        .iter()
+        .map(|refusal| (None, refusal.clone()))
+        .collect();
+    for (at, party) in parties.iter().enumerate() {
+        let failed = party.failed.clone().filter(|_| party.is_required());
+        found.extend(failed.map(|refusal| (Some(at), refusal)));
+        let errors = party
+            .findings
+            .iter()
+            .filter(|finding| finding.severity == Severity::Error);
+        found.extend(errors.map(|finding| {
+            let refusal = Refusal::new(finding.code, finding.text.clone());
+            (Some(at), refusal.about(finding.subject.clone()))
+        }));
+    }
+    for lun in &spec.luns {
+        of_lun(spec, lun, parties, &mut found);
+    }
+    found
+}
+
+fn of_lun(spec: &Spec, lun: &LunSpec, parties: &[Party], found: &mut Vec<Broken>) {
     let id = lun.identity.lun;
     for (at, party) in parties.iter().enumerate() {
         if let Some(seen) = party.volumes_of(id).map(|volumes| &volumes.identity)
@@ -40,10 +49,8 @@ fn of_lun(spec: &Spec, lun: &LunSpec, parties: &[Party]) -> Result<(), (Option<u
                 "the agent sees LUN {} with {difference}: is it the same disk?",
                 lun.name
             );
-            return Err((
-                Some(at),
-                Refusal::new(ErrorCode::IdentityMismatch, text).about(lun.name.clone()),
-            ));
+            let refusal = Refusal::new(ErrorCode::IdentityMismatch, text).about(lun.name.clone());
+            found.push((Some(at), refusal));
         }
     }
     if !parties.iter().any(|party| party.role(id) == Role::Mounted) {
@@ -52,21 +59,22 @@ fn of_lun(spec: &Spec, lun: &LunSpec, parties: &[Party]) -> Result<(), (Option<u
              the agent of its host, or take the snapshot with --consistency crash",
             lun.name
         );
-        return Err((
-            None,
-            Refusal::new(ErrorCode::NotMounted, text).about(lun.name.clone()),
-        ));
+        let refusal = Refusal::new(ErrorCode::NotMounted, text).about(lun.name.clone());
+        found.push((None, refusal));
     }
     if let Some((at, text)) = double_mount(lun, parties) {
-        return Err((
-            Some(at),
-            Refusal::new(ErrorCode::Conflict, text).about(lun.name.clone()),
-        ));
+        let refusal = Refusal::new(ErrorCode::Conflict, text).about(lun.name.clone());
+        found.push((Some(at), refusal));
     }
-    if let Some(refusal) = several_paths(lun, &spec.sessions) {
-        return Err((None, refusal));
+    found.extend(several_paths(lun, &spec.sessions).map(|refusal| (None, refusal)));
+    // An agent that was not heard may speak for any session; that it was not heard is named already.
+    if parties
+        .iter()
+        .all(|party| party.failed.is_none() || !party.is_required())
+    {
+        let strangers = strangers(lun, &spec.sessions, parties);
+        found.extend(strangers.into_iter().map(|refusal| (None, refusal)));
     }
-    strangers(lun, &spec.sessions, parties).map_or(Ok(()), |refusal| Err((None, refusal)))
 }
 
 /// How an identity that an agent read differs from ours; what one side does not tell is no difference.
@@ -136,25 +144,30 @@ fn several_paths(lun: &LunSpec, sessions: &[IscsiSession]) -> Option<Refusal> {
     Some(Refusal::new(ErrorCode::LimitMpio, text).about(doubled.initiator.clone()))
 }
 
-/// A session of a host that no required or standby agent speaks for: an unseen writer would make the label a lie.
-pub(super) fn strangers(lun: &LunSpec, sessions: &[IscsiSession], parties: &[Party]) -> Option<Refusal> {
+/// The party that speaks for an initiator on a LUN.
+pub(super) fn speaker<'a>(parties: &'a [Party], lun: LunId, initiator: &str) -> Option<&'a Party> {
+    let speaks = |party: &&Party| party.role(lun) != Role::None && party.has_initiator(initiator);
+    parties.iter().find(speaks)
+}
+
+/// Sessions of hosts that no required or standby agent speaks for: an unseen writer would make the label a lie.
+pub(super) fn strangers(lun: &LunSpec, sessions: &[IscsiSession], parties: &[Party]) -> Vec<Refusal> {
     let id: LunId = lun.identity.lun;
-    let known = |initiator: &str| {
-        let speaks = |party: &&Party| party.role(id) != Role::None && party.has_initiator(initiator);
-        parties.iter().find(speaks).is_some()
-    };
-    let stranger = sessions
+    let unknown = sessions
         .iter()
-        .find(|session| session.lun == id && !known(&session.initiator))?;
-    let text = format!(
-        "{} is logged in to LUN {}, but no agent speaks for it: log it out, or install an agent there and allow it",
-        stranger.initiator, lun.name
-    );
-    Some(Refusal::new(ErrorCode::NotAllowed, text).about(stranger.initiator.clone()))
+        .filter(|session| session.lun == id && speaker(parties, id, &session.initiator).is_none());
+    let refusal = |session: &IscsiSession| {
+        let text = format!(
+            "{} is logged in to LUN {}, but no agent speaks for it: log it out, or install an agent there and allow it",
+            session.initiator, lun.name
+        );
+        Refusal::new(ErrorCode::NotAllowed, text).about(session.initiator.clone())
+    };
+    unknown.map(refusal).collect()
 }
 
 /// After Prepare: whether what was asked for can still be reached. Only asked when less is not acceptable.
-pub(super) fn reachable(spec: &Spec, parties: &[Party]) -> Result<(), (Option<usize>, Refusal)> {
+pub(super) fn reachable(spec: &Spec, parties: &[Party]) -> Result<(), Broken> {
     let relevant = |kind| spec.mode == Mode::Application || kind == ExclusionKind::Volume;
     for (at, party) in parties.iter().enumerate() {
         let Some(prepared) = &party.prepared else { continue };
@@ -167,26 +180,33 @@ pub(super) fn reachable(spec: &Spec, parties: &[Party]) -> Result<(), (Option<us
             return Err((Some(at), Refusal::new(ErrorCode::NoQuiesce, text)));
         }
     }
+    let prepared = |party: &Party, lun| {
+        let apps = party.prepared.iter().flat_map(|prepared| &prepared.apps);
+        apps.into_iter().any(|app| app.lun.is_none_or(|on| on == lun))
+    };
+    without_application(spec, parties, prepared).map_or(Ok(()), |refusal| Err((None, refusal)))
+}
+
+/// A LUN on which nobody knows an application although `application` is wanted. `knows` looks at one party that has it mounted.
+pub(super) fn without_application(
+    spec: &Spec,
+    parties: &[Party],
+    knows: impl Fn(&Party, LunId) -> bool,
+) -> Option<Refusal> {
     if spec.mode == Mode::Filesystem {
-        return Ok(());
+        return None;
     }
-    for lun in &spec.luns {
+    let known = |lun: &&LunSpec| {
         let id = lun.identity.lun;
-        let apps = parties.iter().filter(|party| party.role(id) == Role::Mounted);
-        let mut apps = apps
-            .filter_map(|party| party.prepared.as_ref())
-            .flat_map(|prepared| &prepared.apps);
-        if !apps.any(|app| app.lun.is_none_or(|on| on == id)) {
-            let text = format!(
-                "no agent knows an application on LUN {}, so `filesystem` is the most that can be proved: declare it in a \
-                 hook of the agent, or ask for --consistency filesystem",
-                lun.name
-            );
-            return Err((
-                None,
-                Refusal::new(ErrorCode::NoQuiesce, text).about(lun.name.clone()),
-            ));
-        }
-    }
-    Ok(())
+        parties
+            .iter()
+            .any(|party| party.role(id) == Role::Mounted && knows(party, id))
+    };
+    let lun = spec.luns.iter().find(|lun| !known(lun))?;
+    let text = format!(
+        "no agent knows an application on LUN {}, so `filesystem` is the most that can be proved: declare it to the agent of \
+         its host (a helper of agent.toml, or a hook), or ask for --consistency filesystem",
+        lun.name
+    );
+    Some(Refusal::new(ErrorCode::NoQuiesce, text).about(lun.name.clone()))
 }

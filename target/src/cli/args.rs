@@ -121,6 +121,14 @@ pub(crate) enum LunVerb {
         /// Name of the LUN
         lun: String,
     },
+    /// Say whether agents could prove the next snapshot; exit code 0 ready, 3 it would be refused
+    Preflight {
+        /// Name of the LUN
+        lun: String,
+        /// What it shall prove: application or filesystem
+        #[arg(long, default_value = "application", value_name = "LEVEL")]
+        consistency: Consistency,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -18,8 +18,8 @@ use self::args::{Cli, GenerateVerb, Global, Verb};
 use crate::serve::ServeOptions;
 use crate::serve::control::api::{EXIT_USAGE, Refusal, count};
 
-/// Not an exit code: the refusal was already shown in a shape of its own, and ends with [`EXIT_FAILED`](crate::serve::control::api::EXIT_FAILED).
-const EXIT_ALREADY_TOLD: u8 = u8::MAX;
+/// Code of a refusal that was already shown in a shape of its own: only its exit code is left to tell.
+const ALREADY_TOLD: &str = "already_told";
 
 /// Runs the program.
 pub(crate) fn run() -> ExitCode {
@@ -109,8 +109,8 @@ fn usage(error: &clap::Error) -> ExitCode {
 
 /// Shows why something was not done, and ends with its code.
 fn refuse(json: bool, refusal: &Refusal) -> ExitCode {
-    if refusal.exit == EXIT_ALREADY_TOLD {
-        return ExitCode::from(crate::serve::control::api::EXIT_FAILED);
+    if refusal.code == ALREADY_TOLD {
+        return ExitCode::from(refusal.exit);
     }
     if json {
         let mut error = json!({"code": refusal.code, "message": refusal.message, "hint": refusal.hint});

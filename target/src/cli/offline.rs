@@ -22,7 +22,7 @@ pub(crate) fn config_check(global: &Global, file: Option<PathBuf>) -> Result<(),
         if global.json {
             let error = json!({"code": "config", "message": format!("{}: {}", file.display(), count(problems.0.len(), "problem")), "hint": "", "problems": problems_json});
             super::err(&format!("{}\n", json!({ "error": error })));
-            return Refusal { exit: super::EXIT_ALREADY_TOLD, ..config_refusal(&problems) };
+            return Refusal { code: super::ALREADY_TOLD.to_owned(), ..config_refusal(&problems) };
         }
         config_refusal(&problems)
     })?;

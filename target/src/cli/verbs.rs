@@ -4,6 +4,7 @@ use std::io::{IsTerminal as _, Write as _};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use stillpoint_config::Consistency;
 
 use super::args::{
     AgentVerb, CloneVerb, ConfigVerb, Events, GenerationVerb, Global, LunVerb, SessionVerb, SnapshotVerb,
@@ -19,6 +20,7 @@ pub(crate) fn run(global: &Global, verb: Verb) -> Result<(), Refusal> {
         Verb::Config(verb) => config(global, verb),
         Verb::Lun(LunVerb::List) => list(global, &Request::LunList {}, "LUNs", LUNS),
         Verb::Lun(LunVerb::Show { lun }) => show(global, &Request::LunShow { lun }),
+        Verb::Lun(LunVerb::Preflight { lun, consistency }) => preflight(global, lun, consistency),
         Verb::Volume(verb) => volume(global, verb),
         Verb::Session(SessionVerb::List) => list(global, &Request::SessionList {}, "sessions", SESSIONS),
         Verb::Session(SessionVerb::Drop { id }) => show(global, &Request::SessionDrop { id }),
@@ -104,6 +106,25 @@ const AGENTS: &[Column] = &[
     Column("TROUBLE", "trouble", Kind::Text),
 ];
 
+const FINDINGS: &[Column] = &[
+    Column("SEVERITY", "severity", Kind::Text),
+    Column("CODE", "code", Kind::Text),
+    Column("HOST", "host", Kind::Text),
+    Column("SUBJECT", "subject", Kind::Text),
+    Column("TROUBLE AND WAY OUT", "text", Kind::Text),
+];
+const WITNESSES: &[Column] = &[
+    Column("AGENT", "id", Kind::Text),
+    Column("HOST", "host", Kind::Text),
+    Column("REACHED", "reached", Kind::Flag),
+    Column("ROLE", "role", Kind::Text),
+];
+const SPOKEN_FOR: &[Column] = &[
+    Column("SESSION OF", "initiator", Kind::Text),
+    Column("AGENT", "agent", Kind::Text),
+    Column("HOST", "host", Kind::Text),
+];
+
 /// Asks without events; progress goes to standard error, where it does not disturb `--json`.
 fn ask(global: &Global, request: &Request) -> Result<Value, Refusal> {
     let show_progress = !global.quiet && !global.json;
@@ -130,6 +151,40 @@ fn list(global: &Global, request: &Request, noun: &str, columns: &[Column]) -> R
         return Ok(());
     }
     print(global, &value, |value| rows(value, columns))
+}
+
+/// Exit code 3 when a snapshot would be refused: for monitoring.
+fn preflight(global: &Global, lun: String, consistency: Consistency) -> Result<(), Refusal> {
+    let value = ask(global, &Request::LunPreflight { lun, consistency })?;
+    let is_ready = value.get("ready").and_then(Value::as_bool) == Some(true);
+    print(global, &value, readiness)?;
+    if is_ready {
+        return Ok(());
+    }
+    Err(Refusal::refused(super::ALREADY_TOLD, "it would be refused", ""))
+}
+
+fn readiness(value: &Value) -> String {
+    let text = |key| value.get(key).and_then(Value::as_str).unwrap_or_default();
+    let (lun, level) = (text("lun"), text("consistency"));
+    let is_ready = value.get("ready").and_then(Value::as_bool) == Some(true);
+    let mut out = if is_ready {
+        format!("{lun}: ready for a snapshot with --consistency {level}\n")
+    } else {
+        format!("{lun}: a snapshot with --consistency {level} would be refused\n")
+    };
+    for (noun, columns) in [
+        ("findings", FINDINGS),
+        ("agents", WITNESSES),
+        ("sessions", SPOKEN_FOR),
+    ] {
+        let list = value.get(noun).unwrap_or(&Value::Null);
+        if list.as_array().is_some_and(|list| !list.is_empty()) {
+            out.push('\n');
+            out.push_str(&rows(list, columns));
+        }
+    }
+    out
 }
 
 fn rows(value: &Value, columns: &[Column]) -> String {

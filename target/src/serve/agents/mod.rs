@@ -11,6 +11,7 @@
 mod link;
 mod listen;
 mod pipe;
+mod preflight;
 mod records;
 mod shared;
 mod site;
@@ -41,7 +42,7 @@ use site::{LunFacts, limits};
 pub(crate) use snapshot::{Cutter, SnapshotAsk, refusal};
 pub(crate) use stillpoint_agentproto::message::{Level, Mode};
 pub(crate) use stillpoint_agentproto::server::{OnFailure, Verdict};
-pub(crate) use view::{AgentView, TestView, TokenView};
+pub(crate) use view::{AgentView, PreflightView, TestView, TokenView};
 
 use super::Daemon;
 use super::control::api::Refusal;

@@ -88,42 +88,50 @@ impl Site for Daemon {
 /// The limits of the application note (agent-protocol.md §8), checked at `agent allow` and before every snapshot. A target with
 /// `agents = true` cannot break them; a LUN that is served by another one can.
 pub(super) fn limits(lun: &LunFacts) -> Result<(), WireRefusal> {
-    let refuse = |code, text: String| Err(WireRefusal::new(code, text).about(lun.name.clone()));
+    broken_limits(lun).into_iter().next().map_or(Ok(()), Err)
+}
+
+/// All of them that are broken.
+pub(super) fn broken_limits(lun: &LunFacts) -> Vec<WireRefusal> {
     let name = &lun.name;
-    let [target] = lun.targets.as_slice() else {
-        if lun.targets.is_empty() {
-            let text = format!("LUN {name} is served by no target: give it one with `agents = true`");
-            return refuse(ErrorCode::NotAllowed, text);
-        }
+    let refuse = |code, text: String| WireRefusal::new(code, text).about(name.clone());
+    let mut broken = Vec::new();
+    if lun.targets.is_empty() {
+        let text = format!("LUN {name} is served by no target: give it one with `agents = true`");
+        broken.push(refuse(ErrorCode::NotAllowed, text));
+    }
+    if lun.targets.len() > 1 {
         let text = format!(
             "LUN {name} is served by several targets: with agents it has one path, remove the others"
         );
-        return refuse(ErrorCode::LimitMpio, text);
-    };
-    let iqn = &target.iqn;
-    if !target.agents {
-        let text = format!(
-            "target {iqn} of LUN {name} is not used with agents: write `agents = true` there, then `config apply`"
-        );
-        return refuse(ErrorCode::NotAllowed, text);
+        broken.push(refuse(ErrorCode::LimitMpio, text));
     }
-    if target.chap {
-        return refuse(
-            ErrorCode::LimitChap,
-            format!("target {iqn} uses CHAP, which cannot be used with agents: remove one of them"),
-        );
+    for target in &lun.targets {
+        let iqn = &target.iqn;
+        if !target.agents {
+            let text = format!(
+                "target {iqn} of LUN {name} is not used with agents: write `agents = true` there, then `config apply`"
+            );
+            broken.push(refuse(ErrorCode::NotAllowed, text));
+        }
+        if target.chap {
+            let text =
+                format!("target {iqn} uses CHAP, which cannot be used with agents: remove one of them");
+            broken.push(refuse(ErrorCode::LimitChap, text));
+        }
+        if target.luns > 1 {
+            let text = format!(
+                "target {iqn} carries {} LUNs: a LUN with agents has a target of its own",
+                target.luns
+            );
+            broken.push(refuse(ErrorCode::LimitMultiLun, text));
+        }
+        if target.portal_groups > 1 {
+            let text = format!(
+                "target {iqn} is reached through several portal groups: a LUN with agents has one path"
+            );
+            broken.push(refuse(ErrorCode::LimitMpio, text));
+        }
     }
-    if target.luns > 1 {
-        let text = format!(
-            "target {iqn} carries {} LUNs: a LUN with agents has a target of its own",
-            target.luns
-        );
-        return refuse(ErrorCode::LimitMultiLun, text);
-    }
-    if target.portal_groups > 1 {
-        let text =
-            format!("target {iqn} is reached through several portal groups: a LUN with agents has one path");
-        return refuse(ErrorCode::LimitMpio, text);
-    }
-    Ok(())
+    broken
 }

@@ -133,7 +133,24 @@ fn plan(shared: &Shared, ask: SnapshotAsk) -> (Spec, Vec<Record>) {
     (spec, records)
 }
 
-fn sessions(shared: &Shared, luns: &[LunSpec]) -> Vec<IscsiSession> {
+/// What the coordinator knows of an agent beforehand.
+pub(super) fn candidate(record: &Record, luns: &[LunSpec]) -> Candidate {
+    let of_set = |lun: &LunSpec| {
+        let id = lun.identity.lun;
+        record.luns.contains(&id).then_some(id)
+    };
+    Candidate {
+        agent: record.id,
+        host: record.host.clone(),
+        version: record.version.clone(),
+        fingerprint: record.fingerprint,
+        capabilities: record.features,
+        luns: luns.iter().filter_map(of_set).collect(),
+        last_mounted: record.mounted.clone(),
+    }
+}
+
+pub(super) fn sessions(shared: &Shared, luns: &[LunSpec]) -> Vec<IscsiSession> {
     let Some(site) = shared.site() else {
         return Vec::new();
     };
@@ -234,21 +251,7 @@ impl Run {
         for record in records {
             let (ask, to_ask) = mpsc::unbounded_channel();
             asks.insert(record.id, (ask, record.host.clone()));
-            let of_set = |lun: &LunSpec| {
-                record
-                    .luns
-                    .contains(&lun.identity.lun)
-                    .then_some(lun.identity.lun)
-            };
-            candidates.push(Candidate {
-                agent: record.id,
-                host: record.host.clone(),
-                version: record.version.clone(),
-                fingerprint: record.fingerprint,
-                capabilities: record.features,
-                luns: spec.luns.iter().filter_map(of_set).collect(),
-                last_mounted: record.mounted.clone(),
-            });
+            candidates.push(candidate(&record, &spec.luns));
             let (shared, tell) = (Arc::clone(&shared), tell.clone());
             speakers.spawn(async move { speak(&shared, &record, to_ask, &tell).await });
         }
@@ -454,11 +457,16 @@ pub(crate) fn refusal(verdict: &Verdict) -> Refusal {
 }
 
 fn told(refusal: &WireRefusal, message: String) -> Refusal {
-    let word = refusal.code.name().map_or_else(|| "agent".to_owned(), snake);
+    let word = code_word(refusal.code);
     if refusal.code == ErrorCode::Internal {
         return Refusal::failed(&word, message, "see `stillpoint events`");
     }
     Refusal::refused(&word, message, hint(refusal.code))
+}
+
+/// The protocol's code as a word for scripts: `limit_chap`.
+pub(super) fn code_word(code: ErrorCode) -> String {
+    code.name().map_or_else(|| "agent".to_owned(), snake)
 }
 
 /// `LimitChap` as `limit_chap`.

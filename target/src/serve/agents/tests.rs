@@ -9,7 +9,7 @@ use stillpoint_agentproto::enrol::{EXPORTER_LABEL, EXPORTER_LEN};
 use stillpoint_agentproto::frame::MAX_BODY;
 use stillpoint_agentproto::message::{
     App, AppState, Capabilities, Enrol, FrozenVolume, Hello, LunIdentity, LunVolumes, Mount, PreflightReport,
-    Prepared, Register, Role, Volumes,
+    Prepared, Register, Role, Severity, Volumes,
 };
 use stillpoint_agentproto::registration::{AgentEnd, AgentEvent, Purpose};
 use stillpoint_agentproto::server::{Outcome, Phase};
@@ -527,7 +527,7 @@ impl FakeWork {
                     identity,
                     role: Role::Mounted,
                     mounts: vec![mount],
-                    apps: vec![],
+                    apps: self.app(AppState::Ready),
                 }];
                 agent.answer(
                     asked,
@@ -776,6 +776,64 @@ async fn unseen_writers_second_paths_and_chap_are_refused() {
             .agents
             .token_create(&["nope".to_owned()], Duration::from_secs(1), "t")
             .is_err()
+    );
+    daemon.stop().await;
+}
+
+/// Everything at once, in the words of the refusals, and nothing is frozen for it.
+#[tokio::test]
+async fn a_preflight_names_all_that_stands_in_the_way() {
+    let (daemon, host, _registration) = connected().await;
+    let codes = |view: &PreflightView| {
+        let errors = view.findings.iter().filter(|f| f.severity == Severity::Error);
+        errors.map(|f| f.code.clone()).collect::<Vec<_>>()
+    };
+    let view = daemon.agents.preflight("sql01", Mode::Filesystem).await.unwrap();
+    assert!(view.ready && view.findings.is_empty(), "{view:?}");
+    assert_eq!(view.agents[0].role, "mounted");
+    assert_eq!(
+        view.sessions[0].agent.as_deref(),
+        Some(view.agents[0].id.as_str())
+    );
+    // Without an application nobody can prove `application`.
+    let view = daemon.agents.preflight("sql01", Mode::Application).await.unwrap();
+    assert_eq!((view.ready, codes(&view)), (false, vec!["no_quiesce".to_owned()]));
+    host.app.store(true, Ordering::SeqCst);
+    let view = daemon.agents.preflight("sql01", Mode::Application).await.unwrap();
+    assert!(view.ready && view.agents[0].apps.len() == 1, "{view:?}");
+    let sessions = [INITIATOR, INITIATOR, "iqn.stranger", "iqn.other"];
+    *daemon.site.sessions.lock().unwrap() = sessions.map(str::to_owned).to_vec();
+    daemon.site.chap.store(true, Ordering::SeqCst);
+    let view = daemon.agents.preflight("sql01", Mode::Application).await.unwrap();
+    assert_eq!(
+        codes(&view),
+        ["limit_chap", "limit_mpio", "not_allowed", "not_allowed"],
+        "{view:?}"
+    );
+    let spoken_for: Vec<bool> = view
+        .sessions
+        .iter()
+        .map(|session| session.agent.is_some())
+        .collect();
+    assert_eq!(spoken_for, [true, true, false, false]);
+    // Nobody knows whom an agent that does not answer would have spoken for.
+    host.listener.abort();
+    let view = daemon.agents.preflight("sql01", Mode::Application).await.unwrap();
+    assert_eq!(
+        codes(&view),
+        ["limit_chap", "unreachable", "limit_mpio"],
+        "{view:?}"
+    );
+    assert!(!view.agents[0].reached && view.agents[0].role == "mounted");
+    assert!(!host.frozen.load(Ordering::SeqCst));
+    assert_eq!(
+        daemon
+            .agents
+            .preflight("nope", Mode::Application)
+            .await
+            .unwrap_err()
+            .exit,
+        1
     );
     daemon.stop().await;
 }

@@ -1,7 +1,7 @@
 //! What the command line shows of agents.
 
 use serde::{Deserialize, Serialize};
-use stillpoint_agentproto::message::{Finding, LunVolumes, Severity};
+use stillpoint_agentproto::message::{App, Finding, LunVolumes, Mount, Severity};
 
 /// `agent token create`. The token is in here because showing it once is the point of the command.
 #[derive(Clone, Serialize, Deserialize)]
@@ -93,4 +93,63 @@ impl TestView {
             .any(|lun| lun.role == stillpoint_agentproto::message::Role::Mounted);
         mounted && findings.iter().all(|finding| finding.severity != Severity::Error)
     }
+}
+
+/// `lun preflight`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct PreflightView {
+    pub(crate) lun: String,
+    pub(crate) naa: String,
+    /// What a snapshot should be able to prove: `filesystem` or `application`.
+    pub(crate) consistency: String,
+    /// No finding has the severity `error`: the next such snapshot would not be refused.
+    pub(crate) ready: bool,
+    /// RFC 3339.
+    pub(crate) checked_at: String,
+    /// The gravest first.
+    pub(crate) findings: Vec<PreflightFinding>,
+    /// Who is logged in to the LUN, and which agent speaks for it.
+    pub(crate) sessions: Vec<PreflightSession>,
+    /// Every agent that is allowed on the LUN.
+    pub(crate) agents: Vec<PreflightAgent>,
+}
+
+/// Something that stands in the way (`error`), or that is worth knowing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PreflightFinding {
+    pub(crate) severity: Severity,
+    /// Stable word for scripts, the one of the refusal that it would become.
+    pub(crate) code: String,
+    /// LUN, initiator, mount, disk, application …
+    pub(crate) subject: String,
+    /// The trouble and the way out.
+    pub(crate) text: String,
+    /// The agent that found it, or that it is about.
+    pub(crate) agent: Option<String>,
+    pub(crate) host: Option<String>,
+}
+
+/// A session of the LUN.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct PreflightSession {
+    pub(crate) initiator: String,
+    /// Who speaks for it; none = a writer that nobody would freeze.
+    pub(crate) agent: Option<String>,
+    pub(crate) host: Option<String>,
+}
+
+/// An agent of the LUN.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct PreflightAgent {
+    pub(crate) id: String,
+    pub(crate) host: String,
+    pub(crate) version: String,
+    /// As in `agent list`.
+    pub(crate) state: Option<AgentState>,
+    /// It answered just now.
+    pub(crate) reached: bool,
+    /// `mounted` (required), `standby` or `none`.
+    pub(crate) role: String,
+    pub(crate) mounts: Vec<Mount>,
+    pub(crate) apps: Vec<App>,
 }

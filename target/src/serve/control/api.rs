@@ -78,6 +78,10 @@ pub(crate) enum Request {
     LunShow {
         lun: String,
     },
+    LunPreflight {
+        lun: String,
+        consistency: Consistency,
+    },
     VolumeList {},
     VolumeRename {
         old: String,

@@ -1,12 +1,13 @@
-//! `lun list` and `lun show`.
+//! `lun list`, `lun show` and `lun preflight`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use stillpoint_config::Initiators;
+use stillpoint_config::{Consistency, Initiators};
 use stillpoint_snapshot::{VolumeId, VolumeInfo};
 
 use super::api::{LunDetail, LunPath, LunRow, Refusal, time_text};
+use crate::serve::agents::{Mode, PreflightView};
 use crate::serve::state::VolumeTag;
 use crate::serve::{Daemon, Lun};
 
@@ -115,6 +116,29 @@ pub(super) fn show(daemon: &Arc<Daemon>, name: &str) -> Result<LunDetail, Refusa
         written_bytes: figures.written_bytes,
         session_list: daemon.registry.sessions_of_lun(name),
     })
+}
+
+/// What would refuse the next snapshot of this level.
+pub(super) async fn preflight(
+    daemon: &Arc<Daemon>,
+    name: &str,
+    consistency: Consistency,
+) -> Result<PreflightView, Refusal> {
+    let mode = match consistency {
+        Consistency::Application => Mode::Application,
+        Consistency::Filesystem => Mode::Filesystem,
+        Consistency::Crash => {
+            return Err(Refusal::usage(
+                "usage",
+                "a crash-consistent snapshot asks nobody: there is nothing to check",
+                "--consistency is application or filesystem",
+            ));
+        }
+    };
+    if daemon.registry.lun(name).is_none() {
+        return Err(unknown(daemon, name));
+    }
+    daemon.agents.preflight(name, mode).await
 }
 
 /// The refusal of a name that no served LUN has.

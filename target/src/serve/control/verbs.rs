@@ -22,6 +22,9 @@ pub(super) async fn run(daemon: &Arc<Daemon>, request: Request, caller: &Caller)
         Request::ConfigApply { confirmed } => answer(&apply::apply(daemon, confirmed, &caller.who).await?),
         Request::LunList {} => answer(&blocking(daemon, luns::list).await?),
         Request::LunShow { lun } => answer(&blocking(daemon, move |daemon| luns::show(daemon, &lun)).await?),
+        Request::LunPreflight { lun, consistency } => {
+            answer(&luns::preflight(daemon, &lun, consistency).await?)
+        }
         Request::VolumeList {} => answer(&blocking(daemon, volumes::list).await?),
         Request::VolumeRename { old, new } => volumes::rename(daemon, &old, &new, &caller.who).await,
         Request::VolumeDelete { name } => volumes::delete(daemon, &name, &caller.who).await,
