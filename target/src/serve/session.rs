@@ -384,12 +384,18 @@ impl Task {
             // Whoever ended it may have waited for its commands already. Unanswered: the connection goes down with it.
             return;
         }
-        match lun.plan(&session, &rules, &command, token) {
+        let step = match lun.plan(&session, &rules, &command, token) {
+            Step::Work(planned) => planned.try_now(lun),
+            step => step,
+        };
+        match step {
             Step::Answer(outcome) => self.answer(command.task, outcome),
-            Step::Work(planned) => match planned.try_now(lun) {
-                Step::Answer(outcome) => self.answer(command.task, outcome),
-                Step::Work(planned) => self.start(command.task, lun, planned),
-            },
+            Step::Early(outcome, trailing) => {
+                self.answer(command.task, outcome);
+                let lun = Arc::clone(lun);
+                tokio::task::spawn_blocking(move || trailing.execute(&lun));
+            }
+            Step::Work(planned) => self.start(command.task, lun, planned),
         }
     }
 
