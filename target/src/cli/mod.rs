@@ -4,7 +4,6 @@ mod args;
 mod client;
 mod offline;
 mod show;
-mod trace;
 mod verbs;
 
 use std::io::{BufRead as _, IsTerminal as _, Write as _};

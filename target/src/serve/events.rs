@@ -71,7 +71,6 @@ pub(crate) mod code {
     pub(crate) const STORE_FULL: Code = error(3002);
     pub(crate) const STORE_SPACE_BACK: Code = info(3003);
     pub(crate) const SESSION_DROPPED: Code = warning(4001);
-    pub(crate) const SESSION_TRACED: Code = info(4002);
     pub(crate) const SNAPSHOT_CREATED: Code = info(5001);
     pub(crate) const SNAPSHOT_WEAKER: Code = warning(5002);
     pub(crate) const SNAPSHOT_FAILED: Code = error(5003);

@@ -10,15 +10,14 @@ pub(crate) mod apply;
 mod backend;
 pub(crate) mod control;
 pub(crate) mod events;
-mod fingerprint;
 mod lun;
 mod net;
 mod operations;
+mod reactor;
 pub(crate) mod registry;
 mod session;
 pub(crate) mod snapshots;
 pub(crate) mod state;
-mod trace;
 mod welcome;
 
 use std::fs::{File, TryLockError};
@@ -72,6 +71,10 @@ pub(crate) struct Daemon {
     pub(crate) state: state::State,
     /// Connections that have not logged in.
     pending: Arc<net::Pending>,
+    /// The threads that serve connections.
+    reactors: reactor::Reactors,
+    /// Where work that may block goes.
+    pub(crate) workers: tokio::runtime::Handle,
     /// Cancelled when the daemon stops.
     pub(crate) shutdown: CancellationToken,
     /// Every task; a stop waits for them.
@@ -229,6 +232,8 @@ fn open(config: Config, control_socket: Option<PathBuf>) -> anyhow::Result<(File
         events,
         state,
         pending: Arc::default(),
+        reactors: reactor::Reactors::start().context("the network threads cannot be started")?,
+        workers: tokio::runtime::Handle::current(),
         shutdown: CancellationToken::new(),
         tracker: TaskTracker::new(),
         started: jiff::Timestamp::now(),

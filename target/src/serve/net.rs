@@ -205,12 +205,23 @@ fn take(daemon: &Arc<Daemon>, stream: TcpStream, peer: SocketAddr, portal: &Port
             .with_interval(Duration::from_secs(10))
             .with_retries(3);
         socket2::SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
-        stream.local_addr()
+        let local = stream.local_addr()?;
+        // It leaves this runtime's poller for that of its own thread.
+        Ok((stream.into_std()?, local))
     });
     match prepared {
-        Ok(local) => {
-            let task = session::run(Arc::clone(daemon), stream, peer, local, portal.group, seat);
-            daemon.tracker.spawn(task);
+        Ok((stream, local)) => {
+            let place = daemon.reactors.place();
+            let (handle, group, daemon) = (place.handle().clone(), portal.group, Arc::clone(daemon));
+            let tracker = daemon.tracker.clone();
+            let serve = async move {
+                match TcpStream::from_std(stream) {
+                    Ok(stream) => session::run(daemon, stream, peer, local, group, seat).await,
+                    Err(error) => tracing::warn!(%peer, %error, "connection cannot be served"),
+                }
+                drop(place);
+            };
+            tracker.spawn_on(serve, &handle);
         }
         Err(error) => tracing::debug!(%peer, %error, "connection lost at once"),
     }

@@ -12,7 +12,6 @@ mod inquiry;
 mod mode;
 mod provisioning;
 mod read_write;
-mod registration;
 mod reports;
 mod reservations;
 mod unit_attention;

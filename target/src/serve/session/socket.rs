@@ -43,9 +43,7 @@ impl Task {
                 self.ahead_at += n;
                 n
             };
-            let advanced = self.conn.advance(Instant::now(), n);
-            self.record();
-            advanced.map_err(End::Protocol)?;
+            self.conn.advance(Instant::now(), n).map_err(End::Protocol)?;
             self.events();
         }
         Ok(true)
@@ -60,7 +58,6 @@ impl Task {
                 };
                 self.out.push_back(frame);
             }
-            self.record();
             if self.out.is_empty() {
                 self.stalled = None;
                 return Ok(());
