@@ -40,8 +40,13 @@ impl Reactors {
     /// # Errors
     /// The system gives no more threads or file descriptors.
     pub(crate) fn start() -> io::Result<Self> {
-        let threads = thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX);
-        (0..threads).map(Reactor::start).collect::<io::Result<_>>().map(Self)
+        let threads = thread::available_parallelism()
+            .map_or(1, usize::from)
+            .min(THREADS_MAX);
+        (0..threads)
+            .map(Reactor::start)
+            .collect::<io::Result<_>>()
+            .map(Self)
     }
 
     /// A place on the thread that serves the fewest connections.
