@@ -59,7 +59,7 @@ fn the_full_example_has_every_key_and_says_what_is_not_served() {
     assert_eq!(config.targets[1].chap().expect("chap").algorithms.len(), 4);
     assert_eq!(config.schedules[0].lock.map(|l| l.as_secs()), Some(7 * 86_400));
     let sections: Vec<&str> = config.unserved().iter().map(|u| u.section.as_str()).collect();
-    assert_eq!(sections, ["lun.checksums", "schedule", "http", "metrics"]);
+    assert_eq!(sections, ["schedule", "http", "metrics"]);
     assert!(
         !format!("{config:?}").contains("archive-secret"),
         "secrets are not shown"

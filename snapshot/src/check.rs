@@ -2,6 +2,7 @@
 //! gives it (invariants I1, I2, I6 of the format), volumes and snapshots hang together, and the metadata is not older
 //! than the data file (I7). Changes nothing; sled recovers by writing, so its files are copied first.
 
+mod data;
 mod records;
 mod walk;
 
@@ -11,6 +12,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use self::data::Data;
 use self::records::Records;
 use self::walk::{Tally, Walk};
 use crate::disk::Disk;
@@ -45,6 +47,8 @@ pub enum ProblemKind {
     Leaked,
     /// A grain has more placements than references (I2).
     SharedGrain,
+    /// Data is not what its recorded checksum says, or cannot be read.
+    BadData,
     /// A page version that no snapshot and no head can see (I6).
     UselessVersion,
     /// The metadata is older than the data file (I7).
@@ -77,6 +81,10 @@ pub struct CheckReport {
     pub deltas: u64,
     /// Grains that the map uses.
     pub grains_used: u64,
+    /// Grains that are known to be bad.
+    pub bad_grains: u64,
+    /// Grains that were compared with their recorded checksums; `None` = the data was not asked for.
+    pub grains_verified: Option<u64>,
     /// Unfinished background jobs.
     pub jobs: u64,
     /// Operations that a killed process had acknowledged and not committed; the next start on this boot takes them up.
@@ -123,6 +131,12 @@ impl fmt::Display for CheckReport {
                 self.warm_operations
             )?;
         }
+        if let Some(verified) = self.grains_verified {
+            writeln!(f, "{verified} grains compared with their checksums")?;
+        }
+        if self.bad_grains > 0 {
+            writeln!(f, "{} grains are known to be bad", self.bad_grains)?;
+        }
         for problem in &self.problems {
             writeln!(f, "{:?}: {}", problem.kind, problem.text)?;
         }
@@ -144,18 +158,34 @@ impl fmt::Display for CheckReport {
 /// When the check itself could not run: `NotFound`, `Io`, `Refused` for a pool in use, or a metadata store that does
 /// not open at all. What is wrong *in* the pool is in the report.
 pub fn check(dir: &Path) -> Result<CheckReport> {
+    check_dir(dir, false)
+}
+
+/// As [`check`], and reads all data that has a recorded checksum.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_data(dir: &Path) -> Result<CheckReport> {
+    check_dir(dir, true)
+}
+
+fn check_dir(dir: &Path, data: bool) -> Result<CheckReport> {
     let copy = offline::Copy::of(dir)?;
     let (disk, mut meta) = copy.open()?;
-    let mut report = check_media(&disk, &mut *meta)?;
+    let mut report = check_parts(&disk, &mut *meta, data)?;
     report.warm_operations = crate::warm::pending(dir, &disk, report.txg);
     Ok(report)
 }
 
-/// Checks the media of a pool that is not running.
+/// Checks the media of a pool that is not running, its data included.
 ///
 /// # Errors
 /// Errors of the media themselves; what is wrong in the pool is in the report.
 pub fn check_media(disk: &dyn Disk, meta: &mut dyn MetaStore) -> Result<CheckReport> {
+    check_parts(disk, meta, true)
+}
+
+fn check_parts(disk: &dyn Disk, meta: &mut dyn MetaStore, data: bool) -> Result<CheckReport> {
     let mut report = CheckReport::default();
     let system = match offline::system(meta) {
         Ok(system) => system,
@@ -176,10 +206,7 @@ pub fn check_media(disk: &dyn Disk, meta: &mut dyn MetaStore) -> Result<CheckRep
     checker.superblocks(disk)?;
     checker.read_records()?;
     checker.structure();
-    checker.map(
-        disk.size()
-            .map_err(|error| Error::io("stat", "data file", error))?,
-    )?;
+    checker.map(disk, data)?;
     checker.allocation()?;
     Ok(checker.report)
 }
@@ -245,6 +272,7 @@ impl Checker<'_> {
         report.branches = records.branches.len() as u64;
         report.snapshots = records.snapshots.len() as u64;
         report.jobs = records.jobs.len() as u64;
+        report.bad_grains = records.bad.len() as u64;
         Ok(())
     }
 
@@ -372,7 +400,10 @@ impl Checker<'_> {
         }
     }
 
-    fn map(&mut self, data_bytes: u64) -> Result<()> {
+    fn map(&mut self, disk: &dyn Disk, verify: bool) -> Result<()> {
+        let data_bytes = disk.size();
+        let data_bytes = data_bytes.map_err(|error| Error::io("stat", "data file", error))?;
+        let mut data = verify.then(|| Data::new(disk, self.system.grain_bytes));
         let mut damage = Vec::new();
         let overlay = Overlay::read(self.meta, &self.system, |error| damage.push(error))?;
         self.report.deltas = overlay.len();
@@ -387,6 +418,7 @@ impl Checker<'_> {
             used: &mut self.used,
             tally: Tally::default(),
             changed: BTreeSet::new(),
+            recorded: Vec::new(),
             limit: data_bytes
                 .div_ceil(self.system.grain_bytes.max(1).into())
                 .min(MAX_GRAINS),
@@ -401,9 +433,17 @@ impl Checker<'_> {
             },
             |versions| {
                 walk.page(&versions);
+                match &mut data {
+                    Some(data) => data.compare(&mut walk),
+                    None => walk.recorded.clear(),
+                }
                 Ok(())
             },
         )?;
+        if let Some(mut data) = data {
+            data.retry(&self.records, walk.report);
+            walk.report.grains_verified = Some(data.verified);
+        }
         // The superblocks take the place of the first grains.
         for grain in 0..RESERVED_BYTES.div_ceil(walk.grain_bytes.max(1)) {
             if self.system.chunks > 0 && !walk.mark(grain) {

@@ -55,7 +55,8 @@ impl State {
     /// group's.
     fn close(&mut self, pool_id: [u8; 16], grain_bytes: u32) -> Closing {
         let next = Txg::new(self.open.id + 1);
-        let txg = std::mem::replace(&mut self.open, next);
+        let mut txg = std::mem::replace(&mut self.open, next);
+        self.forget_freed_bad(&mut txg);
         self.closing = Some(txg.id);
         let mut batch = Batch::default();
         for k in &txg.removed {
@@ -122,6 +123,9 @@ impl State {
         }
         for id in &txg.jobs {
             put(key::job(*id), self.jobs.get(id).map(|j| j.encode(*id)));
+        }
+        for grain in &txg.bad {
+            put(key::bad(*grain), self.bad.get(*grain).map(|b| b.encode(*grain)));
         }
         for name in &txg.values {
             put(

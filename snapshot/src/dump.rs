@@ -49,7 +49,13 @@ pub fn dump_meta(meta: &mut dyn MetaStore, out: &mut dyn Write) -> Result<()> {
     })?;
     out.put(&pool_line(&system))?;
     let mut parents = Parents::new();
-    for table in [table::BRANCH, table::SNAPSHOT, table::JOB, table::VALUE] {
+    for table in [
+        table::BRANCH,
+        table::SNAPSHOT,
+        table::JOB,
+        table::BAD,
+        table::VALUE,
+    ] {
         each(meta, table, |_, (key, value)| {
             let line = record_line(&Key::parse(&key)?, &value)?;
             if let Line::Branch {
@@ -249,6 +255,7 @@ impl Restore<'_> {
                 self.system = Some(system);
             }
             line @ (Line::Branch { .. } | Line::Snapshot { .. }) => return self.named(line),
+            line @ Line::Bad { .. } => return self.bad(line),
             Line::Job { id, kind, cursor } => {
                 self.put(key::job(id), JobRecord { kind, cursor }.encode(id))?
             }
@@ -295,6 +302,25 @@ impl Restore<'_> {
         Ok(Some(()))
     }
 
+    fn bad(&mut self, line: Line) -> Result<Option<()>> {
+        let Line::Bad {
+            grain,
+            crc,
+            found_ms,
+            places,
+        } = line
+        else {
+            return Ok(None);
+        };
+        let record = record::BadRecord {
+            crc,
+            found_ms,
+            places,
+        };
+        self.put(key::bad(grain), record.encode(grain))?;
+        Ok(Some(()))
+    }
+
     fn named(&mut self, line: Line) -> Result<Option<()>> {
         match line {
             Line::Branch {
@@ -302,6 +328,7 @@ impl Restore<'_> {
                 volume,
                 head,
                 read_only,
+                checksums,
                 name,
                 attributes,
                 size_bytes,
@@ -324,6 +351,7 @@ impl Restore<'_> {
                     volume,
                     head,
                     read_only,
+                    checksums,
                     name,
                     attributes,
                     size_bytes,
@@ -342,6 +370,7 @@ impl Restore<'_> {
                 state,
                 consistency,
                 hold,
+                sealed,
                 lock_until_ms,
                 created_ms,
                 size_bytes,
@@ -365,6 +394,7 @@ impl Restore<'_> {
                     consistency,
                     state,
                     hold,
+                    sealed,
                     lock_until_ms,
                     meta,
                 };

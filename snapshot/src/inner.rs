@@ -1,7 +1,7 @@
 //! What all handles of a pool share, and the services that every part uses: poison, group sync, pages, grains.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock};
 use std::thread::JoinHandle;
@@ -37,6 +37,10 @@ pub(crate) struct Inner {
     /// Bytes written since the last sync of the data file began.
     pub(crate) unsynced_bytes: AtomicU64,
     pub(crate) data_syncs: AtomicU64,
+    /// Grains known to be bad: what keeps reads from asking when there are none.
+    pub(crate) bad_count: Arc<AtomicUsize>,
+    /// One sealer at a time.
+    pub(crate) sealing: Mutex<()>,
     /// Held as long as the pool is open, so that no second daemon opens it.
     pub(crate) directory_lock: Mutex<Option<std::fs::File>>,
 }
@@ -100,6 +104,7 @@ impl Inner {
         directory: Directory,
     ) -> Self {
         let Directory { lock, warm } = directory;
+        let bad_count = state.bad.counter();
         let warm = warm.map(|(medium, boot_id)| WarmLog::new(medium, Identity { pool_id, boot_id }));
         Self {
             options,
@@ -116,6 +121,8 @@ impl Inner {
             job_gate: RwLock::new(()),
             unsynced_bytes: AtomicU64::new(0),
             data_syncs: AtomicU64::new(0),
+            bad_count,
+            sealing: Mutex::new(()),
             directory_lock: Mutex::new(lock),
         }
     }

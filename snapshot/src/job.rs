@@ -393,10 +393,10 @@ impl State {
         let newest = self.map.newest_mut(at).expect("the caller has the page in RAM");
         if newest.epoch.is_none() {
             assert!(
-                newest.page == *page,
+                newest.page.same_places(page),
                 "a branch without a version of its own shows the one below"
             );
-            newest.epoch = Some(old.epoch);
+            (newest.epoch, newest.page) = (Some(old.epoch), page.clone());
         } else {
             self.map
                 .push_oldest(at, Version::clean(Some(old.epoch), page.clone()));
@@ -419,6 +419,7 @@ impl State {
         self.end_job(id);
         if let Some(epoch) = upto {
             let snapshot = SnapshotId { branch, epoch };
+            self.unseal_next(snapshot);
             self.put_snapshot(snapshot, None);
             self.open.events.push(StoreEvent::SnapshotFreed(snapshot));
         }

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod alloc;
+mod bad;
 mod check;
 mod codec;
 mod commit;
@@ -25,6 +26,7 @@ mod open;
 pub mod page;
 mod pool;
 pub mod record;
+mod seal;
 mod snap;
 mod space;
 mod state;
@@ -33,7 +35,8 @@ mod types;
 mod volume;
 mod warm;
 
-pub use check::{CheckReport, Problem, ProblemKind, check, check_media};
+pub use bad::BadData;
+pub use check::{CheckReport, Problem, ProblemKind, check, check_data, check_media};
 pub use dump::{dump, dump_meta, restore, restore_meta};
 pub use error::{Error, Result};
 pub use meta_client::METADATA_THREAD;

@@ -10,8 +10,9 @@ use crate::types::{BranchId, Epoch};
 /// Identifies a page of a branch, whatever its version.
 pub(crate) type PageAt = (BranchId, PageNo);
 
-/// RAM of one cached version, its share of the tables included (measured: 64 entries of 8 bytes + some 130).
-const VERSION_BYTES: usize = 640;
+/// RAM of one cached version, its share of the tables included (measured: 64 entries of 8 bytes + some 130), and up to 64
+/// checksums of 4 bytes.
+const VERSION_BYTES: usize = 912;
 
 /// One version of a page.
 pub(crate) struct Version {
@@ -192,6 +193,20 @@ impl PageMap {
         }
         slot.versions.insert(0, version);
         self.versions += 1;
+    }
+
+    /// Puts a version of the branch's own in its place of a slot that exists.
+    pub(crate) fn put(&mut self, at: PageAt, version: Version) {
+        let slot = self.slots.get(&at).expect("the page was loaded");
+        match slot.versions.iter().position(|v| v.epoch < version.epoch) {
+            Some(0) => self.push(at, version),
+            Some(below) => {
+                let slot = self.slots.get_mut(&at).expect("just seen");
+                slot.versions.insert(below, version);
+                self.versions += 1;
+            }
+            None => self.push_oldest(at, version),
+        }
     }
 
     /// Puts a version below all others of its slot (a page that moved in from the branch below).

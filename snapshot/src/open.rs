@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::FlockOperation;
 
 use crate::alloc::Allocator;
+use crate::bad::BadGrains;
 use crate::disk::{Disk, FileDisk};
 use crate::inner::{Directory, Inner};
 use crate::map::{PageMap, Version};
@@ -20,6 +21,7 @@ use crate::record::{
     self, BranchRecord, CHUNK_GRAINS, COUNTS_PER_BLOCK, Delta, JobRecord, Key, PageKey, SnapshotRecord,
     SystemRecord, key, table,
 };
+use crate::seal::SealCursor;
 use crate::space::Space;
 use crate::state::{Branch, Holds, JournalPart, State, Txg};
 use crate::superblock::{RESERVED_BYTES, Superblock};
@@ -328,17 +330,17 @@ pub(crate) fn open_on(
     Ok(inner)
 }
 
-/// Extra references and bad grains come with a later format: a pool that has them must not be written by this build.
+/// Extra references come with a later format: a pool that has them must not be written by this build.
 fn refuse_unknown_tables(meta: &Meta) -> Result<()> {
-    for t in [table::REFERENCES, table::BAD] {
-        if !meta.scan(vec![t], vec![t + 1], 1)?.is_empty() {
-            return Err(Error::Version {
-                found: record::FORMAT + 1,
-                supported: record::FORMAT,
-            });
-        }
+    let t = table::REFERENCES;
+    if meta.scan(vec![t], vec![t + 1], 1)?.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::Version {
+            found: record::FORMAT + 1,
+            supported: record::FORMAT,
+        })
     }
-    Ok(())
 }
 
 /// Reads a whole table in slices.
@@ -371,7 +373,8 @@ fn load(meta: &Meta, system: &SystemRecord, options: &PoolOptions) -> Result<Sta
                 record.size_bytes,
                 record.block_size,
                 record.read_only,
-            );
+            )
+            .with_checksums(record.checksums);
             let twice = volumes.insert(record.volume, Arc::new(shared)).is_some()
                 | names.insert(record.name.clone(), record.volume).is_some();
             if twice {
@@ -410,8 +413,16 @@ fn load(meta: &Meta, system: &SystemRecord, options: &PoolOptions) -> Result<Sta
         drop(values.insert(name, value));
         Ok(())
     })?;
+    let mut bad = BadGrains::default();
+    read_table(meta, table::BAD, |k, (_, value)| {
+        let Key::Bad(grain) = k else { return Ok(()) };
+        bad.put(grain, record::BadRecord::decode(grain, &value)?);
+        Ok(())
+    })?;
     check_parents(&branches, &snapshots)?;
     Ok(State {
+        bad,
+        seal: SealCursor::default(),
         volumes,
         names,
         snapshots,
@@ -515,12 +526,11 @@ impl Inner {
             if self.meta.get(key::changed(k))?.is_none() {
                 return Ok(());
             }
-            let version = self.stored_or_below(k)?;
-            let mut state = self.state();
-            if state.map.contains(at) {
-                state.map.push(at, version)
-            } else {
-                state.map.insert(at, version)
+            // The newest version first: the deltas of an older one (its checksums) may come after all of its own.
+            self.load_page(at)?;
+            if self.state().map.exact(k).is_none() {
+                let version = self.stored_or_below(k)?;
+                self.state().map.put(at, version);
             }
         }
         let mut state = self.state();

@@ -9,9 +9,13 @@ pub const PAGE_ENTRIES: usize = 64;
 /// Number of a map page within a branch: grain index / 64.
 pub type PageNo = u32;
 
-/// Where one grain of a volume is: 34 bits grain number, 2 bits flags, 28 bits birth epoch.
+/// Where one grain of a volume is: 34 bits grain number, 2 bits flags, 28 bits birth epoch; and the checksum of its
+/// bytes, where one is recorded. Such a grain is never written again (invariant I5).
 #[derive(Clone, Copy, PartialEq, Eq, Default, Hash)]
-pub struct Entry(u64);
+pub struct Entry {
+    bits: u64,
+    crc: Option<u32>,
+}
 
 const MAPPED: u64 = 1 << 63;
 const ZERO: u64 = 1 << 62;
@@ -24,68 +28,127 @@ pub const MAX_GRAINS: u64 = 1 << GRAIN_BITS;
 
 impl Entry {
     /// Unmapped: reads as zeroes.
-    pub const HOLE: Self = Self(0);
+    pub const HOLE: Self = Self::bare(0);
+
+    const fn bare(bits: u64) -> Self {
+        Self { bits, crc: None }
+    }
 
     /// Placed at `grain` since `birth`.
     #[must_use]
     pub fn mapped(grain: u64, birth: Epoch) -> Self {
         assert!(grain < MAX_GRAINS && birth <= Epoch::MAX, "entry out of range");
-        Self(MAPPED | (grain << BIRTH_BITS) | u64::from(birth.0))
+        Self::bare(MAPPED | (grain << BIRTH_BITS) | u64::from(birth.0))
     }
 
     /// Written with zeroes since `birth`: no grain, but not unmapped either.
     #[must_use]
     pub fn zero(birth: Epoch) -> Self {
         assert!(birth <= Epoch::MAX, "entry out of range");
-        Self(ZERO | u64::from(birth.0))
+        Self::bare(ZERO | u64::from(birth.0))
     }
 
     /// The grain, if there is one.
     #[must_use]
     pub fn grain(self) -> Option<u64> {
-        (self.0 & MAPPED != 0).then_some((self.0 >> BIRTH_BITS) & (MAX_GRAINS - 1))
+        (self.bits & MAPPED != 0).then_some((self.bits >> BIRTH_BITS) & (MAX_GRAINS - 1))
     }
 
     /// Whether it is explicit zeroes.
     #[must_use]
     pub fn is_zero(self) -> bool {
-        self.0 & (MAPPED | ZERO) == ZERO
+        self.bits & (MAPPED | ZERO) == ZERO
     }
 
     /// Whether it is unmapped.
     #[must_use]
     pub fn is_hole(self) -> bool {
-        self.0 & (MAPPED | ZERO) == 0
+        self.bits & (MAPPED | ZERO) == 0
     }
 
     /// Epoch in which this placement was made.
     #[must_use]
     pub fn birth(self) -> Epoch {
-        Epoch(u32::try_from(self.0 & BIRTH_MASK).unwrap_or(u32::MAX))
+        Epoch(u32::try_from(self.bits & BIRTH_MASK).unwrap_or(u32::MAX))
     }
 
-    /// The 64 bits on disk.
+    /// CRC-32C of the grain's bytes, if it is recorded.
     #[must_use]
-    pub fn to_bits(self) -> u64 {
-        self.0
+    pub fn crc(self) -> Option<u32> {
+        self.crc
     }
 
-    /// From the 64 bits on disk; `None` when both flags are set or an unmapped entry is not all zero.
+    /// The same placement with its checksum recorded. Only what has a grain has one.
     #[must_use]
-    pub fn from_bits(bits: u64) -> Option<Self> {
+    pub fn with_crc(self, crc: Option<u32>) -> Self {
+        Self {
+            crc: crc.filter(|_| self.grain().is_some()),
+            ..self
+        }
+    }
+
+    /// The same content, placed since `birth`.
+    #[must_use]
+    pub fn reborn(self, birth: Epoch) -> Self {
+        match self.grain() {
+            Some(grain) => Self::mapped(grain, birth).with_crc(self.crc),
+            None if self.is_zero() => Self::zero(birth),
+            None => Self::HOLE,
+        }
+    }
+
+    /// Whether both are the same placement, recorded checksums aside.
+    #[must_use]
+    pub fn same_place(self, other: Self) -> bool {
+        self.bits == other.bits
+    }
+
+    /// As on disk: both flags mean "mapped, and the checksum follows".
+    pub(crate) fn encode(self, e: &mut Enc) {
+        match self.crc {
+            Some(crc) => {
+                e.u64(self.bits | ZERO);
+                e.u32(crc);
+            }
+            None => e.u64(self.bits),
+        }
+    }
+
+    /// Reads what [`Entry::encode`] wrote.
+    pub(crate) fn decode(d: &mut Dec<'_>) -> Result<Self> {
+        let (entry, has_crc) = Self::decode_place(d)?;
+        let crc = has_crc.then(|| d.u32()).transpose()?;
+        Ok(entry.with_crc(crc))
+    }
+
+    /// The placement, and whether checksums follow.
+    fn decode_place(d: &mut Dec<'_>) -> Result<(Self, bool)> {
+        let bits = d.u64()?;
+        let has_crc = bits & (MAPPED | ZERO) == MAPPED | ZERO;
+        let bits = if has_crc { bits & !ZERO } else { bits };
+        let entry = Self::from_bits(bits).ok_or_else(|| d.bad("entry flags"))?;
+        Ok((entry, has_crc))
+    }
+
+    /// `None` when both flags are set or an unmapped entry is not all zero.
+    fn from_bits(bits: u64) -> Option<Self> {
         let valid = match (bits & MAPPED != 0, bits & ZERO != 0) {
             (true, true) => false,
             (true, false) => true,
             (false, true) => bits & !(ZERO | BIRTH_MASK) == 0,
             (false, false) => bits == 0,
         };
-        valid.then_some(Self(bits))
+        valid.then_some(Self::bare(bits))
     }
 
     /// Whether `self` can follow `first` by `n` places in one run.
-    fn continues(self, first: Self, n: u64) -> bool {
+    pub(crate) fn continues(self, first: Self, n: u64) -> bool {
         match first.grain() {
-            Some(g) => self.grain() == Some(g + n) && self.birth() == first.birth(),
+            Some(g) => {
+                self.grain() == Some(g + n)
+                    && self.birth() == first.birth()
+                    && self.crc.is_some() == first.crc.is_some()
+            }
             None => self == first,
         }
     }
@@ -103,7 +166,10 @@ impl Entry {
 impl std::fmt::Debug for Entry {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.grain() {
-            Some(g) => write!(f, "{g}@{}", self.birth().0),
+            Some(g) => match self.crc {
+                Some(crc) => write!(f, "{g}@{}#{crc:08x}", self.birth().0),
+                None => write!(f, "{g}@{}", self.birth().0),
+            },
             None if self.is_zero() => write!(f, "zero@{}", self.birth().0),
             None => write!(f, "-"),
         }
@@ -113,13 +179,23 @@ impl std::fmt::Debug for Entry {
 /// 64 consecutive entries of a branch.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Page {
-    entries: [Entry; PAGE_ENTRIES],
+    places: [u64; PAGE_ENTRIES],
+    /// Only where at least one entry has a checksum.
+    sums: Option<Box<Sums>>,
+}
+
+/// Recorded checksums of a page's entries. Those that are not recorded are zero.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Sums {
+    mask: u64,
+    crcs: [u32; PAGE_ENTRIES],
 }
 
 impl Default for Page {
     fn default() -> Self {
         Self {
-            entries: [Entry::HOLE; PAGE_ENTRIES],
+            places: [0; PAGE_ENTRIES],
+            sums: None,
         }
     }
 }
@@ -131,10 +207,11 @@ impl Page {
     /// The entry at `index`; an index past the page is a hole.
     #[must_use]
     pub fn at(&self, index: u8) -> Entry {
-        self.entries
-            .get(usize::from(index))
-            .copied()
-            .unwrap_or(Entry::HOLE)
+        let bits = self.places.get(usize::from(index)).copied().unwrap_or(0);
+        Entry {
+            bits,
+            crc: self.sums.as_ref().and_then(|sums| sums.at(index)),
+        }
     }
 
     /// Replaces the entry at `index` and gives the old one.
@@ -142,16 +219,23 @@ impl Page {
     /// # Panics
     /// When `index` is not below [`PAGE_ENTRIES`].
     pub fn set(&mut self, index: u8, entry: Entry) -> Entry {
+        let old = self.at(index);
         let place = self
-            .entries
+            .places
             .get_mut(usize::from(index))
             .expect("callers number entries below 64");
-        std::mem::replace(place, entry)
+        *place = entry.bits;
+        if entry.crc.is_some() || old.crc.is_some() {
+            let mut sums = self.sums.take().unwrap_or_default();
+            sums.set(index, entry.crc);
+            self.sums = (sums.mask != 0).then_some(sums);
+        }
+        old
     }
 
     /// Entries in order.
     pub fn iter(&self) -> impl Iterator<Item = Entry> + '_ {
-        self.entries.iter().copied()
+        (0..64u8).map(|index| self.at(index))
     }
 
     /// Entries that are backed by a grain.
@@ -160,21 +244,31 @@ impl Page {
         self.iter().filter(|e| e.grain().is_some()).count() as u64
     }
 
+    /// Whether both show the same placements, recorded checksums aside.
+    #[must_use]
+    pub fn same_places(&self, other: &Self) -> bool {
+        self.places == other.places
+    }
+
     /// The shorter of the two encodings, without key binding and CRC.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let runs = self.runs();
         let mut out = Enc::default();
+        // Checksums take the same room in both.
         if runs.len() * 9 + 1 < PAGE_ENTRIES * 8 {
             out.u8(KIND_RUNS);
             out.u8(u8::try_from(runs.len()).expect("at most 64 runs"));
-            for (len, entry) in runs {
+            let mut entries = self.iter();
+            for (len, first) in runs {
                 out.u8(len);
-                out.u64(entry.to_bits());
+                first.encode(&mut out);
+                let rest = entries.by_ref().take(usize::from(len)).skip(1);
+                rest.filter_map(Entry::crc).for_each(|crc| out.u32(crc));
             }
         } else {
             out.u8(KIND_RAW);
-            self.iter().for_each(|e| out.u64(e.to_bits()));
+            self.iter().for_each(|e| e.encode(&mut out));
         }
         out.into_bytes()
     }
@@ -199,37 +293,61 @@ impl Page {
         let mut page = Self::default();
         match d.u8()? {
             KIND_RAW => {
-                for place in &mut page.entries {
-                    *place = Self::entry(&mut d)?;
+                for index in 0..64 {
+                    page.set(index, Entry::decode(&mut d)?);
                 }
             }
-            KIND_RUNS => Self::decode_runs(&mut d, &mut page.entries)?,
+            KIND_RUNS => page.decode_runs(&mut d)?,
             _ => return Err(d.bad("unknown kind")),
         }
         d.end()?;
         Ok(page)
     }
 
-    fn decode_runs(d: &mut Dec<'_>, entries: &mut [Entry]) -> Result<()> {
-        let mut places = entries.iter_mut();
+    fn decode_runs(&mut self, d: &mut Dec<'_>) -> Result<()> {
+        let mut indices = 0..64u8;
         for _ in 0..d.u8()? {
             let len = d.u8()?;
-            let first = Self::entry(d)?;
+            let (first, has_crc) = Entry::decode_place(d)?;
             for n in 0..u64::from(len) {
                 let entry = first.advanced(n).ok_or_else(|| d.bad("grain number"))?;
-                *places.next().ok_or_else(|| d.bad("runs too long"))? = entry;
+                let crc = has_crc.then(|| d.u32()).transpose()?;
+                let index = indices.next().ok_or_else(|| d.bad("runs too long"))?;
+                self.set(index, entry.with_crc(crc));
             }
         }
-        if places.next().is_some() {
+        if indices.next().is_some() {
             Err(d.bad("runs too short"))
         } else {
             Ok(())
         }
     }
+}
 
-    fn entry(d: &mut Dec<'_>) -> Result<Entry> {
-        let bits = d.u64()?;
-        Entry::from_bits(bits).ok_or_else(|| d.bad("entry flags"))
+impl Default for Sums {
+    fn default() -> Self {
+        Self {
+            mask: 0,
+            crcs: [0; PAGE_ENTRIES],
+        }
+    }
+}
+
+impl Sums {
+    fn at(&self, index: u8) -> Option<u32> {
+        let recorded = index < 64 && self.mask & (1 << index) != 0;
+        self.crcs.get(usize::from(index)).copied().filter(|_| recorded)
+    }
+
+    fn set(&mut self, index: u8, crc: Option<u32>) {
+        let Some(place) = self.crcs.get_mut(usize::from(index)) else {
+            return;
+        };
+        *place = crc.unwrap_or(0);
+        match crc {
+            Some(_) => self.mask |= 1 << index,
+            None => self.mask &= !(1 << index),
+        }
     }
 }
 
@@ -249,6 +367,52 @@ mod tests {
         );
         assert_eq!(Entry::from_bits(MAPPED | ZERO), None);
         assert_eq!(Entry::from_bits(1), None, "a hole is all zero");
+        let sealed = e.with_crc(Some(7));
+        assert_eq!(
+            (sealed.crc(), sealed.grain(), sealed.same_place(e)),
+            (Some(7), e.grain(), true)
+        );
+        assert_ne!(sealed, e);
+        assert_eq!(
+            z.with_crc(Some(7)).crc(),
+            None,
+            "what has no grain has no checksum"
+        );
+        assert_eq!(
+            sealed.reborn(Epoch(3)),
+            Entry::mapped(MAX_GRAINS - 1, Epoch(3)).with_crc(Some(7))
+        );
+    }
+
+    #[test]
+    fn checksums_are_kept_in_both_encodings() {
+        let mut page = Page::default();
+        for i in 0..64 {
+            let crc = (i % 3 != 0).then_some(u32::from(i) * 0x0101_0101);
+            page.set(i, Entry::mapped(1000 + u64::from(i), Epoch(3)).with_crc(crc));
+        }
+        assert_eq!(Page::decode(&page.encode()).unwrap(), page, "runs of one or two");
+        for i in 0..64 {
+            page.set(i, page.at(i).with_crc(Some(u32::from(i))));
+        }
+        assert_eq!(page.encode().len(), 2 + 9 + 4 * 64, "one run");
+        assert_eq!(Page::decode(&page.encode()).unwrap(), page);
+        for i in 0..64 {
+            page.set(
+                i,
+                Entry::mapped(u64::from(i) * 37, Epoch(u32::from(i))).with_crc(Some(9)),
+            );
+        }
+        assert_eq!(page.encode().len(), 1 + 12 * 64, "raw");
+        let bytes = page.encode();
+        assert_eq!(Page::decode(&bytes).unwrap(), page);
+        assert!(Page::decode(&bytes[..bytes.len() - 4]).is_err());
+        let mut without = Page::default();
+        for i in 0..64 {
+            without.set(i, page.at(i).with_crc(None));
+            page.set(i, page.at(i).with_crc(None));
+        }
+        assert_eq!(page, without, "no checksum left, no table of them");
     }
 
     #[test]

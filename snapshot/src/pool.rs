@@ -14,10 +14,11 @@ use crate::meta::MetaStore;
 use crate::meta_client::Meta;
 use crate::open;
 use crate::record::{BranchRecord, JobKind};
+use crate::seal::seal;
 use crate::state::{Branch, Holds, State};
 use crate::types::{
-    BranchId, Epoch, PoolOptions, PoolStats, SnapshotId, SnapshotState, StoreEvent, VolumeId, VolumeInfo,
-    VolumeSpec, limits,
+    BranchId, Checksums, Epoch, PoolOptions, PoolStats, SnapshotId, SnapshotState, StoreEvent, VolumeId,
+    VolumeInfo, VolumeSpec, limits,
 };
 use crate::volume::{Shared, Volume, check_attributes, check_size, volume_info};
 use crate::{Error, Result};
@@ -90,6 +91,7 @@ impl Pool {
         if !inner.options.manual {
             spawn(&inner, "stillpoint-keeper", keep)?;
             spawn(&inner, "stillpoint-jobs", work)?;
+            spawn(&inner, "stillpoint-sealer", seal)?;
         }
         Ok(Self { inner })
     }
@@ -115,6 +117,7 @@ impl Pool {
                 volume,
                 head: true,
                 read_only: false,
+                checksums: Checksums::default(),
                 name: spec.name.clone(),
                 attributes: spec.attributes.clone(),
                 size_bytes: spec.size_bytes,
@@ -313,6 +316,7 @@ impl Pool {
             jobs: state.jobs.len(),
             volumes: state.volumes.len(),
             snapshots: state.snapshots.len(),
+            bad_grains: state.bad.len(),
             poisoned: self.inner.poison.reason(),
         }
     }
@@ -435,7 +439,8 @@ impl State {
             record.size_bytes,
             record.block_size,
             record.read_only,
-        );
+        )
+        .with_checksums(record.checksums);
         let shared = Arc::new(shared);
         self.names.insert(record.name.clone(), record.volume);
         self.volumes.insert(record.volume, shared.clone());

@@ -2,7 +2,7 @@
 
 use crate::codec::{Dec, Enc, seal, unseal};
 use crate::page::{Entry, PAGE_ENTRIES, Page, PageNo};
-use crate::types::{BranchId, Consistency, Epoch, SnapshotId, SnapshotState, VolumeId};
+use crate::types::{BranchId, Checksums, Consistency, Epoch, SnapshotId, SnapshotState, VolumeId};
 use crate::{Error, Result};
 
 /// Format that this build reads and writes.
@@ -38,7 +38,7 @@ pub mod table {
     pub const VALUE: u8 = b'K';
     /// Extra references (reserved: written by a later format).
     pub const REFERENCES: u8 = b'R';
-    /// Known bad grains (reserved: written by a later format).
+    /// Known bad grains.
     pub const BAD: u8 = b'B';
 }
 
@@ -144,6 +144,11 @@ pub mod key {
     pub fn job(id: u64) -> Vec<u8> {
         join(table::JOB, &[&id.to_be_bytes()])
     }
+    /// `B` grain.
+    #[must_use]
+    pub fn bad(grain: u64) -> Vec<u8> {
+        join(table::BAD, &[&grain.to_be_bytes()])
+    }
     /// `K` name.
     #[must_use]
     pub fn value(name: &str) -> Vec<u8> {
@@ -172,6 +177,8 @@ pub enum Key {
     Journal(u64, u32),
     /// `D`
     Job(u64),
+    /// `B`
+    Bad(u64),
     /// `K`
     Value(String),
 }
@@ -202,6 +209,7 @@ impl Key {
             table::COUNTS => Self::Counts(d.u32()?),
             table::JOURNAL => Self::Journal(d.u64()?, d.u32()?),
             table::JOB => Self::Job(d.u64()?),
+            table::BAD => Self::Bad(d.u64()?),
             table::VALUE => {
                 let name = bytes.get(1..).unwrap_or_default().to_vec();
                 return String::from_utf8(name)
@@ -296,6 +304,8 @@ pub struct BranchRecord {
     pub head: bool,
     /// Refuses writes.
     pub read_only: bool,
+    /// When checksums of its grains are recorded.
+    pub checksums: Checksums,
     /// Name of the volume (of a head) or its last name.
     pub name: String,
     /// The owner's bytes.
@@ -318,6 +328,11 @@ const RECORD_VERSION: u8 = 1;
 const FLAG_HEAD: u8 = 1;
 const FLAG_READ_ONLY: u8 = 2;
 const FLAG_PARENT: u8 = 4;
+const FLAG_SUMS_OFF: u8 = 8;
+const FLAG_SUMS_ALWAYS: u8 = 16;
+/// In the byte of the owner's hold of a snapshot.
+const FLAG_HOLD: u8 = 1;
+const FLAG_SEALED: u8 = 2;
 
 fn version(d: &mut Dec<'_>) -> Result<()> {
     match d.u8()? {
@@ -338,6 +353,8 @@ impl BranchRecord {
         let flag = |on: bool, bit: u8| if on { bit } else { 0 };
         e.u8(flag(self.head, FLAG_HEAD)
             | flag(self.read_only, FLAG_READ_ONLY)
+            | flag(self.checksums == Checksums::Off, FLAG_SUMS_OFF)
+            | flag(self.checksums == Checksums::Always, FLAG_SUMS_ALWAYS)
             | flag(self.parent.is_some(), FLAG_PARENT));
         e.u32(self.volume.0);
         e.u64(self.size_bytes);
@@ -375,6 +392,12 @@ impl BranchRecord {
             volume,
             head: flags & FLAG_HEAD != 0,
             read_only: flags & FLAG_READ_ONLY != 0,
+            checksums: match flags & (FLAG_SUMS_OFF | FLAG_SUMS_ALWAYS) {
+                0 => Checksums::Sealed,
+                FLAG_SUMS_OFF => Checksums::Off,
+                FLAG_SUMS_ALWAYS => Checksums::Always,
+                _ => return Err(d.bad("mode of checksums")),
+            },
             name: d.text()?,
             attributes: d.bytes()?,
             size_bytes,
@@ -408,6 +431,8 @@ pub struct SnapshotRecord {
     pub state: SnapshotState,
     /// Not to be deleted.
     pub hold: bool,
+    /// The checksums of what it added to the one before have been recorded.
+    pub sealed: bool,
     /// Not to be deleted before; 0 = no lock.
     pub lock_until_ms: i64,
     /// The owner's bytes.
@@ -430,7 +455,8 @@ impl SnapshotRecord {
             Consistency::Filesystem => 1,
             Consistency::Application => 2,
         });
-        e.u8(u8::from(self.hold));
+        let flag = |on: bool, bit: u8| if on { bit } else { 0 };
+        e.u8(flag(self.hold, FLAG_HOLD) | flag(self.sealed, FLAG_SEALED));
         e.i64(self.created_ms);
         e.i64(self.lock_until_ms);
         e.u64(self.size_bytes);
@@ -463,7 +489,7 @@ impl SnapshotRecord {
             2 => Consistency::Application,
             _ => return Err(d.bad("consistency")),
         };
-        let (hold, created_ms, lock_until_ms) = (d.u8()? != 0, d.i64()?, d.i64()?);
+        let (flags, created_ms, lock_until_ms) = (d.u8()?, d.i64()?, d.i64()?);
         let (size_bytes, block_size, mapped_grains) = (d.u64()?, d.u32()?, d.u64()?);
         let (name, meta) = (d.text()?, d.bytes()?);
         d.end()?;
@@ -475,7 +501,8 @@ impl SnapshotRecord {
             mapped_grains,
             consistency,
             state,
-            hold,
+            hold: flags & FLAG_HOLD != 0,
+            sealed: flags & FLAG_SEALED != 0,
             lock_until_ms,
             meta,
         })
@@ -581,7 +608,7 @@ impl Delta {
         self.entries
             .iter()
             .filter(|x| !x.is_hole())
-            .for_each(|x| e.u64(x.to_bits()));
+            .for_each(|x| x.encode(e));
     }
 
     pub(crate) fn decode(d: &mut Dec<'_>) -> Result<Self> {
@@ -599,8 +626,7 @@ impl Delta {
             entries.push(if held & (1 << i) == 0 {
                 Entry::HOLE
             } else {
-                let bits = d.u64()?;
-                Entry::from_bits(bits).ok_or_else(|| d.bad("entry flags"))?
+                Entry::decode(d)?
             });
         }
         Ok(Self { key, mask, entries })
@@ -715,6 +741,56 @@ impl JobRecord {
         let cursor = d.u32()?;
         d.end()?;
         Ok(Self { kind, cursor })
+    }
+}
+
+/// Most positions that are remembered of one bad grain.
+pub const BAD_PLACES: usize = 64;
+
+/// Value of `B`: a grain whose bytes are not what was written, or cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadRecord {
+    /// The checksum that its bytes should have; `None` = the medium refused to read it, and no checksum is recorded.
+    pub crc: Option<u32>,
+    /// When it was found, in milliseconds since 1970 UTC.
+    pub found_ms: i64,
+    /// Where it was met: numbers of grains within a volume, ascending, at most [`BAD_PLACES`].
+    pub places: Vec<u64>,
+}
+
+impl BadRecord {
+    /// The value, sealed under its key.
+    #[must_use]
+    pub fn encode(&self, grain: u64) -> Vec<u8> {
+        let mut e = Enc::default();
+        e.u8(RECORD_VERSION);
+        e.u8(u8::from(self.crc.is_some()));
+        e.u32(self.crc.unwrap_or(0));
+        e.i64(self.found_ms);
+        self.places.iter().take(BAD_PLACES).for_each(|p| e.u64(*p));
+        seal(&key::bad(grain), e.into_bytes())
+    }
+
+    /// Reads a value.
+    ///
+    /// # Errors
+    /// `Corrupt` or `Version`.
+    pub fn decode(grain: u64, value: &[u8]) -> Result<Self> {
+        let mut d = Dec::new(unseal(&key::bad(grain), value)?, "bad grain");
+        version(&mut d)?;
+        let (has_crc, crc, found_ms) = (d.u8()?, d.u32()?, d.i64()?);
+        let mut places = Vec::new();
+        while !d.is_empty() {
+            if places.len() >= BAD_PLACES {
+                return Err(d.bad("too many positions"));
+            }
+            places.push(d.u64()?);
+        }
+        Ok(Self {
+            crc: (has_crc != 0).then_some(crc),
+            found_ms,
+            places,
+        })
     }
 }
 

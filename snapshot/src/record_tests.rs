@@ -26,6 +26,7 @@ fn keys_parse_back_and_order_versions_newest_first() {
         (key::counts(5), Key::Counts(5)),
         (key::journal(7, 1), Key::Journal(7, 1)),
         (key::job(7), Key::Job(7)),
+        (key::bad(1 << 33), Key::Bad(1 << 33)),
         (key::value("a/b"), Key::Value("a/b".into())),
     ] {
         assert_eq!(Key::parse(&bytes).unwrap(), parsed);
@@ -65,6 +66,7 @@ fn records_round_trip() {
         volume: VolumeId(2),
         head: true,
         read_only: false,
+        checksums: Checksums::Always,
         name: "sql01".into(),
         attributes: vec![0; crate::limits::ATTRIBUTES_BYTES],
         size_bytes: 1 << 40,
@@ -82,7 +84,7 @@ fn records_round_trip() {
         BranchRecord::decode(BranchId(4), &b.encode(BranchId(3))).is_err(),
         "bound to its key"
     );
-    (b.parent, b.read_only) = (None, true);
+    (b.parent, b.read_only, b.checksums) = (None, true, Checksums::Off);
     b.name = "n".repeat(crate::limits::NAME_BYTES);
     assert_eq!(
         BranchRecord::decode(BranchId(3), &b.encode(BranchId(3))).unwrap(),
@@ -98,6 +100,7 @@ fn records_round_trip() {
         consistency: Consistency::Application,
         state: SnapshotState::Dying,
         hold: true,
+        sealed: true,
         lock_until_ms: 4,
         meta: vec![1; crate::limits::SNAPSHOT_META_BYTES],
     };

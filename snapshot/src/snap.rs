@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use crate::inner::Inner;
 use crate::lock::Mode;
+use crate::page::Entry;
 use crate::pool::{Pool, check_limit, check_name};
 use crate::record::{BranchRecord, JobKind, SnapshotRecord};
 use crate::state::State;
 use crate::types::{
-    BranchId, CloneSpec, Epoch, SnapshotChange, SnapshotId, SnapshotInfo, SnapshotSpec, SnapshotState,
-    VolumeId, limits,
+    BranchId, Checksums, CloneSpec, Epoch, SnapshotChange, SnapshotId, SnapshotInfo, SnapshotSpec,
+    SnapshotState, VolumeId, limits,
 };
 use crate::volume::{Runs, Shared, Volume, check_attributes, check_range};
 use crate::{Error, Result};
@@ -201,6 +202,7 @@ impl Pool {
         let (shared, txg) = {
             let mut state = self.inner.state();
             let origin = state.live(id)?.clone();
+            let checksums = state.branch(id.branch)?.record.checksums;
             check_limit("depth of clones", state.depth(id.branch) + 1, limits::DEPTH)?;
             // Entries found below were born at or before the snapshot; its own must be younger (+1 at each clone).
             state.next_epoch()?;
@@ -208,6 +210,7 @@ impl Pool {
                 volume,
                 head: true,
                 read_only: spec.read_only,
+                checksums,
                 name: spec.name.clone(),
                 attributes: spec.attributes.clone(),
                 ..branch_on(id, &origin, volume, current, created_ms)
@@ -248,6 +251,7 @@ impl Pool {
             let record = BranchRecord {
                 head: true,
                 read_only: before.read_only,
+                checksums: before.checksums,
                 name: before.name,
                 attributes: before.attributes,
                 ..branch_on(id, &target, volume, current, before.created_ms)
@@ -277,7 +281,11 @@ impl Pool {
             .job_gate
             .read()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        let size = self.inner.state().live(id)?.size_bytes;
+        let (size, volume) = {
+            let state = self.inner.state();
+            let volume = state.branches.get(&id.branch).map(|b| b.record.volume);
+            (state.live(id)?.size_bytes, volume)
+        };
         check_range(offset, buf.len() as u64, size)?;
         let grain = u64::from(self.inner.grain_bytes);
         let page_bytes = self.inner.page_bytes();
@@ -293,17 +301,14 @@ impl Pool {
             let len = usize::try_from(grain - at % grain)
                 .expect("at most a grain")
                 .min(buf.len() - done);
-            let entry = page.as_ref().and_then(|(_, p)| p.at(index).grain());
-            runs.add(
-                entry.map(|g| self.inner.place(g) + at % grain),
-                done..done + len,
-                at,
-            );
+            let entry = page.as_ref().map_or(Entry::HOLE, |(_, p)| p.at(index));
+            let within = at % grain..at % grain + len as u64;
+            self.inner
+                .add_grain(&mut runs, entry, within, done..done + len, at);
             done += len;
         }
         self.inner.hook("read.looked_up");
-        self.inner.hook("read.looked_up");
-        self.inner.read_runs(runs.0, buf)
+        self.inner.read_runs(&runs, volume, buf)
     }
 }
 
@@ -319,6 +324,7 @@ fn branch_on(
         volume,
         head: true,
         read_only: false,
+        checksums: Checksums::default(),
         name: String::new(),
         attributes: Vec::new(),
         size_bytes: origin.size_bytes,
@@ -371,6 +377,7 @@ impl State {
                 consistency: spec.consistency,
                 state: SnapshotState::Live,
                 hold: spec.hold,
+                sealed: false,
                 lock_until_ms: spec.lock_until_ms,
                 meta: spec.meta.clone(),
             };
@@ -466,6 +473,7 @@ impl State {
             consistency: n.consistency,
             state: n.state,
             hold: n.hold,
+            sealed: n.sealed,
             lock_until_ms: n.lock_until_ms,
             children: self.children(id).count(),
             meta: n.meta.clone(),

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::alloc::Allocator;
+use crate::bad::BadGrains;
 use crate::map::{PageMap, Version};
 use crate::page::{Entry, Page, PageNo};
 use crate::record::{BranchRecord, JobKind, JobRecord, PageKey, SnapshotRecord};
+use crate::seal::SealCursor;
 use crate::space::Space;
 use crate::types::{BranchId, Epoch, SnapshotId, SnapshotState, StoreEvent, VolumeId};
 use crate::volume::Shared;
@@ -72,6 +74,8 @@ pub(crate) struct Txg {
     pub(crate) snapshots: BTreeSet<SnapshotId>,
     pub(crate) jobs: BTreeSet<u64>,
     pub(crate) values: BTreeSet<String>,
+    /// Grains that became bad, or are so no more.
+    pub(crate) bad: BTreeSet<u64>,
     /// Branches whose holds changed.
     pub(crate) holds: BTreeSet<BranchId>,
     /// Told when durable.
@@ -97,6 +101,7 @@ impl Txg {
             snapshots: BTreeSet::new(),
             jobs: BTreeSet::new(),
             values: BTreeSet::new(),
+            bad: BTreeSet::new(),
             holds: BTreeSet::new(),
             events: Vec::new(),
             forced_close: false,
@@ -116,9 +121,20 @@ impl Txg {
             && self.snapshots.is_empty()
             && self.jobs.is_empty()
             && self.values.is_empty()
+            && self.bad.is_empty()
     }
 
-    fn mark(&mut self) {
+    /// Keeps what an entry was before this transaction group.
+    pub(crate) fn remember(&mut self, key: PageKey, index: u8, old: Entry) {
+        let undo = self.changed.entry(key).or_default();
+        if undo.mask & (1 << index) == 0 {
+            undo.mask |= 1 << index;
+            undo.old.push((index, old));
+            self.entries += 1;
+        }
+    }
+
+    pub(crate) fn mark(&mut self) {
         self.since.get_or_insert_with(Instant::now);
     }
 }
@@ -142,6 +158,8 @@ pub(crate) struct State {
     /// Transaction group that a job was made in: it starts when that is durable.
     pub(crate) job_since: BTreeMap<u64, u64>,
     pub(crate) values: BTreeMap<String, Vec<u8>>,
+    pub(crate) bad: BadGrains,
+    pub(crate) seal: SealCursor,
     /// Next epoch.
     pub(crate) epoch: Epoch,
     pub(crate) next_branch: u32,
@@ -315,12 +333,7 @@ impl State {
             if old == *entry {
                 continue;
             }
-            let undo = self.open.changed.entry(key).or_default();
-            if undo.mask & (1 << index) == 0 {
-                undo.mask |= 1 << index;
-                undo.old.push((*index, old));
-                self.open.entries += 1;
-            }
+            self.open.remember(key, *index, old);
             if let Some(grain) = old.grain() {
                 given += 1;
                 // A held grain stays until the last holder goes; the others are free after this commit (I3).

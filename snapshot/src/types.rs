@@ -107,6 +107,8 @@ pub struct VolumeInfo {
     pub parent: Option<SnapshotId>,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// When checksums of its grains are recorded.
+    pub checksums: Checksums,
     /// Bytes of the volume that are backed by a grain, shared ones included.
     pub mapped_bytes: u64,
     /// Milliseconds since 1970-01-01 UTC.
@@ -133,6 +135,19 @@ pub enum Consistency {
     Filesystem,
     /// And every application took part.
     Application,
+}
+
+/// When checksums (CRC-32C) of a volume's grains are recorded. A grain that has one is never overwritten in place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Checksums {
+    /// Never. Those that are recorded already are still verified.
+    Off,
+    /// In the background, of what a snapshot holds.
+    #[default]
+    Sealed,
+    /// At each write, which therefore always goes to a fresh grain.
+    Always,
 }
 
 /// Life of a snapshot.
@@ -191,6 +206,8 @@ pub struct SnapshotInfo {
     pub hold: bool,
     /// Not to be deleted before (milliseconds since 1970 UTC); 0 = no lock.
     pub lock_until_ms: i64,
+    /// Checksums of all that it holds (and that was readable) have been recorded.
+    pub sealed: bool,
     /// Volumes that stand on it (clones, or the volume itself after a revert).
     pub children: usize,
     /// The owner's bytes.
@@ -308,6 +325,8 @@ pub struct PoolStats {
     pub volumes: usize,
     /// Snapshots, hidden and dying ones included.
     pub snapshots: usize,
+    /// Grains that are known to be bad.
+    pub bad_grains: usize,
     /// Why the pool is poisoned, if it is.
     pub poisoned: Option<String>,
 }
@@ -329,6 +348,18 @@ pub enum StoreEvent {
     JobFailed {
         /// What it met.
         reason: String,
+    },
+    /// Bytes that are not what was written, or that the medium cannot read: told once for each grain.
+    BadData {
+        /// Volume in whose history they were met; `None` when a background task met them.
+        volume: Option<VolumeId>,
+        /// First byte on the volume, at a border of grains.
+        offset: u64,
+    },
+    /// Bad data was overwritten or is not part of any volume or snapshot any more.
+    BadDataGone {
+        /// Grains that were known to be bad and are so no more.
+        grains: usize,
     },
     /// A deleted snapshot is gone and its grains are free.
     SnapshotFreed(SnapshotId),
@@ -378,6 +409,10 @@ pub struct PoolOptions {
     pub checkpoint_bytes: u64,
     /// Pages that a background job handles per commit.
     pub job_pages: usize,
+    /// Age of a snapshot, in milliseconds, from which on its checksums are recorded: short-lived ones cost nothing.
+    pub seal_after_ms: u64,
+    /// Bytes per second that are read to record checksums.
+    pub seal_rate: u64,
     /// What the running kernel says its boot id is, when a test plays a power cut; `None` = ask it.
     #[cfg(feature = "sim")]
     pub boot_id: Option<String>,
@@ -401,6 +436,8 @@ impl Default for PoolOptions {
             checkpoint_txgs: 16,
             checkpoint_bytes: 8 << 20,
             job_pages: 1000,
+            seal_after_ms: 10_000,
+            seal_rate: 64 << 20,
             #[cfg(feature = "sim")]
             boot_id: None,
             #[cfg(feature = "sim")]
@@ -422,6 +459,8 @@ impl fmt::Debug for PoolOptions {
             .field("checkpoint_txgs", &self.checkpoint_txgs)
             .field("checkpoint_bytes", &self.checkpoint_bytes)
             .field("job_pages", &self.job_pages)
+            .field("seal_after_ms", &self.seal_after_ms)
+            .field("seal_rate", &self.seal_rate)
             .finish_non_exhaustive()
     }
 }

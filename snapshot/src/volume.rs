@@ -1,18 +1,18 @@
 //! A volume: bytes in, bytes out. Overwrites in place what nothing holds, redirects the rest.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use crate::inner::Inner;
 use crate::lock::{Mode, RangeGuard, RangeLocks};
-use crate::types::{BranchId, Caw, Extent, ExtentKind, VolumeId, VolumeInfo, VolumeSpace, limits};
+use crate::types::{BranchId, Caw, Checksums, Extent, ExtentKind, VolumeId, VolumeInfo, VolumeSpace, limits};
 use crate::{Error, Result};
 
 mod grains;
 mod runs;
 
+use runs::part;
 pub(crate) use runs::{Extents, Runs, kind_of};
-use runs::{part, part_mut};
 
 /// Largest span whose range is locked at once by a zeroing command: others get their turn in between.
 const ZERO_SLICE_BYTES: u64 = 1 << 30;
@@ -29,6 +29,8 @@ pub(crate) struct Shared {
     size: AtomicU64,
     block_size: AtomicU32,
     pub(crate) read_only: AtomicBool,
+    /// Discriminant of [`Checksums`].
+    checksums: AtomicU8,
     gone: AtomicBool,
 }
 
@@ -41,8 +43,27 @@ impl Shared {
             size: AtomicU64::new(size),
             block_size: AtomicU32::new(block_size),
             read_only: AtomicBool::new(read_only),
+            checksums: AtomicU8::new(mode_number(Checksums::default())),
             gone: AtomicBool::new(false),
         }
+    }
+
+    pub(crate) fn with_checksums(self, mode: Checksums) -> Self {
+        self.set_checksums(mode);
+        self
+    }
+
+    pub(crate) fn checksums(&self) -> Checksums {
+        let mode = self.checksums.load(Ordering::Acquire);
+        let known = [Checksums::Off, Checksums::Always].into_iter();
+        known
+            .into_iter()
+            .find(|m| mode_number(*m) == mode)
+            .unwrap_or_default()
+    }
+
+    pub(crate) fn set_checksums(&self, mode: Checksums) {
+        self.checksums.store(mode_number(mode), Ordering::Release);
     }
 
     pub(crate) fn head(&self) -> BranchId {
@@ -173,18 +194,7 @@ impl Volume {
         let Some(runs) = self.cached_runs(offset, buf.len())? else {
             return Ok(false);
         };
-        for run in runs {
-            let part = part_mut(buf, run.buffer);
-            match run.place {
-                None => part.fill(0),
-                Some(place) => match self.pool.disk.try_read_at(place, part) {
-                    Ok(true) => {}
-                    Ok(false) => return Ok(false),
-                    Err(_) => return Err(Error::Medium { offset: run.offset }),
-                },
-            }
-        }
-        Ok(true)
+        Ok(self.pool.try_read_runs(&runs, buf))
     }
 
     /// Writes `data` at `offset` (bytes). With `fua` it is durable on return, otherwise after the next flush.
@@ -369,6 +379,35 @@ impl Volume {
         self.pool.commit_through(txg)
     }
 
+    /// When checksums of its grains are recorded.
+    #[must_use]
+    pub fn checksums(&self) -> Checksums {
+        self.shared.checksums()
+    }
+
+    /// Records checksums of later writes (`Always`), of what later snapshots hold (`Sealed`), or none. Those that are
+    /// recorded stay. Durable on return.
+    ///
+    /// # Errors
+    /// `NotFound` after a delete, `Poisoned`.
+    pub fn set_checksums(&self, mode: Checksums) -> Result<()> {
+        self.shared.alive()?;
+        let txg = {
+            let mut state = self.pool.state();
+            if state.branch(self.shared.head())?.record.checksums == mode {
+                return Ok(());
+            }
+            let branches: Vec<BranchId> = state.branches_of(self.shared.id).collect();
+            for branch in branches {
+                state.branch_mut(branch)?.checksums = mode;
+            }
+            self.shared.set_checksums(mode);
+            state.open.id
+        };
+        self.pool.changed.notify_all();
+        self.pool.commit_through(txg)
+    }
+
     /// Replaces the owner's bytes. Durable on return.
     ///
     /// # Errors
@@ -422,6 +461,14 @@ impl Volume {
     }
 }
 
+fn mode_number(mode: Checksums) -> u8 {
+    match mode {
+        Checksums::Off => 0,
+        Checksums::Sealed => 1,
+        Checksums::Always => 2,
+    }
+}
+
 pub(crate) fn check_range(offset: u64, len: u64, size: u64) -> Result<()> {
     match offset.checked_add(len) {
         Some(end) if end <= size => Ok(()),
@@ -468,6 +515,7 @@ pub(crate) fn volume_info(
         attributes: record.attributes.clone(),
         parent: record.parent,
         read_only: record.read_only,
+        checksums: record.checksums,
         mapped_bytes: record.mapped_grains * u64::from(grain_bytes),
         created_ms: record.created_ms,
     }

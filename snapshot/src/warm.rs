@@ -461,7 +461,7 @@ impl State {
             match entry.grain() {
                 Some(grain) if now.at(index).grain() == Some(grain) => {}
                 Some(grain) if self.alloc.reserve_exactly(grain) => {
-                    changes.push((index, Entry::mapped(grain, birth)));
+                    changes.push((index, entry.reborn(birth)));
                 }
                 Some(grain) => {
                     tracing::error!(

@@ -20,8 +20,8 @@ use std::sync::{Mutex, Once};
 
 use stillpoint_snapshot::sim::{Call, Failure, Fault, Loss, Rng, World};
 use stillpoint_snapshot::{
-    Caw, CloneSpec, DiffTo, Error, ExtentKind, Pool, PoolOptions, SnapshotChange, SnapshotSpec, Volume,
-    VolumeSpec, check_media,
+    Caw, Checksums, CloneSpec, DiffTo, Error, ExtentKind, Pool, PoolOptions, SnapshotChange, SnapshotSpec,
+    Volume, VolumeSpec, check_media,
 };
 
 use common::facts::{SECTOR, Stamp, stamped, stamped_run, stamps};
@@ -59,6 +59,8 @@ enum Kind {
     Rename,
     Hold,
     Jobs,
+    Seal,
+    Mode,
     Commit,
     Tick,
     Reopen,
@@ -84,6 +86,8 @@ const WEIGHTS: &[(Kind, u64)] = &[
     (Kind::Rename, 1),
     (Kind::Hold, 2),
     (Kind::Jobs, 7),
+    (Kind::Seal, 6),
+    (Kind::Mode, 2),
     (Kind::Commit, 4),
     (Kind::Tick, 4),
     (Kind::Reopen, 2),
@@ -425,6 +429,19 @@ impl Rig {
                 .run_jobs(1 + rng.index(3))
                 .map(drop)
                 .map_err(Trouble::from),
+            Kind::Seal => self
+                .pool
+                .run_sealing(1 + rng.index(3))
+                .map(drop)
+                .map_err(Trouble::from),
+            Kind::Mode => match self.any_volume(rng, false) {
+                Some((_, volume)) => {
+                    let modes = [Checksums::Off, Checksums::Sealed, Checksums::Always];
+                    let mode = *rng.pick(&modes).unwrap();
+                    volume.set_checksums(mode).map_err(Trouble::from)
+                }
+                None => Ok(()),
+            },
             Kind::Commit => self.pool.commit_now().map_err(Trouble::from),
             Kind::Tick => self.pool.step().map(drop).map_err(Trouble::from),
             Kind::Reopen => self.reopen(),

@@ -267,11 +267,6 @@ fn read_lun(sink: &mut Sink, mut s: Section<'_, '_>) -> Option<Lun> {
     let write_cache = s.boolean(sink, "write_cache");
     let checksums = s.text(sink, "checksums", str::parse);
     let read_only = s.boolean(sink, "read_only");
-    if let Some(written) = &checksums
-        && *written.get_ref() != Checksums::Off
-    {
-        sink.unserved(&written.span(), "lun.checksums");
-    }
     let place = s.place();
     s.finish(sink);
     Some(Lun {

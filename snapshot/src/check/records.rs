@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::Result;
 use crate::offline::Parents;
-use crate::record::{self, BranchRecord, JobKind, JobRecord, Key, SnapshotRecord};
+use crate::record::{self, BadRecord, BranchRecord, JobKind, JobRecord, Key, SnapshotRecord};
 use crate::types::{BranchId, Epoch, SnapshotId};
 
 /// The records that fit in RAM: everything but pages and bitmaps.
@@ -13,6 +13,7 @@ pub(super) struct Records {
     pub(super) branches: BTreeMap<BranchId, BranchRecord>,
     pub(super) snapshots: BTreeMap<SnapshotId, SnapshotRecord>,
     pub(super) jobs: BTreeMap<u64, JobRecord>,
+    pub(super) bad: BTreeMap<u64, BadRecord>,
 }
 
 impl Records {
@@ -68,6 +69,7 @@ impl Records {
             Key::Snapshot(id) => drop(self.snapshots.insert(id, SnapshotRecord::decode(id, value)?)),
             Key::Job(id) => drop(self.jobs.insert(id, JobRecord::decode(id, value)?)),
             Key::Counts(block) => drop(record::decode_counts(block, value)?),
+            Key::Bad(grain) => drop(self.bad.insert(grain, BadRecord::decode(grain, value)?)),
             Key::Value(name) => drop(record::decode_value(&name, value)?),
             Key::System | Key::Page(_) | Key::Changed(_) | Key::Bitmap(_) | Key::Journal(..) => {}
         }

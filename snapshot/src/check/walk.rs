@@ -16,6 +16,15 @@ pub(super) struct Tally {
     pub(super) heads: BTreeMap<BranchId, i64>,
 }
 
+/// A recorded checksum, where it was met first.
+pub(super) struct Recorded {
+    pub(super) grain: u64,
+    pub(super) crc: u32,
+    pub(super) branch: BranchId,
+    /// First byte of the grain on the volume.
+    pub(super) offset: u64,
+}
+
 /// One pass over the map.
 pub(super) struct Walk<'a> {
     pub(super) records: &'a Records,
@@ -23,6 +32,8 @@ pub(super) struct Walk<'a> {
     pub(super) used: &'a mut BTreeMap<u32, Box<Bits>>,
     pub(super) tally: Tally,
     pub(super) changed: BTreeSet<PageKey>,
+    /// Recorded checksums of the page that was passed last, each grain once.
+    pub(super) recorded: Vec<Recorded>,
     /// Grains below this exist in the data file.
     pub(super) limit: u64,
     pub(super) grain_bytes: u64,
@@ -70,9 +81,25 @@ impl Walk<'_> {
                 );
             }
             let Some(grain) = new.grain() else { continue };
+            let known = old.grain() == Some(grain) && old.crc().is_some();
+            if let Some(crc) = new.crc().filter(|_| !known) {
+                self.recorded.push(Recorded {
+                    grain,
+                    crc,
+                    branch: at.branch,
+                    offset,
+                });
+            }
             if old.grain() == Some(grain) {
                 if old.birth() != new.birth() {
                     let text = format!("{}: grain {grain} changed its birth, {old:?} to {new:?}", place());
+                    self.report.add(ProblemKind::Inconsistent, text);
+                }
+                if old.crc().zip(new.crc()).is_some_and(|(a, b)| a != b) {
+                    let text = format!(
+                        "{}: grain {grain} changed its checksum, {old:?} to {new:?}",
+                        place()
+                    );
                     self.report.add(ProblemKind::Inconsistent, text);
                 }
                 continue;

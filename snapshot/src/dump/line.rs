@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::page::{Entry, PAGE_ENTRIES, Page};
 use crate::record::{self, Bits, BranchRecord, CHUNK_GRAINS, JobRecord, Key, SnapshotRecord, SystemRecord};
-use crate::types::{BranchId, Consistency, Epoch, SnapshotId, SnapshotState};
+use crate::types::{BranchId, Checksums, Consistency, Epoch, SnapshotId, SnapshotState};
 use crate::{Error, Result};
 
 /// The owner's bytes: text where they are text.
@@ -74,6 +74,8 @@ pub(super) enum Line {
         volume: u32,
         head: bool,
         read_only: bool,
+        #[serde(default)]
+        checksums: Checksums,
         name: String,
         attributes: Bytes,
         size_bytes: u64,
@@ -90,6 +92,8 @@ pub(super) enum Line {
         state: SnapshotState,
         consistency: Consistency,
         hold: bool,
+        #[serde(default)]
+        sealed: bool,
         lock_until_ms: i64,
         created_ms: i64,
         size_bytes: u64,
@@ -106,7 +110,15 @@ pub(super) enum Line {
         name: String,
         value: Bytes,
     },
-    /// Entries as runs: `count*grain@birth`, `count*zero@birth`, `count*-` (hole).
+    /// A known bad grain, with the checksum that it should have.
+    Bad {
+        grain: u64,
+        crc: Option<u32>,
+        found_ms: i64,
+        places: Vec<u64>,
+    },
+    /// Entries as runs: `count*grain@birth`, `count*zero@birth`, `count*-` (hole); with recorded checksums
+    /// `count*grain@birth#crc,crc,…` (hexadecimal).
     Page {
         branch: u32,
         page: u32,
@@ -152,6 +164,15 @@ pub(super) fn record_line(key: &Key, value: &[u8]) -> Result<Line> {
             name: name.clone(),
             value: record::decode_value(name, value)?.into(),
         },
+        Key::Bad(grain) => {
+            let bad = record::BadRecord::decode(*grain, value)?;
+            Line::Bad {
+                grain: *grain,
+                crc: bad.crc,
+                found_ms: bad.found_ms,
+                places: bad.places,
+            }
+        }
         other => {
             return Err(Error::corrupt(
                 "metadata key",
@@ -167,6 +188,7 @@ pub(super) fn branch_line(id: BranchId, branch: BranchRecord) -> Line {
         volume: branch.volume.0,
         head: branch.head,
         read_only: branch.read_only,
+        checksums: branch.checksums,
         name: branch.name,
         attributes: branch.attributes.into(),
         size_bytes: branch.size_bytes,
@@ -186,6 +208,7 @@ pub(super) fn snapshot_line(id: SnapshotId, snapshot: SnapshotRecord) -> Line {
         state: snapshot.state,
         consistency: snapshot.consistency,
         hold: snapshot.hold,
+        sealed: snapshot.sealed,
         lock_until_ms: snapshot.lock_until_ms,
         created_ms: snapshot.created_ms,
         size_bytes: snapshot.size_bytes,
@@ -196,38 +219,51 @@ pub(super) fn snapshot_line(id: SnapshotId, snapshot: SnapshotRecord) -> Line {
 }
 
 pub(super) fn entries_text(page: &Page) -> String {
-    let mut runs: Vec<(u64, Entry)> = Vec::new();
+    let mut runs: Vec<(u64, Entry, Vec<String>)> = Vec::new();
     for entry in page.iter() {
+        let crc = entry.crc().map(|crc| format!("{crc:08x}"));
         match runs.last_mut() {
-            Some((count, first)) if follows(*first, *count, entry) => *count += 1,
-            _ => runs.push((1, entry)),
+            Some((count, first, crcs)) if entry.continues(*first, *count) => {
+                *count += 1;
+                crcs.extend(crc);
+            }
+            _ => runs.push((1, entry, crc.into_iter().collect())),
         }
     }
-    let text: Vec<String> = runs
-        .iter()
-        .map(|(count, first)| format!("{count}*{first:?}"))
-        .collect();
-    text.join(" ")
-}
-
-pub(super) fn follows(first: Entry, count: u64, entry: Entry) -> bool {
-    match first.grain() {
-        Some(grain) => entry.grain() == Some(grain + count) && entry.birth() == first.birth(),
-        None => entry == first,
-    }
+    let run = |(count, first, crcs): &(u64, Entry, Vec<String>)| {
+        let sums = if crcs.is_empty() {
+            String::new()
+        } else {
+            format!("#{}", crcs.join(","))
+        };
+        format!("{count}*{:?}{sums}", first.with_crc(None))
+    };
+    runs.iter().map(run).collect::<Vec<_>>().join(" ")
 }
 
 pub(super) fn parse_entries(text: &str) -> Option<Page> {
     let mut page = Page::default();
     let mut index = 0u8;
     for run in text.split(' ') {
-        let (count, entry) = run.split_once('*')?;
+        let (count, rest) = run.split_once('*')?;
+        let (entry, crcs) = match rest.split_once('#') {
+            Some((entry, crcs)) => (entry, Some(crcs)),
+            None => (rest, None),
+        };
+        let mut crcs = crcs.map(|text| text.split(','));
         for n in 0..count.parse::<u64>().ok()? {
             if usize::from(index) >= PAGE_ENTRIES {
                 return None;
             }
-            page.set(index, parse_entry(entry, n)?);
+            let crc = match &mut crcs {
+                Some(texts) => Some(u32::from_str_radix(texts.next()?, 16).ok()?),
+                None => None,
+            };
+            page.set(index, parse_entry(entry, n)?.with_crc(crc));
             index += 1;
+        }
+        if crcs.is_some_and(|mut texts| texts.next().is_some()) {
+            return None;
         }
     }
     (usize::from(index) == PAGE_ENTRIES).then_some(page)
@@ -300,8 +336,19 @@ mod tests {
         page.set(21, Entry::mapped(5, Epoch(8)));
         let text = entries_text(&page);
         assert_eq!(text, "3*- 17*1003@7 1*zero@9 1*5@8 18*1022@7 24*-");
+        assert_eq!(parse_entries(&text), Some(page.clone()));
+        page.set(21, Entry::mapped(5, Epoch(8)).with_crc(Some(0xab)));
+        page.set(22, page.at(22).with_crc(Some(1)));
+        page.set(23, page.at(23).with_crc(Some(2)));
+        let text = entries_text(&page);
+        assert_eq!(
+            text,
+            "3*- 17*1003@7 1*zero@9 1*5@8#000000ab 2*1022@7#00000001,00000002 16*1024@7 24*-"
+        );
         assert_eq!(parse_entries(&text), Some(page));
         for bad in [
+            "64*5@9#0",
+            "1*5@9#0,1 63*-",
             "",
             "63*-",
             "65*-",

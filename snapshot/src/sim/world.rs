@@ -352,7 +352,12 @@ impl Disk for SimDisk {
     fn try_write_at(&self, offset: u64, data: &[u8]) -> io::Result<bool> {
         if self.0.lock().reluctant {
             // The trait allows it, so the store must stand it: half is written, and the answer is "no".
-            let half = data.get(..data.len() / 2).unwrap_or_default();
+            // Whole sectors where there are several: no page cache tears one by itself.
+            let half = data.len() / 2;
+            let whole = half - half % 512;
+            let half = data
+                .get(..if whole > 0 { whole } else { half })
+                .unwrap_or_default();
             return self.write_at(offset, half).map(|()| false);
         }
         self.write_at(offset, data).map(|()| true)

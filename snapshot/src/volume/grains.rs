@@ -3,12 +3,12 @@
 use std::ops::Range;
 
 use super::Volume;
-use super::runs::{Extents, Run, Runs, kind_of, part, part_mut};
+use super::runs::{Extents, Runs, kind_of, part, part_mut};
 use crate::alloc::Need;
 use crate::inner::Inner;
 use crate::page::{Entry, PAGE_ENTRIES, Page, PageNo};
 use crate::state::State;
-use crate::types::BranchId;
+use crate::types::{BranchId, Checksums};
 use crate::{Error, Result};
 
 /// A part of an operation that lies in one map page.
@@ -31,9 +31,18 @@ pub(super) struct Step {
     grain: u64,
     /// Overwritten in place: the map does not change.
     in_place: bool,
+    /// Checksum of the whole new grain, once it is written, if it is to be recorded.
+    crc: Option<u32>,
 }
 
 impl Volume {
+    /// The grain of an entry that may be overwritten: nothing holds it but the head, and its bytes have no recorded
+    /// checksum, nor shall they get one (I5).
+    fn in_place(&self, entry: Entry, held: crate::Epoch) -> Option<u64> {
+        let open = entry.crc().is_none() && self.shared.checksums() != Checksums::Always;
+        entry.grain().filter(|_| open && entry.birth() > held)
+    }
+
     pub(super) fn grain_of(&self, offset: u64) -> u64 {
         offset / u64::from(self.pool.grain_bytes)
     }
@@ -95,18 +104,23 @@ impl Volume {
             self.add_runs(&page, &piece, offset, &mut runs);
         }
         self.pool.hook("read.looked_up");
-        self.pool.read_runs(runs.0, buf)
+        self.pool.read_runs(&runs, Some(self.shared.id), buf)
     }
 
     pub(super) fn add_runs(&self, page: &Page, piece: &Piece, offset: u64, runs: &mut Runs) {
         for (index, within, buffer) in self.grains(piece) {
-            let place = page.at(index).grain().map(|g| self.pool.place(g) + within.start);
-            runs.add(place, buffer.clone(), offset + buffer.start as u64);
+            self.pool.add_grain(
+                runs,
+                page.at(index),
+                within,
+                buffer.clone(),
+                offset + buffer.start as u64,
+            );
         }
     }
 
     /// The runs of a read, if the whole map of it is in RAM.
-    pub(super) fn cached_runs(&self, offset: u64, len: usize) -> Result<Option<Vec<Run>>> {
+    pub(super) fn cached_runs(&self, offset: u64, len: usize) -> Result<Option<Runs>> {
         let branch = self.shared.head();
         let mut runs = Runs::default();
         for piece in self.pieces(offset, len) {
@@ -119,7 +133,7 @@ impl Volume {
             drop(state);
             self.add_runs(&page, &piece, offset, &mut runs);
         }
-        Ok(Some(runs.0))
+        Ok(Some(runs))
     }
 
     /// Where a write goes if all of it is overwritten in place and its map is in RAM.
@@ -127,24 +141,21 @@ impl Volume {
         let branch = self.shared.head();
         let mut runs = Runs::default();
         for piece in self.pieces(offset, len) {
-            let mut state = self.pool.state();
+            let mut guard = self.pool.state();
+            let state = &mut *guard;
             let held = state.write_hold(branch, piece.page)?;
             let Some(version) = state.map.newest((branch, piece.page)) else {
                 return Ok(None);
             };
             for (index, within, buffer) in self.grains(&piece) {
-                let Some(grain) = in_place(version.page.at(index), held) else {
+                let grain = self.in_place(version.page.at(index), held);
+                let Some(grain) = grain.filter(|g| !state.bad.contains(*g)) else {
                     return Ok(None);
                 };
                 runs.add(Some(self.pool.place(grain) + within.start), buffer.clone(), 0);
             }
         }
-        Ok(Some(
-            runs.0
-                .into_iter()
-                .filter_map(|r| Some((r.place?, r.buffer)))
-                .collect(),
-        ))
+        Ok(Some(runs.placed().collect()))
     }
 
     pub(crate) fn write_locked(&self, offset: u64, data: &[u8]) -> Result<()> {
@@ -155,10 +166,11 @@ impl Volume {
     /// Chooses for each grain, writes the data, then publishes: in this order (invariants I3 and I4).
     pub(super) fn write_piece(&self, piece: &Piece, data: &[u8]) -> Result<()> {
         let branch = self.shared.head();
-        let steps = self.plan(branch, piece)?;
+        let mut steps = self.plan(branch, piece)?;
         self.pool.hook("write.chosen");
+        let written = self.write_steps(piece, &mut steps, data);
         let taken = || steps.iter().filter(|s| !s.in_place).map(|s| s.grain);
-        if let Err(e) = self.write_steps(piece, &steps, data) {
+        if let Err(e) = written {
             self.pool.unreserve(taken());
             return Err(e);
         }
@@ -170,7 +182,8 @@ impl Volume {
         let published = self.pool.with_page(branch, piece.page, |state| {
             let birth = state.branch(branch)?.record.current;
             let fresh = steps.iter().filter(|s| !s.in_place);
-            let changes: Vec<_> = fresh.map(|s| (s.index, Entry::mapped(s.grain, birth))).collect();
+            let entry = |s: &Step| Entry::mapped(s.grain, birth).with_crc(s.crc);
+            let changes: Vec<_> = fresh.map(|s| (s.index, entry(s))).collect();
             Ok((state.publish(branch, piece.page, &changes)?, changes))
         });
         let (ticket, changes) = published.inspect_err(|_| self.pool.unreserve(taken()))?;
@@ -214,7 +227,8 @@ impl Volume {
             .unwrap_or_default();
         for (index, _, _) in self.grains(piece).skip(steps.len()) {
             let old = page.at(index);
-            let (grain, in_place) = match in_place(old, held) {
+            let place = self.in_place(old, held).filter(|g| !state.bad.contains(*g));
+            let (grain, in_place) = match place {
                 Some(grain) => (grain, true),
                 None => match self.pool.reserve_in(state) {
                     Ok(grain) => (grain, false),
@@ -226,43 +240,51 @@ impl Volume {
                 old,
                 grain,
                 in_place,
+                crc: None,
             });
         }
         Ok(None)
     }
 
-    pub(super) fn write_steps(&self, piece: &Piece, steps: &[Step], data: &[u8]) -> Result<()> {
+    pub(super) fn write_steps(&self, piece: &Piece, steps: &mut [Step], data: &[u8]) -> Result<()> {
+        let record = self.shared.checksums() == Checksums::Always;
         let grain_bytes = u64::from(self.pool.grain_bytes);
         let io = |e| Error::io("write", "data file", e);
         let mut runs = Runs::default();
         for ((_, within, buffer), step) in self.grains(piece).zip(steps) {
             let place = self.pool.place(step.grain);
             let whole = within.end - within.start == grain_bytes;
-            if step.in_place || whole {
+            let crc = |grain: &[u8]| record.then(|| crc32c::crc32c(grain));
+            if step.in_place {
                 runs.add(Some(place + within.start), buffer.clone(), 0);
+            } else if whole {
+                step.crc = crc(part(data, buffer.clone()));
+                runs.add(Some(place), buffer.clone(), 0);
             } else {
-                let merged = self.merge(step.old, &within, part(data, buffer))?;
+                let at = u64::from(piece.page) * self.pool.page_bytes() + u64::from(step.index) * grain_bytes;
+                let merged = self.merge(step.old, at, &within, part(data, buffer))?;
+                step.crc = crc(&merged);
                 self.pool.disk.write_at(place, &merged).map_err(io)?;
             }
         }
-        for run in runs.0 {
-            if let Some(place) = run.place {
-                self.pool
-                    .disk
-                    .write_at(place, part(data, run.buffer))
-                    .map_err(io)?;
-            }
-        }
-        Ok(())
+        let write = |(place, buffer): Placed| self.pool.disk.write_at(place, part(data, buffer));
+        runs.placed().try_for_each(write).map_err(io)
     }
 
-    /// A whole grain: the old content with `data` at `within`.
-    pub(super) fn merge(&self, old: Entry, within: &Range<u64>, data: &[u8]) -> Result<Vec<u8>> {
+    /// A whole grain: the old content (of byte `at` of the volume) with `data` at `within`. What is bad is not
+    /// copied: it would get a right checksum.
+    pub(super) fn merge(&self, old: Entry, at: u64, within: &Range<u64>, data: &[u8]) -> Result<Vec<u8>> {
         let mut grain = vec![0; self.pool.grain_bytes as usize];
-        if let Some(from) = old.grain() {
-            let read = self.pool.disk.read_at(self.pool.place(from), &mut grain);
-            read.map_err(|e| Error::io("read", "data file", e))?;
-        }
+        let mut runs = Runs::default();
+        let all = 0..u64::from(self.pool.grain_bytes);
+        self.pool.add_grain(&mut runs, old, all, 0..grain.len(), at);
+        let read = self.pool.read_runs(&runs, Some(self.shared.id), &mut grain);
+        read.map_err(|e| match e {
+            Error::Medium { .. } => Error::Medium {
+                offset: at + within.start,
+            },
+            other => other,
+        })?;
         let start = usize::try_from(within.start).expect("inside of a grain");
         part_mut(&mut grain, start..start + data.len()).copy_from_slice(data);
         Ok(grain)
@@ -353,11 +375,6 @@ impl Inner {
             Need::Space => Err(self.out_of_space()),
         }
     }
-}
-
-/// The grain of an entry that may be overwritten: nothing holds it but the head.
-fn in_place(entry: Entry, held: crate::Epoch) -> Option<u64> {
-    entry.grain().filter(|_| entry.birth() > held)
 }
 
 const _: () = assert!(PAGE_ENTRIES == 64, "grain indices of a page are u8");

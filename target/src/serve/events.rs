@@ -70,6 +70,8 @@ pub(crate) mod code {
     pub(crate) const STORE_POISONED: Code = error(3001);
     pub(crate) const STORE_FULL: Code = error(3002);
     pub(crate) const STORE_SPACE_BACK: Code = info(3003);
+    pub(crate) const BAD_DATA: Code = error(3010);
+    pub(crate) const BAD_DATA_GONE: Code = info(3011);
     pub(crate) const SESSION_DROPPED: Code = warning(4001);
     pub(crate) const SNAPSHOT_CREATED: Code = info(5001);
     pub(crate) const SNAPSHOT_WEAKER: Code = warning(5002);

@@ -411,6 +411,7 @@ mod tests {
             attributes: tag.to_bytes(),
             parent: None,
             read_only: false,
+            checksums: stillpoint_snapshot::Checksums::Sealed,
             mapped_bytes: 0,
             created_ms: 0,
         };

@@ -125,6 +125,8 @@ pub(crate) fn first_start(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
 fn watch_store(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
     let reports = daemon.pool.subscribe();
     let events = daemon.events.clone();
+    // Weak: the store must go when the daemon does.
+    let daemon = Arc::downgrade(daemon);
     // It ends with the store, which holds the other end.
     std::thread::Builder::new()
         .name("store-events".to_owned())
@@ -143,6 +145,22 @@ fn watch_store(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
                     }
                     StoreEvent::SpaceRecovered => {
                         events.emit(code::STORE_SPACE_BACK, "store", "has space again", DAEMON)
+                    }
+                    StoreEvent::BadData { volume, offset } => {
+                        let daemon = daemon.upgrade();
+                        let volume = daemon.and_then(|daemon| daemon.pool.volume_by_id(volume?)?.name().ok());
+                        let (subject, lun) = match volume {
+                            Some(name) => (format!("volume {name}"), name),
+                            None => ("store".to_owned(), "LUN".to_owned()),
+                        };
+                        let text = format!(
+                            "the data at byte {offset} cannot be had: `stillpoint lun show {lun}` lists all that is bad; write it anew, or take it from a snapshot or a backup"
+                        );
+                        events.emit(code::BAD_DATA, subject, text, DAEMON);
+                    }
+                    StoreEvent::BadDataGone { grains } => {
+                        let text = format!("{} of bad data gone: overwritten, or of no use any more", count(grains, "grain"));
+                        events.emit(code::BAD_DATA_GONE, "store", text, DAEMON);
                     }
                     other => tracing::debug!(?other, "store"),
                 }

@@ -162,6 +162,15 @@ pub(crate) fn create_missing(
     Ok(())
 }
 
+/// The store's mode of checksums. It counts for later writes and snapshots.
+fn checksums(mode: stillpoint_config::Checksums) -> stillpoint_snapshot::Checksums {
+    match mode {
+        stillpoint_config::Checksums::Off => stillpoint_snapshot::Checksums::Off,
+        stillpoint_config::Checksums::Sealed => stillpoint_snapshot::Checksums::Sealed,
+        stillpoint_config::Checksums::Always => stillpoint_snapshot::Checksums::Always,
+    }
+}
+
 /// The LUNs of the file. Those that are served already live on.
 fn serve_luns(daemon: &Daemon, config: &Config) -> Result<BTreeMap<String, Arc<Lun>>, Refusal> {
     let mut luns = BTreeMap::new();
@@ -175,6 +184,9 @@ fn serve_luns(daemon: &Daemon, config: &Config) -> Result<BTreeMap<String, Arc<L
                 made
             }
         };
+        if let Some(volume) = daemon.pool.volume(&name) {
+            volume.set_checksums(checksums(lun.checksums))?;
+        }
         if served.settings().read_only != lun.read_only {
             served.set_read_only(lun.read_only);
         }

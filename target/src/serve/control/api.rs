@@ -427,10 +427,68 @@ pub(crate) struct LunDetail {
     pub(crate) write_cache_saved: Option<bool>,
     pub(crate) origin: Option<String>,
     pub(crate) created_at: String,
+    /// When checksums are recorded: `off`, `sealed` or `always`.
+    pub(crate) checksums: stillpoint_snapshot::Checksums,
+    /// Known bad data of the LUN and of its snapshots.
+    pub(crate) bad_data: Vec<BadRange>,
     pub(crate) commands: u64,
     pub(crate) read_bytes: u64,
     pub(crate) written_bytes: u64,
     pub(crate) session_list: Vec<SessionView>,
+}
+
+/// A range that cannot be had.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BadRange {
+    pub(crate) lun: String,
+    /// Name of the snapshot that shows it; None: the LUN as it is now.
+    pub(crate) snapshot: Option<String>,
+    pub(crate) offset_bytes: u64,
+    pub(crate) length_bytes: u64,
+    /// First logical block.
+    pub(crate) lba: u64,
+    pub(crate) blocks: u64,
+    /// `checksum`: other bytes than were written; `unreadable`: the disk does not answer.
+    pub(crate) reason: String,
+    pub(crate) found_at: String,
+}
+
+impl BadRange {
+    /// What the store knows of one volume and its snapshots, or of all.
+    pub(crate) fn list(
+        pool: &stillpoint_snapshot::Pool,
+        volume: Option<stillpoint_snapshot::VolumeId>,
+    ) -> Result<Vec<Self>, Refusal> {
+        let block_size = |bad: &stillpoint_snapshot::BadData| match &bad.snapshot {
+            Some((id, _)) => pool.snapshot_by_id(*id).map(|snapshot| snapshot.block_size),
+            None => pool.volume_by_id(bad.volume).map(|volume| volume.block_size()),
+        };
+        let range = |bad: stillpoint_snapshot::BadData| {
+            let block = u64::from(block_size(&bad).unwrap_or(512).max(1));
+            Self {
+                lun: bad.volume_name,
+                snapshot: bad.snapshot.map(|(_, name)| name),
+                offset_bytes: bad.offset,
+                length_bytes: bad.len,
+                lba: bad.offset / block,
+                blocks: bad.len.div_ceil(block),
+                reason: if bad.checksum { "checksum" } else { "unreadable" }.to_owned(),
+                found_at: time_text(bad.found_ms),
+            }
+        };
+        Ok(pool.bad_data(volume)?.into_iter().map(range).collect())
+    }
+}
+
+/// `snapshot show`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct SnapshotDetail {
+    #[serde(flatten)]
+    pub(crate) row: SnapshotRow,
+    /// The checksums of all that it holds have been recorded.
+    pub(crate) sealed: bool,
+    /// Known bad data that it shows.
+    pub(crate) bad_data: Vec<BadRange>,
 }
 
 /// `volume list`.

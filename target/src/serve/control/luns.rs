@@ -6,7 +6,7 @@ use std::sync::Arc;
 use stillpoint_config::{Consistency, Initiators};
 use stillpoint_snapshot::{VolumeId, VolumeInfo};
 
-use super::api::{LunDetail, LunPath, LunRow, Refusal, time_text};
+use super::api::{BadRange, LunDetail, LunPath, LunRow, Refusal, time_text};
 use crate::serve::agents::{Mode, PreflightView};
 use crate::serve::state::VolumeTag;
 use crate::serve::{Daemon, Lun};
@@ -111,6 +111,8 @@ pub(super) fn show(daemon: &Arc<Daemon>, name: &str) -> Result<LunDetail, Refusa
         write_cache_saved: daemon.state.saved_write_cache(name),
         origin: VolumeTag::of(&volume)?.origin,
         created_at: time_text(volume.created_ms),
+        checksums: volume.checksums,
+        bad_data: BadRange::list(&daemon.pool, Some(volume.id))?,
         commands: figures.commands,
         read_bytes: figures.read_bytes,
         written_bytes: figures.written_bytes,

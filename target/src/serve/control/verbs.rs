@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::sync::broadcast::error::RecvError;
 
-use super::api::{PoolSpace, Refusal, Request, Status, done};
+use super::api::{PoolSpace, Refusal, Request, Status, count, done};
 use super::{Caller, luns, volumes};
 use crate::serve::events::code;
 use crate::serve::{Daemon, apply, snapshots};
@@ -106,6 +106,12 @@ fn status(daemon: &Arc<Daemon>) -> Status {
             "the store has no space for new data: delete snapshots or give its file system more room"
                 .to_owned(),
         );
+    }
+    if stats.bad_grains > 0 {
+        errors.push(format!(
+            "{} of data cannot be had: `stillpoint lun show` and `stillpoint store scrub` list them; write them anew, or take them from a snapshot or a backup",
+            count(stats.bad_grains, "grain")
+        ));
     }
     let unassigned = apply::standing(&daemon.pool, &config)
         .map(|standing| standing.unassigned)

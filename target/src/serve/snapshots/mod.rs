@@ -12,7 +12,9 @@ use stillpoint_config::Consistency;
 use stillpoint_snapshot::{DiffTo, SnapshotChange, SnapshotId, SnapshotInfo};
 
 use super::Daemon;
-use super::control::api::{Diff, DiffExtent, Refusal, SnapshotRef, SnapshotRow, done, time_text};
+use super::control::api::{
+    BadRange, Diff, DiffExtent, Refusal, SnapshotDetail, SnapshotRef, SnapshotRow, done, time_text,
+};
 use super::control::{blocking, luns};
 use super::events::code;
 use super::state::State;
@@ -180,8 +182,15 @@ pub(crate) fn list(daemon: &Arc<Daemon>, lun: Option<&str>) -> Result<Vec<Snapsh
         .collect())
 }
 
-pub(crate) fn show(daemon: &Arc<Daemon>, snapshot: &SnapshotRef) -> Result<SnapshotRow, Refusal> {
-    Ok(row(daemon, &find(daemon, snapshot)?))
+pub(crate) fn show(daemon: &Arc<Daemon>, snapshot: &SnapshotRef) -> Result<SnapshotDetail, Refusal> {
+    let info = find(daemon, snapshot)?;
+    let mut bad_data = BadRange::list(&daemon.pool, Some(info.volume))?;
+    bad_data.retain(|bad| bad.snapshot.as_ref() == Some(&info.name));
+    Ok(SnapshotDetail {
+        row: row(daemon, &info),
+        sealed: info.sealed,
+        bad_data,
+    })
 }
 
 pub(crate) async fn hold(
