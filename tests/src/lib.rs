@@ -14,10 +14,12 @@ mod process;
 mod proxy;
 mod qemu_img;
 pub mod raw;
+pub mod replay;
 mod scratch;
 mod test_cu;
 mod tgt;
 mod tools;
+pub mod windows;
 
 pub use daemon::Daemon;
 pub use guest::{Answer, Guest, GuestSpec, Payload};

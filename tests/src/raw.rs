@@ -15,7 +15,7 @@ pub const BHS_LEN: usize = 48;
 pub const RESERVED: u32 = 0xffff_ffff;
 /// How long an answer may take on a busy machine.
 const LIMIT: Duration = Duration::from_secs(10);
-/// Immediate data that the target takes (its FirstBurstLength and MaxRecvDataSegmentLength).
+/// Data segments and immediate data that Stillpoint takes (its FirstBurstLength and MaxRecvDataSegmentLength).
 const SEGMENT: usize = 262_144;
 
 /// Opcodes (RFC 7143 §11.2.1.2).
@@ -417,6 +417,12 @@ pub struct Raw {
     pub tsih: u16,
     /// Text of the last Login Response.
     pub login_text: Vec<String>,
+    /// Longest data segment that the target takes.
+    pub segment: usize,
+    /// Longest immediate data.
+    pub first_burst: usize,
+    /// Longest data segment that this end has declared; a longer Data-In is a fault.
+    pub own_segment: usize,
 }
 
 impl Raw {
@@ -440,6 +446,9 @@ impl Raw {
             exp_cmd_sn: 0,
             tsih: 0,
             login_text: Vec::new(),
+            segment: SEGMENT,
+            first_burst: SEGMENT,
+            own_segment: usize::MAX,
         })
     }
 
@@ -680,6 +689,12 @@ impl Raw {
             let pdu = self.expect(&format!("the answer to command {itt:#x}"), answer)?;
             if pdu.opcode() == op::DATA_IN {
                 ensure!(
+                    pdu.data.len() <= self.own_segment,
+                    "Data-In of {} bytes, longer than the {} that were declared",
+                    pdu.data.len(),
+                    self.own_segment
+                );
+                ensure!(
                     pdu.word_at(36) == data_sn,
                     "DataSN {} instead of {data_sn}",
                     pdu.word_at(36)
@@ -721,7 +736,10 @@ impl Raw {
     /// # Errors
     /// No answer, or an R2T for data that there is not.
     pub fn run_write(&mut self, cdb: &Cdb, data: &[u8]) -> Result<Reply> {
-        let itt = self.start(cdb, data.get(..data.len().min(SEGMENT)).unwrap_or_default())?;
+        let itt = self.start(
+            cdb,
+            data.get(..data.len().min(self.first_burst)).unwrap_or_default(),
+        )?;
         loop {
             let mine = |pdu: &Pdu| pdu.tag() == itt && matches!(pdu.opcode(), op::R2T | op::SCSI_RESPONSE);
             let pdu = self.expect("an R2T or the status of a write", mine)?;
@@ -742,11 +760,12 @@ impl Raw {
         let wanted = data
             .get(offset..offset + len)
             .with_context(|| format!("an R2T beyond the data: {r2t:?}"))?;
-        let count = wanted.chunks(SEGMENT).count();
-        for (i, piece) in wanted.chunks(SEGMENT).enumerate() {
+        let segment = self.segment;
+        let count = wanted.chunks(segment).count();
+        for (i, piece) in wanted.chunks(segment).enumerate() {
             let last = i + 1 == count;
             let pdu =
-                data_out(r2t, u32::try_from(i)?, u32::try_from(offset + i * SEGMENT)?, last).data(piece);
+                data_out(r2t, u32::try_from(i)?, u32::try_from(offset + i * segment)?, last).data(piece);
             let pdu = pdu.word(28, self.exp_stat_sn);
             self.send(&pdu)?;
         }
