@@ -6,7 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::fs::FlockOperation;
+
 use crate::meta::{Barrier, Batch, MAX_VALUE_BYTES, MetaStore, Pair};
+use crate::open::take_lock;
 use crate::{Error, Result};
 
 /// Our page cache is the real one.
@@ -41,6 +44,7 @@ impl SledMeta {
     /// # Errors
     /// `Io`, `NoSpace`, or `Corrupt` as sled says.
     pub fn open(dir: &Path) -> Result<Self> {
+        remove_unfinished(dir)?;
         let db = open_unlocked(dir)?;
         let path = dir.join("db");
         let file = File::open(&path).map_err(|e| Error::io("open", path.display().to_string(), e))?;
@@ -69,6 +73,34 @@ impl SledMeta {
             None => Ok(()),
         }
     }
+}
+
+/// Removes `snap.*.generating`: what is left of a summary of the log that a crash interrupted. sled takes it for the newest
+/// one and then refuses to open (seen with power cuts; its own rule is to write, sync and rename). The summary only saves
+/// reading the log from its start, so nothing goes with it.
+fn remove_unfinished(dir: &Path) -> Result<()> {
+    let io = |op, path: &Path, e| Error::io(op, path.display().to_string(), e);
+    let log = dir.join("db");
+    let file = match File::open(&log) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(io("open", &log, e)),
+    };
+    // Threads of a store that was just dropped may still be at it: they keep sled's lock. Who cannot have it now does not
+    // get the store open either, and is told so there.
+    let free = take_lock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|e| io("lock", &log, e))?;
+    if !free {
+        return Ok(());
+    }
+    for entry in std::fs::read_dir(dir).map_err(|e| io("list", dir, e))? {
+        let path = entry.map_err(|e| io("list", dir, e))?.path();
+        let name = path.file_name().map(|name| name.to_string_lossy());
+        if name.is_some_and(|name| name.starts_with("snap.") && name.ends_with(".generating")) {
+            tracing::info!("removing {}, which a crash left unfinished", path.display());
+            std::fs::remove_file(&path).map_err(|e| io("remove", &path, e))?;
+        }
+    }
+    Ok(())
 }
 
 /// Opens sled, waiting a moment for its lock: when a store is dropped, sled's own threads keep the file a little longer
@@ -204,6 +236,26 @@ impl MetaStore for SledMeta {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_crash_while_sled_summed_up_its_log_does_no_harm() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("meta");
+        let mut meta = SledMeta::open(&path).unwrap();
+        let mut batch = Batch::default();
+        batch.put(vec![b'S'], vec![1; 100]);
+        meta.apply(&batch).unwrap();
+        meta.flush().unwrap();
+        meta.barrier().sync().unwrap();
+        drop(meta);
+        for left in [&b""[..], &[7; 40]] {
+            let torn = path.join("snap.00FFFFFFFFFFFFFF.generating");
+            std::fs::write(&torn, left).unwrap();
+            let mut meta = SledMeta::open(&path).unwrap();
+            assert_eq!(meta.get(b"S").unwrap(), Some(vec![1; 100]));
+            assert!(!torn.exists());
+        }
+    }
 
     #[test]
     fn batches_are_there_after_reopening() {

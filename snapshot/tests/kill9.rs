@@ -1,6 +1,7 @@
 //! kill -9 at random moments, on the real store; every round goes on with what the one before left.
 //!
-//! `STILLPOINT_SOAK_ROUNDS` raises the number of rounds, `STILLPOINT_SEED` repeats a run.
+//! `STILLPOINT_SOAK_ROUNDS` raises the number of rounds, `STILLPOINT_SEED` repeats a run; `tests/soak store` runs all of
+//! it.
 
 #![expect(
     clippy::unwrap_used,
@@ -17,6 +18,7 @@ use std::time::Duration;
 
 use stillpoint_snapshot::sim::Rng;
 
+use common::counts::Counts;
 use common::facts::Crash;
 use common::recorder::{self, child};
 use common::workload::{self, Orders};
@@ -35,7 +37,7 @@ fn number(name: &str, default: u64) -> u64 {
 #[test]
 #[ignore = "run as a child by the test of this file"]
 fn workload_child() {
-    workload::run(&Orders::from_env());
+    workload::run(&Orders::from_env()).unwrap();
 }
 
 #[test]
@@ -44,6 +46,7 @@ fn kill_9_loses_nothing_that_was_acknowledged() {
     let mut rng = Rng::new(seed);
     let mut scratch = recorder::scratch();
     let mut worked = 0;
+    let mut counts = Counts::default();
     let rounds = number("STILLPOINT_SOAK_ROUNDS", QUICK_ROUNDS);
     for round in 0..rounds {
         if round % ROUNDS_PER_POOL == ROUNDS_PER_POOL - 1 {
@@ -69,7 +72,9 @@ fn kill_9_loses_nothing_that_was_acknowledged() {
         );
         let facts = fs::read_to_string(orders.facts()).unwrap_or_default();
         worked += usize::from(facts.contains(" snapshot "));
-        if let Err(what) = workload::judge(scratch.path(), &facts, Crash::Kill) {
+        let verdict = workload::judge(scratch.path(), &facts, Crash::Kill);
+        counts.add(verdict.under_way);
+        if let Err(what) = verdict.judged {
             let kept = scratch.keep();
             panic!(
                 "STILLPOINT_SEED={seed} round {round}: {what}\nkept in {}",
@@ -77,6 +82,7 @@ fn kill_9_loses_nothing_that_was_acknowledged() {
             );
         }
     }
+    counts.print("kill -9", "rounds");
     assert!(
         worked as u64 > rounds / 3,
         "the rounds were too short to prove anything: {worked} of {rounds}"

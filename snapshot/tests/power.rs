@@ -1,7 +1,8 @@
 //! Power cuts on the real store: sled and real files under a recorder, replayed with what was not synced dropped or
 //! kept at random (`recorder/recorder.c`, `common/replay.rs`).
 //!
-//! `STILLPOINT_SOAK_CUTS` raises the number of cut points, `STILLPOINT_SEED` repeats a run.
+//! `STILLPOINT_SOAK_CUTS` raises the number of cut points, `STILLPOINT_SEED` repeats a run; `tests/soak store` runs all
+//! of it.
 
 #![expect(
     clippy::unwrap_used,
@@ -17,12 +18,15 @@ use std::path::{Path, PathBuf};
 
 use stillpoint_snapshot::sim::{Loss, Rng};
 
+use common::counts::Counts;
 use common::facts::Crash;
 use common::recorder::{self, LeftOut};
 use common::replay::{Event, FileSystem, read_log};
 use common::workload::{self, Orders};
 
 const QUICK_CUTS: usize = 90;
+/// A new recording after so many, so that a long run sees other histories too.
+const CUTS_PER_RECORDING: usize = 90;
 const CONTROL_CUTS: usize = 60;
 
 fn number(name: &str, default: u64) -> u64 {
@@ -35,7 +39,7 @@ fn number(name: &str, default: u64) -> u64 {
 #[test]
 #[ignore = "run as a child by the tests of this file"]
 fn workload_child() {
-    workload::run(&Orders::from_env());
+    workload::run(&Orders::from_env()).unwrap();
 }
 
 /// A recorded session: three processes one after another on one pool, the first of which makes it.
@@ -76,7 +80,17 @@ impl Recording {
     /// Follows the log and shows `look` the image of a power cut at `cuts` random points, until it says stop.
     fn cut(&self, seed: u64, cuts: usize, mut look: impl FnMut(usize, Loss, &Path, &str) -> bool) {
         let mut rng = Rng::new(seed);
-        let mut points: Vec<usize> = (0..cuts).map(|_| rng.index(self.events.len())).collect();
+        // Most events are writes of data; what tells more happens between the others (syncs, names, punches).
+        let others = |event: &Event| !matches!(event, Event::Write { .. });
+        let others: Vec<usize> = (0..self.events.len())
+            .filter(|at| others(&self.events[*at]))
+            .collect();
+        let mut points: Vec<usize> = (0..cuts)
+            .map(|cut| match cut % 2 {
+                0 => rng.index(self.events.len()),
+                _ => *rng.pick(&others).unwrap() + rng.index(2),
+            })
+            .collect();
         points.sort_unstable();
         let mut system = FileSystem::new(&self.root);
         let mut followed = 0;
@@ -135,21 +149,27 @@ fn the_recorder_misses_nothing() {
 
 #[test]
 fn a_power_cut_loses_nothing_that_was_flushed() {
-    let seed = number("STILLPOINT_SEED", 1);
-    let recording = record(seed, LeftOut::Nothing, 3, 250);
     let cuts = number("STILLPOINT_SOAK_CUTS", QUICK_CUTS as u64) as usize;
-    let mut judged = 0;
-    recording.cut(seed, cuts, |point, loss, image, facts| {
-        if let Err(what) = workload::judge(image, facts, Crash::Power) {
-            panic!(
-                "STILLPOINT_SEED={seed}, cut {point}/{} ({loss:?}): {what}",
-                recording.events.len()
-            );
+    let mut counts = Counts::default();
+    for seed in number("STILLPOINT_SEED", 1).. {
+        let recording = record(seed, LeftOut::Nothing, 3, 250);
+        let now = CUTS_PER_RECORDING.min(cuts - counts.total());
+        recording.cut(seed, now, |point, loss, image, facts| {
+            let verdict = workload::judge(image, facts, Crash::Power);
+            counts.add(verdict.under_way);
+            if let Err(what) = verdict.judged {
+                panic!(
+                    "STILLPOINT_SEED={seed}, cut {point}/{} ({loss:?}): {what}",
+                    recording.events.len()
+                );
+            }
+            true
+        });
+        if counts.total() == cuts {
+            break;
         }
-        judged += 1;
-        true
-    });
-    assert_eq!(judged, cuts);
+    }
+    counts.print("power cut", "points");
 }
 
 /// The control: the same experiment must see loss when one of our own syncs is left out.
@@ -160,6 +180,7 @@ fn sees_loss_without_fdatasync_of(suffix: &'static str) {
     let mut seen = None;
     recording.cut(seed, CONTROL_CUTS, |point, _, image, facts| {
         seen = workload::judge(image, facts, Crash::Power)
+            .judged
             .err()
             .map(|what| (point, what));
         seen.is_none()

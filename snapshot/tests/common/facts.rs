@@ -1,7 +1,8 @@
 //! What a workload asked for and what was acknowledged, and the judge of what is left after a crash.
 //!
-//! A workload appends one line before each operation (`b`) and one after its acknowledgement (`d`); a single
-//! `write` each, so the lines of many threads have one order. Every sector that is written carries the number of its
+//! A workload appends one line before each operation (`b`), one after its acknowledgement (`d`) or its refusal (`x`),
+//! and one when the store passes a point of interest (`p`); a single `write` each, so the lines of many threads have
+//! one order. Every sector that is written carries the number of its
 //! operation, so the bytes found later say which operation they are from.
 //!
 //! Threads never write the same sectors at the same time (they do write different sectors of the same grain). So for
@@ -114,6 +115,12 @@ pub(crate) enum What {
     DeleteVolume {
         volume: String,
     },
+    Grow {
+        volume: String,
+        sectors: u64,
+    },
+    /// The metadata was made anew from its own dump, while nobody had the pool open.
+    Restore,
     /// Seen after a restart: what each sector holds from now on.
     Observed {
         volume: String,
@@ -142,6 +149,8 @@ impl What {
             Self::Revert { volume, snapshot } => format!("revert {volume} {snapshot}"),
             Self::DeleteSnapshot { volume, snapshot } => format!("unsnap {volume} {snapshot}"),
             Self::DeleteVolume { volume } => format!("delete {volume}"),
+            Self::Grow { volume, sectors } => format!("grow {volume} {sectors}"),
+            Self::Restore => "restore pool".to_owned(),
             Self::Observed { volume, stamps } => {
                 // Runs, because most sectors of a test volume are alike: stamp*count.
                 let mut text = format!("observed {volume}");
@@ -195,6 +204,11 @@ impl What {
                 snapshot: name(0)?,
             },
             "delete" => Self::DeleteVolume { volume },
+            "grow" => Self::Grow {
+                volume,
+                sectors: number(0)?,
+            },
+            "restore" => Self::Restore,
             "observed" => {
                 let run = |text: &&str| {
                     let (stamp, count) = text.split_once('*')?;
@@ -257,6 +271,16 @@ impl Facts {
     pub(crate) fn done(&self, op: Stamp) {
         self.line(&format!("d {op}\n"));
     }
+
+    /// To be called when the operation was answered with an error: any part of it may have happened.
+    pub(crate) fn failed(&self, op: Stamp) {
+        self.line(&format!("x {op}\n"));
+    }
+
+    /// The store has passed a point: what was in the background when the crash came.
+    pub(crate) fn passed(&self, point: &str) {
+        self.line(&format!("p {point}\n"));
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -264,6 +288,7 @@ struct Op {
     thread: u64,
     began: usize,
     done: Option<usize>,
+    failed: bool,
     what: What,
 }
 
@@ -283,9 +308,64 @@ struct Version {
     value: Stamp,
 }
 
+/// All values that the sectors of a volume ever had, oldest first, and all its sizes.
+#[derive(Default)]
+struct Versions {
+    sectors: Vec<Vec<Version>>,
+    /// (operation, sectors), oldest first.
+    sizes: Vec<(Stamp, usize)>,
+}
+
+impl Versions {
+    fn new(op: Stamp, stamps: impl IntoIterator<Item = Stamp>) -> Self {
+        let mut versions = Self::default();
+        versions.all(op, stamps);
+        versions
+    }
+
+    fn push(&mut self, sector: usize, op: Stamp, value: Stamp) {
+        if self.sectors.len() <= sector {
+            self.sectors.resize(sector + 1, Vec::new());
+        }
+        self.sectors[sector].push(Version { op, value });
+    }
+
+    /// From `op` on the volume is exactly this; what was beyond its end is gone for good.
+    fn all(&mut self, op: Stamp, stamps: impl IntoIterator<Item = Stamp>) {
+        let mut size = 0;
+        for (sector, value) in stamps.into_iter().enumerate() {
+            size = sector + 1;
+            let known = self.sectors.get(sector).and_then(|versions| versions.last());
+            if known.is_none_or(|last| last.value != value) {
+                self.push(sector, op, value);
+            }
+        }
+        for versions in self.sectors.iter_mut().skip(size) {
+            versions.push(Version { op, value: 0 });
+        }
+        self.sizes.push((op, size));
+    }
+
+    fn grow(&mut self, op: Stamp, sectors: usize) {
+        (self.sectors.len()..sectors).for_each(|sector| self.push(sector, op, 0));
+        self.sizes.push((op, sectors));
+    }
+
+    /// What the volume holds when its thread is between two operations.
+    fn now(&self) -> impl Iterator<Item = Stamp> {
+        let size = self.sizes.last().map_or(0, |(_, size)| *size);
+        let last = |versions: &Vec<Version>| versions.last().map_or(0, |last| last.value);
+        self.sectors.iter().take(size).map(last)
+    }
+}
+
 /// All that happened, as far as the facts say.
 pub(crate) struct History {
     ops: BTreeMap<Stamp, Op>,
+    /// Points that the store of the last process passed, oldest first.
+    points: Vec<String>,
+    /// Line at which the last process began.
+    session: usize,
     crash: Crash,
 }
 
@@ -293,10 +373,21 @@ impl History {
     /// Reads facts; a last line without an end is dropped.
     pub(crate) fn read(text: &str, crash: Crash) -> Self {
         let mut ops = BTreeMap::new();
+        let (mut points, mut session) = (Vec::new(), 0);
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         for (position, line) in whole.lines().enumerate() {
             let mut parts = line.splitn(4, ' ');
             let kind = parts.next();
+            if kind == Some("p") {
+                match parts.next().expect("the name of a point") {
+                    "process" => {
+                        points.clear();
+                        session = position;
+                    }
+                    point => points.push(point.to_owned()),
+                }
+                continue;
+            }
             let op: Stamp = parts
                 .next()
                 .and_then(|text| text.parse().ok())
@@ -314,15 +405,51 @@ impl History {
                             thread,
                             began: position,
                             done: None,
+                            failed: false,
                             what,
                         },
                     );
                 }
                 Some("d") => ops.get_mut(&op).expect("begun before it is done").done = Some(position),
+                Some("x") => ops.get_mut(&op).expect("begun before it fails").failed = true,
                 _ => panic!("bad fact: {line}"),
             }
         }
-        Self { ops, crash }
+        Self {
+            ops,
+            points,
+            session,
+            crash,
+        }
+    }
+
+    /// What was under way when the crash came: operations that were neither acknowledged nor refused, and the last steps
+    /// of what commits and frees.
+    pub(crate) fn under_way(&self) -> BTreeSet<String> {
+        let waiting = self
+            .ops
+            .values()
+            .filter(|op| op.done.is_none() && !op.failed && op.began > self.session);
+        let verb = |op: &Op| match &op.what {
+            What::Snapshot { volumes, .. } if volumes.len() > 1 => "group snapshot".to_owned(),
+            what => what.text().split(' ').next().unwrap_or_default().to_owned(),
+        };
+        let mut all: BTreeSet<String> = waiting.map(verb).collect();
+        if !self.points.iter().any(|point| point == "start") {
+            let start = if self.ops.is_empty() {
+                "first start"
+            } else {
+                "start"
+            };
+            all.insert(start.to_owned());
+        }
+        all.extend(
+            self.points
+                .last()
+                .filter(|point| point.contains('.') && *point != "commit.released")
+                .cloned(),
+        );
+        all
     }
 
     pub(crate) fn acknowledged(&self) -> usize {
@@ -350,6 +477,7 @@ impl History {
             What::Write { fua: true, .. }
             | What::Create { .. }
             | What::Clone { .. }
+            | What::Grow { .. }
             | What::Revert { .. } => true,
             _ if self.crash == Crash::Kill => true,
             _ => self.flushes(volume).any(|flush| flush.began > *done),
@@ -368,16 +496,14 @@ impl History {
     }
 
     /// Every value each sector of each volume ever had, oldest first.
-    fn versions(&self) -> BTreeMap<String, Vec<Vec<Version>>> {
-        let mut volumes: BTreeMap<String, Vec<Vec<Version>>> = BTreeMap::new();
+    fn versions(&self) -> BTreeMap<String, Versions> {
+        let mut volumes: BTreeMap<String, Versions> = BTreeMap::new();
         let mut cuts: BTreeMap<(String, String), Vec<Stamp>> = BTreeMap::new();
         for (stamp, op) in self.in_order() {
             let (volume, range, value) = match &op.what {
                 What::Create { volume, sectors } => {
-                    volumes.insert(
-                        volume.clone(),
-                        vec![vec![Version { op: stamp, value: 0 }]; *sectors as usize],
-                    );
+                    let zeroes = std::iter::repeat_n(0, *sectors as usize);
+                    volumes.insert(volume.clone(), Versions::new(stamp, zeroes));
                     continue;
                 }
                 What::Write {
@@ -393,14 +519,13 @@ impl History {
                 } => (volume, *sector..sector + count, 0),
                 What::Observed { volume, stamps } => {
                     // A volume whose creation was not acknowledged may be there after the restart.
-                    let sectors = volumes
-                        .entry(volume.clone())
-                        .or_insert_with(|| vec![Vec::new(); stamps.len()]);
-                    for (versions, &value) in sectors.iter_mut().zip(stamps) {
-                        if versions.last().is_none_or(|last| last.value != value) {
-                            versions.push(Version { op: stamp, value });
-                        }
-                    }
+                    let known = volumes.entry(volume.clone()).or_default();
+                    known.all(stamp, stamps.iter().copied());
+                    continue;
+                }
+                What::Grow { volume, sectors } => {
+                    let known = volumes.get_mut(volume).expect("the volume exists");
+                    known.grow(stamp, *sectors as usize);
                     continue;
                 }
                 What::Snapshot {
@@ -409,34 +534,30 @@ impl History {
                 } => {
                     // Only clones and reverts look here: their volumes have one thread, so this is exact.
                     for member in members {
-                        let last = |versions: &Vec<Version>| versions.last().map_or(0, |last| last.value);
-                        let sectors = volumes[member].iter().map(last).collect();
-                        cuts.insert((member.clone(), name.clone()), sectors);
+                        cuts.insert((member.clone(), name.clone()), volumes[member].now().collect());
                     }
                     continue;
                 }
                 What::Clone { volume, snapshot, to } => {
                     let cut = &cuts[&(volume.clone(), snapshot.clone())];
-                    let first = |&value: &Stamp| vec![Version { op: stamp, value }];
-                    volumes.insert(to.clone(), cut.iter().map(first).collect());
+                    volumes.insert(to.clone(), Versions::new(stamp, cut.iter().copied()));
                     continue;
                 }
                 What::Revert { volume, snapshot } => {
                     let cut = &cuts[&(volume.clone(), snapshot.clone())];
-                    let sectors = volumes.get_mut(volume).expect("the volume exists");
-                    for (versions, &value) in sectors.iter_mut().zip(cut) {
-                        versions.push(Version { op: stamp, value });
-                    }
+                    let known = volumes.get_mut(volume).expect("the volume exists");
+                    known.all(stamp, cut.iter().copied());
                     continue;
                 }
-                What::Flush { .. } | What::DeleteSnapshot { .. } | What::DeleteVolume { .. } => continue,
+                What::Flush { .. }
+                | What::DeleteSnapshot { .. }
+                | What::DeleteVolume { .. }
+                | What::Restore => continue,
             };
-            let sectors = volumes
+            let known = volumes
                 .get_mut(volume)
                 .unwrap_or_else(|| panic!("{volume} is written but never created"));
-            for sector in range {
-                sectors[sector as usize].push(Version { op: stamp, value });
-            }
+            range.for_each(|sector| known.push(sector as usize, stamp, value));
         }
         volumes
     }
@@ -448,11 +569,7 @@ impl History {
         self.judge_snapshots(found, &versions)
     }
 
-    fn judge_volumes(
-        &self,
-        found: &dyn Found,
-        versions: &BTreeMap<String, Vec<Vec<Version>>>,
-    ) -> Result<(), String> {
+    fn judge_volumes(&self, found: &dyn Found, versions: &BTreeMap<String, Versions>) -> Result<(), String> {
         let names: BTreeSet<String> = found.volumes().into_iter().collect();
         for op in self.ops.values() {
             let created = match &op.what {
@@ -474,15 +591,17 @@ impl History {
             };
             let actual =
                 stamps(&found.read_volume(name)?).map_err(|what| format!("volume {name}: {what}"))?;
-            if actual.len() != expected.len() {
+            let is_done = |(op, _): &(Stamp, usize)| self.ops[op].done.is_some();
+            let durable = expected.sizes.iter().rposition(is_done).unwrap_or(0);
+            let sizes = &expected.sizes[durable..];
+            if !sizes.iter().any(|(_, size)| *size == actual.len()) {
                 return Err(format!(
-                    "volume {name} has {} sectors, not {}",
-                    actual.len(),
-                    expected.len()
+                    "volume {name} has {} sectors, not {sizes:?}",
+                    actual.len()
                 ));
             }
             let mut covered = BTreeMap::new();
-            for (sector, (&actual, versions)) in actual.iter().zip(expected).enumerate() {
+            for (sector, (&actual, versions)) in actual.iter().zip(&expected.sectors).enumerate() {
                 let is_covered = |version: &Version| {
                     *covered
                         .entry(version.op)
@@ -503,7 +622,7 @@ impl History {
     fn judge_snapshots(
         &self,
         found: &dyn Found,
-        versions: &BTreeMap<String, Vec<Vec<Version>>>,
+        versions: &BTreeMap<String, Versions>,
     ) -> Result<(), String> {
         let there: BTreeSet<(String, String)> = found.snapshots().into_iter().collect();
         for op in self.ops.values() {
@@ -528,7 +647,7 @@ impl History {
     fn judge_cut(
         &self,
         found: &dyn Found,
-        versions: &BTreeMap<String, Vec<Vec<Version>>>,
+        versions: &BTreeMap<String, Versions>,
         there: &BTreeSet<(String, String)>,
         cut: &Op,
         name: &str,
@@ -558,7 +677,7 @@ impl History {
             let bytes = found.read_snapshot(member, name)?;
             let actual = stamps(&bytes).map_err(|what| format!("snapshot {member}@{name}: {what}"))?;
             for (sector, &actual) in actual.iter().enumerate() {
-                self.narrow(&mut threads, &versions[member][sector], actual, cut)
+                self.narrow(&mut threads, &versions[member].sectors[sector], actual, cut)
                     .map_err(|what| {
                         format!("snapshot {member}@{name} sector {sector} holds {actual}: {what}")
                     })?;
@@ -592,6 +711,10 @@ impl History {
         }
         // Unique stamps say exactly which operations are in and which are not; zeroes only where there is no choice.
         for (i, version) in range.iter().enumerate() {
+            if self.ops[&version.op].failed {
+                // Any part of it may be there, at any time until its sectors are written again.
+                continue;
+            }
             let prefix = threads.entry(self.ops[&version.op].thread).or_default();
             let matching = || {
                 range

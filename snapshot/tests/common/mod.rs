@@ -1,6 +1,7 @@
 //! What the crash tests share.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+pub(crate) mod counts;
 pub(crate) mod facts;
 pub(crate) mod gate;
 pub(crate) mod model;

@@ -4,21 +4,32 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
-/// Compiles the recorder once per test process. There is no skipping: without a C compiler these tests fail.
-fn library() -> &'static Path {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(|| {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/recorder/recorder.c");
-        let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("recorder-{}.so", std::process::id()));
+/// Compiles a shim of `tests/recorder/` once per test process. There is no skipping: without a C compiler these tests fail.
+fn library(name: &str, built: &'static OnceLock<PathBuf>) -> &'static Path {
+    built.get_or_init(|| {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/recorder/{name}.c"));
+        let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}.so", std::process::id()));
         let status = Command::new("cc")
             .args(["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o"])
             .args([&out, &source])
             .args(["-ldl", "-lpthread"])
             .status()
-            .expect("a C compiler (Debian: gcc or clang) is needed for the power-cut tests");
-        assert!(status.success(), "the recorder does not compile");
+            .expect("a C compiler (Debian: gcc or clang) is needed for the crash tests");
+        assert!(status.success(), "the {name} does not compile");
         out
     })
+}
+
+/// The library that records what a process does to files.
+fn recorder() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    library("recorder", &BUILT)
+}
+
+/// The library that makes one call fail.
+pub(crate) fn injector() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    library("injector", &BUILT)
 }
 
 /// Which of our own syncs the recorder leaves out: the control of the experiment.
@@ -39,7 +50,7 @@ pub(crate) fn record(
 ) -> Output {
     let mut command = child(name, vars);
     command
-        .env("LD_PRELOAD", library())
+        .env("LD_PRELOAD", recorder())
         .env("RECORDER_ROOT", root)
         .env("RECORDER_LOG", log);
     if let LeftOut::Fdatasync(suffix) = left_out {

@@ -1,11 +1,15 @@
 //! A seeded workload on a real pool that states in [`Facts`] what it asked for and what was acknowledged.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use stillpoint_snapshot::sim::Rng;
-use stillpoint_snapshot::{CloneSpec, Pool, PoolOptions, SnapshotSpec, Volume, VolumeSpec};
+use stillpoint_snapshot::{
+    CloneSpec, Error, Hooks, Point, Pool, PoolOptions, Result, SnapshotSpec, Volume, VolumeSpec,
+};
 
-use super::facts::{Crash, Facts, Found, SECTOR, What, stamped_run, stamps};
+use super::facts::{Crash, Facts, Found, SECTOR, Stamp, What, stamped_run, stamps};
 
 /// 1 MiB: four map pages of 64 grains.
 const SECTORS: u64 = 2048;
@@ -14,6 +18,8 @@ const GRAIN_SECTORS: u64 = 8;
 const SHARED_GRAINS: u64 = 128;
 const MOST_SNAPSHOTS: usize = 5;
 const MOST_CLONES: usize = 2;
+/// Volumes of the coordinator grow to at most this.
+const MOST_SECTORS: u64 = SECTORS + SECTORS / 2;
 
 /// What a child process is told.
 #[derive(Clone, Debug)]
@@ -60,83 +66,119 @@ pub(crate) fn options() -> PoolOptions {
         ballast_bytes: 1 << 20,
         min_free_bytes: 1 << 20,
         commit_ms: 15,
+        checkpoint_txgs: 6,
+        job_pages: 2,
         ..PoolOptions::default()
     }
 }
 
-/// Opens the pool, or makes it with its three volumes when it is not there.
-pub(crate) fn run(orders: &Orders) {
-    let facts = Facts::append(&orders.facts());
-    let dir = orders.pool();
-    let pool = if Pool::exists(&dir) {
-        Pool::open(&dir, &options()).expect("the pool opens")
-    } else {
-        Pool::create(&dir, &options()).expect("the pool is made")
+/// Notes the steps of what runs in the background.
+struct Steps(Arc<Facts>);
+
+impl Hooks for Steps {
+    fn at(&self, point: Point) {
+        if ["commit.", "checkpoint.", "job."]
+            .iter()
+            .any(|family| point.starts_with(family))
+        {
+            self.0.passed(point);
+        }
+    }
+}
+
+/// Opens the pool, or makes it with its three volumes when it is not there; ends with a clean stop. Any error of the
+/// store ends it too, after the operation that met it was noted as failed.
+pub(crate) fn run(orders: &Orders) -> Result<()> {
+    let facts = Arc::new(Facts::append(&orders.facts()));
+    let (dir, mut rng) = (orders.pool(), Rng::new(orders.seed));
+    facts.passed("process");
+    let options = PoolOptions {
+        hooks: Some(Arc::new(Steps(Arc::clone(&facts)))),
+        ..options()
     };
+    let pool = if Pool::exists(&dir) {
+        if rng.chance(25) {
+            remake(&dir, &options, &facts)?;
+        }
+        Pool::open(&dir, &options)?
+    } else {
+        Pool::create(&dir, &options)?
+    };
+    facts.passed("start");
+    let done = work(&pool, &facts, orders, rng);
+    let stopped = pool.shutdown();
+    done.and(stopped)
+}
+
+fn work(pool: &Pool, facts: &Facts, orders: &Orders, rng: Rng) -> Result<()> {
     for name in ["a", "b", "p"] {
         if pool.volume(name).is_none() {
-            let op = facts.begin(
-                0,
-                &What::Create {
-                    volume: name.to_owned(),
-                    sectors: SECTORS,
-                },
-            );
-            create(&pool, name);
-            facts.done(op);
+            let what = What::Create {
+                volume: name.to_owned(),
+                sectors: SECTORS,
+            };
+            step(facts, 0, &what, |_| create(pool, name))?;
         }
     }
     for info in pool.volumes() {
         let volume = pool.volume(&info.name).expect("listed");
-        let stamps = stamps(&read_all(&volume).expect("readable")).expect("whole sectors");
-        facts.done(facts.begin(
-            0,
-            &What::Observed {
-                volume: info.name,
-                stamps,
-            },
-        ));
+        let mut bytes = vec![0xee; info.size_bytes as usize];
+        volume.read(0, &mut bytes)?;
+        let stamps = stamps(&bytes).expect("whole sectors");
+        let what = What::Observed {
+            volume: info.name,
+            stamps,
+        };
+        facts.done(facts.begin(0, &what));
     }
     std::thread::scope(|scope| {
-        for thread in 1..=2 {
-            let (facts, pool) = (&facts, &pool);
-            scope.spawn(move || write(pool, facts, thread, orders));
-        }
-        Coordinator {
-            pool: &pool,
-            facts: &facts,
-            rng: Rng::new(orders.seed),
-        }
-        .run(orders.steps);
-    });
-    pool.shutdown().expect("a clean stop");
+        let writers = [1, 2].map(|thread| scope.spawn(move || write(pool, facts, thread, orders)));
+        let coordinator = Coordinator { pool, facts, rng }.run(orders.steps);
+        let ended = writers.map(|writer| writer.join().expect("no panic"));
+        ended.into_iter().fold(coordinator, Result::and)
+    })
 }
 
-fn create(pool: &Pool, name: &str) -> Volume {
+/// Makes the metadata anew from its dump, as `store dump` and `store restore` do.
+fn remake(dir: &Path, options: &PoolOptions, facts: &Facts) -> Result<()> {
+    // A dump shows what is committed: what the warm log has must be committed first.
+    Pool::open(dir, options)?.shutdown()?;
+    let mut text = Vec::new();
+    stillpoint_snapshot::dump(dir, &mut text)?;
+    let kept = dir.join("meta.before-restore");
+    if kept.exists() {
+        std::fs::remove_dir_all(&kept).expect("the operator can remove it");
+    }
+    step(facts, 0, &What::Restore, |_| {
+        stillpoint_snapshot::restore(&mut text.as_slice(), dir)
+    })
+}
+
+fn create(pool: &Pool, name: &str) -> Result<Volume> {
     let spec = VolumeSpec {
         name: name.to_owned(),
         size_bytes: SECTORS * SECTOR as u64,
         block_size: 512,
         attributes: b"test".to_vec(),
     };
-    pool.create_volume(&spec).expect("a new volume")
+    pool.create_volume(&spec)
 }
 
-pub(crate) fn read_all(volume: &Volume) -> Result<Vec<u8>, String> {
+pub(crate) fn read_all(volume: &Volume) -> std::result::Result<Vec<u8>, String> {
     let mut bytes = vec![0xee; volume.size_bytes() as usize];
     volume.read(0, &mut bytes).map_err(|error| error.to_string())?;
     Ok(bytes)
 }
 
 /// One writer: its sectors are its own, half of its grains are shared with the other writer.
-fn write(pool: &Pool, facts: &Facts, thread: u64, orders: &Orders) {
+fn write(pool: &Pool, facts: &Facts, thread: u64, orders: &Orders) -> Result<()> {
     let mut rng = Rng::new(orders.seed ^ (thread << 40));
     let volumes = ["a", "b"].map(|name| pool.volume(name).expect("made before"));
     for _ in 0..orders.steps {
         let volume = &volumes[rng.index(2)];
-        let name = volume.name().expect("there");
+        let name = volume.name()?;
         let (sector, count) = own_range(&mut rng, thread);
-        match rng.below(100) {
+        let done = match rng.below(100) {
             0..12 => step(facts, thread, &What::Flush { volume: name }, |_| volume.flush()),
             12..24 => {
                 let what = What::Zero {
@@ -145,7 +187,7 @@ fn write(pool: &Pool, facts: &Facts, thread: u64, orders: &Orders) {
                     count,
                 };
                 let unmap = rng.chance(50);
-                step(facts, thread, &what, |_| zero(volume, sector, count, unmap));
+                step(facts, thread, &what, |_| zero(volume, sector, count, unmap))
             }
             n => {
                 let fua = n < 32;
@@ -157,9 +199,19 @@ fn write(pool: &Pool, facts: &Facts, thread: u64, orders: &Orders) {
                 };
                 step(facts, thread, &what, |op| {
                     volume.write(sector * SECTOR as u64, &stamped_run(sector, count, op), fua)
-                });
+                })
             }
-        }
+        };
+        go_on(done)?;
+    }
+    Ok(())
+}
+
+/// An initiator goes on after an error of a medium or of space; nobody does after the pool has stopped.
+fn go_on(done: Result<()>) -> Result<()> {
+    match done {
+        Err(Error::NoSpace | Error::Io { .. } | Error::Medium { .. }) => Ok(()),
+        other => other,
     }
 }
 
@@ -182,7 +234,7 @@ fn own_range(rng: &mut Rng, thread: u64) -> (u64, u64) {
     }
 }
 
-fn zero(volume: &Volume, sector: u64, count: u64, unmap: bool) -> stillpoint_snapshot::Result<()> {
+fn zero(volume: &Volume, sector: u64, count: u64, unmap: bool) -> Result<()> {
     let (offset, len) = (sector * SECTOR as u64, count * SECTOR as u64);
     if unmap {
         volume.unmap(&[(offset, len)])
@@ -191,16 +243,16 @@ fn zero(volume: &Volume, sector: u64, count: u64, unmap: bool) -> stillpoint_sna
     }
 }
 
-fn step<T>(
-    facts: &Facts,
-    thread: u64,
-    what: &What,
-    run: impl FnOnce(u64) -> stillpoint_snapshot::Result<T>,
-) -> T {
+fn step<T>(facts: &Facts, thread: u64, what: &What, run: impl FnOnce(Stamp) -> Result<T>) -> Result<()> {
     let op = facts.begin(thread, what);
-    let result = run(op).unwrap_or_else(|error| panic!("{what:?}: {error}"));
-    facts.done(op);
-    result
+    match run(op) {
+        Ok(_) => facts.done(op),
+        Err(error) => {
+            facts.failed(op);
+            return Err(error);
+        }
+    }
+    Ok(())
 }
 
 /// Takes, deletes, clones and reverts; writes to the volumes that are its own (`p` and the clones).
@@ -211,18 +263,21 @@ struct Coordinator<'a> {
 }
 
 impl Coordinator<'_> {
-    fn run(&mut self, steps: u64) {
+    fn run(&mut self, steps: u64) -> Result<()> {
         for _ in 0..steps {
-            match self.rng.below(100) {
-                0..50 => self.write(),
-                50..60 => self.flush(),
-                60..75 => self.snapshot(),
-                75..87 => self.delete_snapshot(),
-                87..92 => self.revert(),
-                92..96 => self.clone(),
+            let done = match self.rng.below(100) {
+                0..48 => self.write(),
+                48..58 => self.flush(),
+                58..73 => self.snapshot(),
+                73..84 => self.delete_snapshot(),
+                84..90 => self.revert(),
+                90..93 => self.clone(),
+                93..97 => self.grow(),
                 _ => self.delete_clone(),
-            }
+            };
+            go_on(done)?;
         }
+        Ok(())
     }
 
     fn own(&self) -> Vec<String> {
@@ -238,12 +293,13 @@ impl Coordinator<'_> {
             .collect()
     }
 
-    fn write(&mut self) {
+    fn write(&mut self) -> Result<()> {
         let own = self.own();
         let volume = self.rng.pick(&own).expect("p is always there").clone();
-        let sector = self.rng.below(SECTORS);
-        let count = 1 + self.rng.below(40.min(SECTORS - sector));
         let handle = self.pool.volume(&volume).expect("listed");
+        let sectors = handle.size_bytes() / SECTOR as u64;
+        let sector = self.rng.below(sectors);
+        let count = 1 + self.rng.below(40.min(sectors - sector));
         if self.rng.chance(15) {
             let unmap = self.rng.chance(50);
             let what = What::Zero {
@@ -251,7 +307,7 @@ impl Coordinator<'_> {
                 sector,
                 count,
             };
-            step(self.facts, 0, &what, |_| zero(&handle, sector, count, unmap));
+            step(self.facts, 0, &what, |_| zero(&handle, sector, count, unmap))
         } else {
             let what = What::Write {
                 volume,
@@ -261,18 +317,33 @@ impl Coordinator<'_> {
             };
             step(self.facts, 0, &what, |op| {
                 handle.write(sector * SECTOR as u64, &stamped_run(sector, count, op), false)
-            });
+            })
         }
     }
 
-    fn flush(&mut self) {
+    fn grow(&mut self) -> Result<()> {
         let own = self.own();
         let volume = self.rng.pick(&own).expect("p is always there").clone();
         let handle = self.pool.volume(&volume).expect("listed");
-        step(self.facts, 0, &What::Flush { volume }, |_| handle.flush());
+        let old = handle.size_bytes() / SECTOR as u64;
+        // Not by whole grains: the last grain of the old size is completed.
+        let sectors = old + 1 + self.rng.below(200);
+        if sectors > MOST_SECTORS {
+            return Ok(());
+        }
+        step(self.facts, 0, &What::Grow { volume, sectors }, |_| {
+            handle.grow(sectors * SECTOR as u64)
+        })
     }
 
-    fn snapshot(&mut self) {
+    fn flush(&mut self) -> Result<()> {
+        let own = self.own();
+        let volume = self.rng.pick(&own).expect("p is always there").clone();
+        let handle = self.pool.volume(&volume).expect("listed");
+        step(self.facts, 0, &What::Flush { volume }, |_| handle.flush())
+    }
+
+    fn snapshot(&mut self) -> Result<()> {
         if self.live().len() >= MOST_SNAPSHOTS * 3 {
             return self.delete_snapshot();
         }
@@ -290,19 +361,19 @@ impl Coordinator<'_> {
         };
         step(self.facts, 0, &What::Snapshot { name, volumes }, |_| {
             self.pool.begin_cut(&ids, &spec)?.commit()
-        });
+        })
     }
 
-    fn delete_snapshot(&mut self) {
+    fn delete_snapshot(&mut self) -> Result<()> {
         let live = self.live();
         let Some((volume, info)) = self.rng.pick(&live).cloned() else {
-            return;
+            return Ok(());
         };
         let what = What::DeleteSnapshot {
             volume,
             snapshot: info.name,
         };
-        step(self.facts, 0, &what, |_| self.pool.delete_snapshot(info.id));
+        step(self.facts, 0, &what, |_| self.pool.delete_snapshot(info.id))
     }
 
     fn own_snapshots(&self) -> Vec<(String, stillpoint_snapshot::SnapshotInfo)> {
@@ -312,28 +383,37 @@ impl Coordinator<'_> {
             .collect()
     }
 
-    fn revert(&mut self) {
+    fn revert(&mut self) -> Result<()> {
         let own = self.own_snapshots();
         let Some((volume, info)) = self.rng.pick(&own).cloned() else {
-            return;
+            return Ok(());
         };
         if !self.pool.volumes().iter().any(|known| known.name == volume) {
-            return;
+            return Ok(());
         }
         let what = What::Revert {
             volume: volume.clone(),
+            snapshot: info.name.clone(),
+        };
+        step(self.facts, 0, &what, |_| self.pool.revert(info.volume, info.id))?;
+        if self.rng.chance(50) {
+            return Ok(());
+        }
+        // Nothing but the new head stands on it then: the branch is folded into its child.
+        let what = What::DeleteSnapshot {
+            volume,
             snapshot: info.name,
         };
-        step(self.facts, 0, &what, |_| self.pool.revert(info.volume, info.id));
+        step(self.facts, 0, &what, |_| self.pool.delete_snapshot(info.id))
     }
 
-    fn clone(&mut self) {
+    fn clone(&mut self) -> Result<()> {
         if self.own().len() > MOST_CLONES {
             return self.delete_clone();
         }
         let own = self.own_snapshots();
         let Some((volume, info)) = self.rng.pick(&own).cloned() else {
-            return;
+            return Ok(());
         };
         let to = format!("c{}", self.rng.bits());
         let what = What::Clone {
@@ -346,20 +426,20 @@ impl Coordinator<'_> {
             read_only: false,
             attributes: Vec::new(),
         };
-        step(self.facts, 0, &what, |_| self.pool.clone_snapshot(info.id, &spec));
+        step(self.facts, 0, &what, |_| self.pool.clone_snapshot(info.id, &spec))
     }
 
-    fn delete_clone(&mut self) {
+    fn delete_clone(&mut self) -> Result<()> {
         let clones: Vec<String> = self.own().into_iter().filter(|name| name != "p").collect();
         let Some(volume) = self.rng.pick(&clones).cloned() else {
-            return;
+            return Ok(());
         };
         for (_, info) in self.live().into_iter().filter(|(name, _)| *name == volume) {
             let what = What::DeleteSnapshot {
                 volume: volume.clone(),
                 snapshot: info.name,
             };
-            step(self.facts, 0, &what, |_| self.pool.delete_snapshot(info.id));
+            step(self.facts, 0, &what, |_| self.pool.delete_snapshot(info.id))?;
         }
         step(
             self.facts,
@@ -368,7 +448,7 @@ impl Coordinator<'_> {
                 volume: volume.clone(),
             },
             |_| self.pool.delete_volume(&volume, false),
-        );
+        )
     }
 }
 
@@ -380,7 +460,7 @@ impl Found for FoundPool<'_> {
         self.0.volumes().into_iter().map(|info| info.name).collect()
     }
 
-    fn read_volume(&self, name: &str) -> Result<Vec<u8>, String> {
+    fn read_volume(&self, name: &str) -> std::result::Result<Vec<u8>, String> {
         read_all(&self.0.volume(name).ok_or("gone")?).map_err(|what| format!("volume {name}: {what}"))
     }
 
@@ -392,7 +472,7 @@ impl Found for FoundPool<'_> {
             .collect()
     }
 
-    fn read_snapshot(&self, volume: &str, snapshot: &str) -> Result<Vec<u8>, String> {
+    fn read_snapshot(&self, volume: &str, snapshot: &str) -> std::result::Result<Vec<u8>, String> {
         let info = self.0.snapshot(volume, snapshot).ok_or("gone")?;
         let mut bytes = vec![0xee; info.size_bytes as usize];
         self.0
@@ -402,28 +482,50 @@ impl Found for FoundPool<'_> {
     }
 }
 
+/// What a crash left, and what was under way when it came.
+pub(crate) struct Verdict {
+    pub(crate) judged: std::result::Result<(), String>,
+    pub(crate) under_way: BTreeSet<String>,
+}
+
 /// Judges the pool and the facts below `dir`, which is the image of a crash or the leavings of a killed process.
-pub(crate) fn judge(dir: &Path, facts: &str, crash: Crash) -> Result<(), String> {
+pub(crate) fn judge(dir: &Path, facts: &str, crash: Crash) -> Verdict {
     let history = super::facts::History::read(facts, crash);
+    let mut under_way = history.under_way();
+    let judged = judge_pool(&dir.join("pool"), &history, crash, &mut under_way);
+    Verdict { judged, under_way }
+}
+
+fn judge_pool(
+    dir: &Path,
+    history: &super::facts::History,
+    crash: Crash,
+    under_way: &mut BTreeSet<String>,
+) -> std::result::Result<(), String> {
     let options = || PoolOptions {
         // The replay runs on the kernel that wrote the image; it must not pass for the same boot.
         boot_id: (crash == Crash::Power).then(|| "the boot after".to_owned()),
         ..options()
     };
-    let pool_dir = dir.join("pool");
-    if !Pool::exists(&pool_dir) {
+    if !Pool::exists(dir) {
         if history.acknowledged() > 0 {
             return Err("the pool is gone".to_owned());
         }
         // Nothing was promised yet; the operator must be able to start again.
-        let pool = Pool::create(&pool_dir, &options()).map_err(|error| format!("no new start: {error}"))?;
+        let pool = Pool::create(dir, &options()).map_err(|error| format!("no new start: {error}"))?;
         return pool.shutdown().map_err(|error| error.to_string());
     }
-    let report = stillpoint_snapshot::check(&pool_dir).map_err(|error| format!("check: {error}"))?;
+    let report = stillpoint_snapshot::check(dir).map_err(|error| format!("check: {error}"))?;
     if !report.is_clean() {
         return Err(format!("check: {report}"));
     }
-    let pool = Pool::open(&pool_dir, &options()).map_err(|error| format!("open: {error}"))?;
+    let mut text = Vec::new();
+    stillpoint_snapshot::dump(dir, &mut text).map_err(|error| format!("dump: {error}"))?;
+    let text = String::from_utf8_lossy(&text);
+    let jobs = ["drop_snapshot", "drop_head", "collapse"];
+    let unfinished = jobs.iter().filter(|kind| text.contains(&format!("\"{kind}\"")));
+    under_way.extend(unfinished.map(|kind| format!("job {kind}")));
+    let pool = Pool::open(dir, &options()).map_err(|error| format!("open: {error}"))?;
     let verdict = history.judge(&FoundPool(&pool));
     pool.shutdown().map_err(|error| error.to_string())?;
     verdict
