@@ -474,6 +474,7 @@ fn store_records(data: &[u8]) {
             Key::Snapshot(id) => drop(record::SnapshotRecord::decode(*id, value)),
             Key::Page(page) => drop(record::decode_page(*page, value)),
             Key::Changed(_) => {}
+            Key::Bad(grain) => drop(record::BadRecord::decode(*grain, value)),
             Key::Bitmap(chunk) => drop(record::decode_bitmap(*chunk, value)),
             Key::Counts(block) => drop(record::decode_counts(*block, value)),
             Key::Journal(txg, sequence) => drop(record::decode_journal(*txg, *sequence, value)),
@@ -488,6 +489,7 @@ fn record_seeds() -> Vec<Vec<u8>> {
     let keys = [
         key::system(),
         key::bitmap(3),
+        key::bad(7),
         key::counts(1),
         key::journal(7, 0),
         key::job(1),
