@@ -307,6 +307,10 @@ fn scsi_cdb(data: &[u8]) {
             };
             let reply = match unit.plan(&context, cdb, data_out) {
                 Plan::Done(reply) => reply,
+                Plan::Early(reply, op) => {
+                    inside(&op, LUN, data_out.len());
+                    reply
+                }
                 Plan::Op(planned) => {
                     inside(planned.op(), LUN, data_out.len());
                     planned.finish(BlockResult::Done)
@@ -330,7 +334,9 @@ fn inside(op: &stillpoint_scsi::BlockOp, size: u64, sent: usize) {
         | Op::OrWrite { offset, len, .. } => (offset, u64::from(len), len as usize),
         Op::CompareAndWrite { offset, len, .. } => (offset, u64::from(len), 2 * len as usize),
         Op::Verify { offset, len, .. } => (offset, u64::from(len), 0),
-        Op::WriteZeroes { offset, len, .. } | Op::LbaStatus { offset, len, .. } => (offset, len, 0),
+        Op::WriteZeroes { offset, len, .. }
+        | Op::PreFetch { offset, len }
+        | Op::LbaStatus { offset, len, .. } => (offset, len, 0),
         Op::WriteSame { offset, len, .. } => (offset, len, 512),
         Op::Unmap { ref ranges } => {
             assert!(
@@ -349,6 +355,34 @@ fn inside(op: &stillpoint_scsi::BlockOp, size: u64, sent: usize) {
     assert!(data <= sent, "{op:?} needs more data than was sent");
 }
 
+/// TransportID of an initiator port, 36 bytes.
+fn transport_id() -> Vec<u8> {
+    let mut id = vec![0x45, 0, 0, 32];
+    id.extend_from_slice(b"iqn.1991-05.h,i,0x");
+    id.extend_from_slice(b"00023d000001\0\0");
+    id
+}
+
+/// REGISTER with SPEC_I_PT.
+fn register_others() -> Vec<u8> {
+    let mut list = vec![0; 28];
+    list[15] = 5;
+    list[20] = 0x09;
+    list[27] = 36;
+    list.extend(transport_id());
+    list
+}
+
+fn register_and_move() -> Vec<u8> {
+    let mut list = vec![0; 24];
+    list[7] = 5;
+    list[15] = 6;
+    list[19] = 1;
+    list[23] = 36;
+    list.extend(transport_id());
+    list
+}
+
 fn cdb_seeds() -> Vec<Vec<u8>> {
     let with_data = |cdb: &[u8], data: &[u8]| [&[u8::try_from(cdb.len()).unwrap()], cdb, data].concat();
     let unmap = [
@@ -365,6 +399,8 @@ fn cdb_seeds() -> Vec<Vec<u8>> {
         with_data(&[0x28, 0, 0, 0, 0, 1, 0, 0, 8, 0], &[]),
         with_data(&[0x2a, 8, 0, 0, 0, 1, 0, 0, 1, 0], &[1; 512]),
         with_data(&[0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0], &unmap),
+        with_data(&[0x5f, 0, 0, 0, 0, 0, 0, 0, 64, 0], &register_others()),
+        with_data(&[0x5f, 7, 0, 0, 0, 0, 0, 0, 60, 0], &register_and_move()),
         with_data(
             &[0x5f, 0, 0, 0, 0, 0, 0, 0, 24, 0],
             &[&[0; 8][..], &[1; 8], &[0; 8]].concat(),

@@ -29,4 +29,4 @@ pub use qemu_img::{qemu_img, qemu_io, qemu_io_read_only, qemu_session};
 pub use scratch::{Scratch, free_port, story};
 pub use test_cu::{Lists, Outcome, Tally, suite, tests_of_suite};
 pub use tgt::Tgt;
-pub use tools::tool;
+pub use tools::{tool, tshark};

@@ -28,6 +28,14 @@ pub fn tool(name: &str) -> Result<Command> {
     Ok(Command::new(bin.join(name)))
 }
 
+/// Wireshark's dissector.
+///
+/// # Errors
+/// It cannot be fetched.
+pub fn tshark() -> Result<Command> {
+    Ok(Command::new(made("tshark", "tshark")?.join("bin/tshark")))
+}
+
 /// The directory with the guest's kernel, initrd and root disk.
 pub(crate) fn guest_parts() -> Result<PathBuf> {
     made("build", "vm")

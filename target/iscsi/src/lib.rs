@@ -14,6 +14,7 @@ mod frame;
 mod login;
 pub mod pdu;
 mod receive;
+mod record;
 mod session;
 mod task;
 mod text;
@@ -30,6 +31,7 @@ pub use event::{
 };
 pub use frame::Frame;
 pub use login::{ChapAlgorithm, ChapPolicy, ChapPolicyError, Params};
+pub use record::{Direction, Payload, Recorded};
 pub use types::{
     Cid, CmdSn, DataSn, Isid, Itt, LogoutReason, Lun, R2tSn, SessionType, StatSn, TaskAttribute, TaskId,
     TmfFunction, TmfId, TmfResponse, Tsih, Ttt,

@@ -27,6 +27,8 @@ pub enum UnitAttention {
     InquiryChanged,
     /// NOT READY TO READY CHANGE, MEDIUM MAY HAVE CHANGED: other contents under the same identity (a revert).
     MediumChanged,
+    /// THIN PROVISIONING SOFT THRESHOLD REACHED: Windows logs the figures of log page 0Ch and repeats its command.
+    ThinThreshold,
     /// REPORTED LUNS DATA HAS CHANGED.
     ReportLunsChanged,
 }
@@ -45,6 +47,7 @@ impl UnitAttention {
             Self::CapacityChanged => (0x2a, 0x09),
             Self::InquiryChanged => (0x3f, 0x03),
             Self::MediumChanged => (0x28, 0x00),
+            Self::ThinThreshold => (0x38, 0x07),
             Self::ReportLunsChanged => (0x3f, 0x0e),
         };
         Sense::new(SenseKey::UNIT_ATTENTION, asc, ascq)

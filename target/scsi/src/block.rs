@@ -192,17 +192,49 @@ pub(crate) fn verify(unit: &Unit, cdb: &Cdb, data_out: &[u8]) -> Result<Ready, S
     ))
 }
 
-/// PRE-FETCH(10) and (16): the backend's own cache does what it does anyway.
-pub(crate) fn prefetch(unit: &Unit, cdb: &Cdb) -> Result<Ready, Sense> {
-    range(unit, cdb.extent())?;
-    Ok(Ready::Reply(Reply::status(status::CONDITION_MET)))
+/// IMMED of PRE-FETCH and SYNCHRONIZE CACHE: the answer comes once the CDB is found to be right.
+fn immediate(cdb: &Cdb) -> bool {
+    cdb.bit(1, 0x02)
 }
 
-/// SYNCHRONIZE CACHE(10) and (16): the whole unit, whatever the range; with IMMED too, as waiting harms
-/// nobody.
+/// What one PRE-FETCH reads ahead at most: a longer range would push out of the cache what others use.
+const MAX_PREFETCH_BYTES: u64 = 16 << 20;
+
+/// PRE-FETCH(10) and (16) (SBC-3 §5.10): CONDITION MET when all blocks are in the cache, GOOD when there is no room for
+/// all of them. A length of zero means "to the last block".
+pub(crate) fn prefetch(unit: &Unit, cdb: &Cdb) -> Result<Ready, Sense> {
+    let Blocks { lba, mut count } = cdb.extent();
+    if count == 0 {
+        count = unit.spec.blocks.checked_sub(lba).ok_or(Sense::LBA_OUT_OF_RANGE)?;
+    }
+    let Range { offset, len } = range(unit, Blocks { lba, count })?;
+    let (answer, early) = if len <= MAX_PREFETCH_BYTES {
+        (Answer::Met, Reply::status(status::CONDITION_MET))
+    } else {
+        (Answer::Good, Reply::good())
+    };
+    if len == 0 {
+        return Ok(Ready::Reply(early));
+    }
+    let op = BlockOp::PreFetch {
+        offset,
+        len: len.min(MAX_PREFETCH_BYTES),
+    };
+    Ok(if immediate(cdb) {
+        Ready::Early(early, op)
+    } else {
+        Ready::Op(op, answer)
+    })
+}
+
+/// SYNCHRONIZE CACHE(10) and (16): the whole unit, whatever the range.
 pub(crate) fn synchronize(unit: &Unit, cdb: &Cdb) -> Result<Ready, Sense> {
     range(unit, cdb.extent())?;
-    Ok(Ready::Op(BlockOp::Flush, Answer::Good))
+    Ok(if immediate(cdb) {
+        Ready::Early(Reply::good(), BlockOp::Flush)
+    } else {
+        Ready::Op(BlockOp::Flush, Answer::Good)
+    })
 }
 
 /// WRITE SAME(10) and (16).

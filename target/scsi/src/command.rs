@@ -141,6 +141,7 @@ pub(crate) static COMMANDS: &[Command] = &[
     action(Persistent, &[op::PERSISTENT_RESERVE_OUT, 0x04, F, 0, 0, F, F, F, F, 0]),
     action(Persistent, &[op::PERSISTENT_RESERVE_OUT, 0x05, F, 0, 0, F, F, F, F, 0]),
     action(Persistent, &[op::PERSISTENT_RESERVE_OUT, 0x06, 0, 0, 0, F, F, F, F, 0]),
+    action(Persistent, &[op::PERSISTENT_RESERVE_OUT, 0x07, 0, 0, 0, F, F, F, F, 0]),
     command(Read, &[op::READ_16, 0x18, F, F, F, F, F, F, F, F, F, F, F, F, 0, 0]),
     command(Exclusive, &[op::COMPARE_AND_WRITE, 0x18, F, F, F, F, F, F, F, F, 0, 0, 0, F, 0, 0]),
     command(Exclusive, &[op::WRITE_16, 0x18, F, F, F, F, F, F, F, F, F, F, F, F, 0, 0]),

@@ -132,7 +132,7 @@ fn device_identification(unit: &Unit, port: &TargetPort) -> Bytes {
     t10.extend_from_slice(&PRODUCT);
     t10.extend_from_slice(unit.spec.serial.as_bytes());
     designator(&mut data, ASCII, 0, 0x1, &t10);
-    let [high, low] = port.portal_group.to_be_bytes();
+    let [high, low] = crate::relative_port_id(&unit.spec.ports, port).to_be_bytes();
     designator(&mut data, BINARY, 1, 0x4, &[0, 0, high, low]);
     designator(
         &mut data,

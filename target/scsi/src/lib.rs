@@ -23,7 +23,7 @@ pub use attention::UnitAttention;
 pub use cdb::opcode;
 pub use inquiry::{PRODUCT, VENDOR};
 pub use lun::absent_lun;
-pub use mode::SavedModePages;
+pub use mode::{MAX_THIN_THRESHOLDS, SavedModePages};
 pub use plan::{
     BlockError, BlockOp, BlockResult, Compare, LbaExtent, Plan, Planned, Reply, ReservationChange,
     ThinFigures, status,
@@ -51,6 +51,18 @@ impl TargetPort {
     pub fn name(&self) -> String {
         format!("{},t,0x{:04x}", self.target, self.portal_group)
     }
+}
+
+/// RELATIVE TARGET PORT IDENTIFIER of a port of the unit: the portal group tag as long as that is unique among the unit's
+/// ports. A unit that several targets show has ports of equal tags: they are counted instead, in the order of their names.
+pub(crate) fn relative_port_id(ports: &[TargetPort], port: &TargetPort) -> u16 {
+    let tags: std::collections::BTreeSet<u16> = ports.iter().map(|port| port.portal_group).collect();
+    if tags.len() == ports.len() {
+        return port.portal_group;
+    }
+    let key = |port: &TargetPort| (port.target.clone(), port.portal_group);
+    let before = ports.iter().filter(|other| key(other) < key(port)).count();
+    u16::try_from(before + 1).unwrap_or(u16::MAX)
 }
 
 /// Both ends of an I_T nexus. Persistent reservations belong to these names and outlive a login.

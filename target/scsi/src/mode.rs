@@ -36,7 +36,12 @@ pub(crate) struct ModePages {
     pub(crate) current: Settings,
     saved_write_cache: bool,
     default_write_cache: bool,
+    /// Soft thresholds of the available space, in threshold sets.
+    thresholds: Vec<u32>,
 }
+
+/// Most thresholds that mode page 1Ch/02h lists: MODE SENSE(6) has 255 bytes for all pages.
+pub const MAX_THIN_THRESHOLDS: usize = 4;
 
 impl ModePages {
     pub(crate) const fn new(write_cache: bool) -> Self {
@@ -44,7 +49,15 @@ impl ModePages {
             current: Self::start(write_cache),
             saved_write_cache: write_cache,
             default_write_cache: write_cache,
+            thresholds: Vec::new(),
         }
+    }
+
+    /// Whether these are others than before.
+    pub(crate) fn set_thresholds(&mut self, thresholds: Vec<u32>) -> bool {
+        let changed = self.thresholds != thresholds;
+        self.thresholds = thresholds;
+        changed
     }
 
     const fn start(write_cache: bool) -> Settings {
@@ -100,19 +113,38 @@ const PAGES: [(u8, u8); 7] = [
     (CONTROL, 0),
     (POWER_CONDITION, 0),
     (INFORMATIONAL_EXCEPTIONS, 0),
-    // Logical block provisioning thresholds (SBC-3 §6.5.8): none are set.
+    // Logical block provisioning (SBC-3 §6.5.8): the thresholds that the owner watches.
     (INFORMATIONAL_EXCEPTIONS, 2),
 ];
 
+/// The logical block provisioning page: SITUA zero (every I_T nexus hears of a threshold), and a descriptor for each one:
+/// enabled, soft, armed while space decreases; the resource is available space (SBC-3 table 221).
+fn provisioning_page(thresholds: &[u32], changeable: bool) -> Vec<u8> {
+    let len = 12 + 8 * thresholds.len();
+    let mut bytes = vec![
+        0x40 | INFORMATIONAL_EXCEPTIONS,
+        2,
+        0,
+        u8::try_from(len).unwrap_or(u8::MAX),
+    ];
+    bytes.resize(16, 0);
+    for count in thresholds {
+        bytes.extend_from_slice(&[0x80, 0x01, 0, 0]);
+        bytes.extend_from_slice(&count.to_be_bytes());
+    }
+    if changeable {
+        bytes.iter_mut().skip(4).for_each(|byte| *byte = 0);
+    }
+    bytes
+}
+
 /// One page as MODE SENSE returns it. `changeable` leaves out every bit that MODE SELECT cannot change.
-fn page(code: (u8, u8), values: Settings, changeable: bool) -> Vec<u8> {
+fn page(code: (u8, u8), values: Settings, thresholds: &[u32], changeable: bool) -> Vec<u8> {
     let fixed = |byte: u8| if changeable { 0 } else { byte };
     let bit = |set: bool, mask: u8| if set { mask } else { 0 };
     let (page_code, subpage) = code;
     if subpage != 0 {
-        let mut bytes = vec![0x40 | page_code, subpage, 0, 12];
-        bytes.resize(16, 0);
-        return bytes;
+        return provisioning_page(thresholds, changeable);
     }
     let (first, head, len): (u8, &[u8], u8) = match page_code {
         // PS: what MODE SELECT sets here can be saved.
@@ -160,7 +192,8 @@ pub(crate) fn sense(unit: &Unit, cdb: &Cdb) -> Result<Reply, Sense> {
     for code in PAGES {
         let sub_matches = subpage == ALL_SUBPAGES || subpage == code.1;
         if (wanted == code.0 || wanted == ALL_PAGES) && sub_matches {
-            pages.extend(page(code, values, control == PageControl::Changeable));
+            let changeable = control == PageControl::Changeable;
+            pages.extend(page(code, values, &unit.modes.thresholds, changeable));
         }
     }
     if pages.is_empty() {
@@ -338,8 +371,9 @@ fn parse_page<'a>(
     if !PAGES.contains(&code) || (code.1 == 0 && first & 0x40 != 0) {
         return Err(bad(0));
     }
-    let current = page(code, unit.modes.current, false);
-    let mask = page(code, unit.modes.values(PageControl::Changeable), true);
+    let thresholds = &unit.modes.thresholds;
+    let current = page(code, unit.modes.current, thresholds, false);
+    let mask = page(code, unit.modes.values(PageControl::Changeable), thresholds, true);
     let header = if code.1 == 0 { 2 } else { 4 };
     if list
         .iter()

@@ -93,6 +93,8 @@ pub enum Plan {
     Done(Reply),
     /// The owner carries out [`Planned::op`] and gives the result to [`Planned::finish`].
     Op(Planned),
+    /// The owner answers at once and carries the operation out afterwards (IMMED): nobody hears of its result.
+    Early(Reply, BlockOp),
 }
 
 /// Which bytes a VERIFY compares with the medium (BYTCHK).
@@ -140,6 +142,8 @@ pub enum BlockOp {
     OrWrite { offset: u64, len: u32, fua: bool },
     /// Make everything that was acknowledged durable.
     Flush,
+    /// Bring the range where a read finds it quickly.
+    PreFetch { offset: u64, len: u64 },
     /// Provisioning of the range, in order, as [`BlockResult::Extents`].
     LbaStatus {
         offset: u64,
@@ -214,6 +218,9 @@ pub enum BlockError {
     /// The pool has no space for this write.
     #[error("no space")]
     NoSpace,
+    /// The pool has no space for this write yet: it grows right now.
+    #[error("space allocation in progress")]
+    Growing,
     /// The medium failed at this byte of the logical unit.
     #[error("medium error at byte {offset}")]
     Medium {
@@ -241,6 +248,8 @@ pub(crate) enum Answer {
     Data,
     /// GOOD without data.
     Good,
+    /// CONDITION MET without data.
+    Met,
     /// GET LBA STATUS parameter data.
     LbaStatus { lba: u64, allocation: u64 },
     /// LOG SENSE, logical block provisioning page.
@@ -283,6 +292,7 @@ impl Planned {
                 ..Reply::took(self.transfer_len)
             },
             (Answer::Good, BlockResult::Done) => Reply::took(self.transfer_len),
+            (Answer::Met, BlockResult::Done) => Reply::status(status::CONDITION_MET),
             (Answer::LbaStatus { lba, allocation }, BlockResult::Extents(extents)) => {
                 Reply::parameter_data(lba_status(lba, &extents, self.block_size), allocation)
             }
@@ -309,6 +319,7 @@ impl Planned {
         let sense = match error {
             BlockError::Miscompare { offset } => Sense::miscompare(offset),
             BlockError::NoSpace => Sense::NO_SPACE,
+            BlockError::Growing => Sense::SPACE_IN_PROGRESS,
             BlockError::Medium { offset } => Sense::new(
                 SenseKey::MEDIUM_ERROR,
                 if self.writes() { 0x0c } else { 0x11 },
@@ -409,6 +420,7 @@ mod tests {
         let cases = [
             (BlockError::Miscompare { offset: 7 }, [0xe, 0x1d, 0x00], Some(7)),
             (BlockError::NoSpace, [0x7, 0x27, 0x07], None),
+            (BlockError::Growing, [0x2, 0x04, 0x14], None),
             (BlockError::Medium { offset: 1024 }, [0x3, 0x0c, 0x00], Some(2)),
             (BlockError::ReadOnly, [0x7, 0x27, 0x00], None),
             (BlockError::Fault, [0x4, 0x44, 0x00], None),

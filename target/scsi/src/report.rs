@@ -9,6 +9,7 @@ use crate::{
     cdb::Cdb,
     command::{COMMANDS, Command},
     plan::Reply,
+    relative_port_id,
     sense::Sense,
     unit::Unit,
 };
@@ -45,8 +46,8 @@ pub(crate) fn capacity_16(unit: &Unit, cdb: &Cdb) -> Reply {
 /// # Errors
 /// INVALID FIELD IN CDB for a parameter data format that is reserved.
 pub(crate) fn target_port_groups(unit: &Unit, cdb: &Cdb) -> Result<Reply, Sense> {
-    // Relative port identifiers are unique in a target; a unit in two targets would list one twice.
-    let ports: BTreeSet<u16> = unit.spec.ports.iter().map(|port| port.portal_group).collect();
+    let all = &unit.spec.ports;
+    let ports: BTreeSet<u16> = all.iter().map(|port| relative_port_id(all, port)).collect();
     let mut data = BytesMut::with_capacity(16 + 4 * ports.len());
     match cdb.byte(1) >> 5 {
         0 => {}

@@ -9,6 +9,8 @@ pub struct SenseKey(pub u8);
 impl SenseKey {
     /// Nothing to report.
     pub const NO_SENSE: Self = Self(0x0);
+    /// Not now; soon.
+    pub const NOT_READY: Self = Self(0x2);
     /// The medium could not be read or written.
     pub const MEDIUM_ERROR: Self = Self(0x3);
     /// The device server itself failed.
@@ -19,6 +21,8 @@ impl SenseKey {
     pub const UNIT_ATTENTION: Self = Self(0x6);
     /// The medium is protected (or, for a thin unit, full).
     pub const DATA_PROTECT: Self = Self(0x7);
+    /// A third-party copy ended before it was complete.
+    pub const COPY_ABORTED: Self = Self(0xa);
     /// The device server gave the command up; the initiator may send it again.
     pub const ABORTED_COMMAND: Self = Self(0xb);
     /// The data on the medium is not the data that was sent.
@@ -47,6 +51,8 @@ pub struct Sense {
     pub information: Option<u64>,
     /// Which field was illegal, when one was.
     pub field: Option<FieldPointer>,
+    /// Number of the copy segment that failed: COMMAND-SPECIFIC INFORMATION (SPC-4 §5.16.7.4).
+    pub segment: Option<u16>,
 }
 
 impl Sense {
@@ -58,6 +64,7 @@ impl Sense {
             ascq,
             information: None,
             field: None,
+            segment: None,
         }
     }
 
@@ -83,6 +90,8 @@ impl Sense {
     pub const SOFTWARE_WRITE_PROTECTED: Self = Self::new(SenseKey::DATA_PROTECT, 0x27, 0x02);
     /// SPACE ALLOCATION FAILED WRITE PROTECT: a thin unit without space.
     pub const NO_SPACE: Self = Self::new(SenseKey::DATA_PROTECT, 0x27, 0x07);
+    /// LOGICAL UNIT NOT READY, SPACE ALLOCATION IN PROGRESS: Windows repeats the command four times, a second apart.
+    pub const SPACE_IN_PROGRESS: Self = Self::new(SenseKey::NOT_READY, 0x04, 0x14);
     /// INTERNAL TARGET FAILURE.
     pub const TARGET_FAILURE: Self = Self::new(SenseKey::HARDWARE_ERROR, 0x44, 0x00);
 
@@ -137,6 +146,10 @@ impl Sense {
         }
         s[2] = self.key.0;
         s[7] = 10;
+        if let Some(segment) = self.segment {
+            // Bytes 8 and 9 would point at the sense data of the copy's source and destination; none is forwarded.
+            s[10..12].copy_from_slice(&segment.to_be_bytes());
+        }
         s[12] = self.asc;
         s[13] = self.ascq;
         if let Some(field) = self.field {
@@ -147,13 +160,21 @@ impl Sense {
     }
 
     fn encode_descriptor(&self) -> Bytes {
-        let mut s = BytesMut::with_capacity(28);
+        let mut s = BytesMut::with_capacity(40);
         s.put_slice(&[0x72, self.key.0, self.asc, self.ascq, 0, 0, 0]);
-        let information = if self.information.is_some() { 12 } else { 0 };
-        s.put_u8(information + if self.field.is_some() { 8 } else { 0 });
+        let when = |there: bool, len: u8| if there { len } else { 0 };
+        s.put_u8(
+            when(self.information.is_some(), 12)
+                + when(self.segment.is_some(), 12)
+                + when(self.field.is_some(), 8),
+        );
         if let Some(information) = self.information {
             s.put_slice(&[0x00, 0x0a, 0x80, 0x00]);
             s.put_u64(information);
+        }
+        if let Some(segment) = self.segment {
+            s.put_slice(&[0x01, 0x0a, 0, 0]);
+            s.put_u64(u64::from(segment));
         }
         if let Some(field) = self.field {
             s.put_slice(&[0x02, 0x06, 0, 0, field_flags(field)]);
@@ -206,5 +227,17 @@ mod tests {
             &field[..],
             [0x72, 5, 0x26, 0, 0, 0, 0, 8, 2, 6, 0, 0, 0x80, 1, 2, 0]
         );
+    }
+
+    #[test]
+    fn the_failed_segment_is_command_specific_information() {
+        let sense = Sense {
+            segment: Some(0x102),
+            ..Sense::new(SenseKey::COPY_ABORTED, 0x0d, 0x02)
+        };
+        assert_eq!(sense.encode(false)[8..12], [0, 0, 1, 2]);
+        let descriptor = sense.encode(true);
+        assert_eq!(descriptor[..8], [0x72, 0x0a, 0x0d, 0x02, 0, 0, 0, 12]);
+        assert_eq!(descriptor[8..], [1, 10, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2]);
     }
 }

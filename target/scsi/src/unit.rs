@@ -124,6 +124,8 @@ pub(crate) enum Ready {
     Op(BlockOp, Answer),
     /// An operation with the bytes that the command wanted to move.
     Transfer(BlockOp, Answer, u64),
+    /// An answer, and an operation that follows it.
+    Early(Reply, BlockOp),
 }
 
 #[derive(Debug)]
@@ -189,6 +191,7 @@ impl Unit {
         let descriptor_sense = self.modes.current.descriptor_sense;
         let (op, answer, transfer_len) = match self.decide(context, &Cdb::new(cdb), data_out) {
             Ok(Ready::Reply(reply)) => return Plan::Done(reply.cut(context.data_in_max)),
+            Ok(Ready::Early(reply, op)) => return Plan::Early(reply, op),
             Ok(Ready::Op(op, answer)) => (op, answer, 0),
             Ok(Ready::Transfer(op, answer, transfer_len)) => (op, answer, transfer_len),
             Err(sense) => return Plan::Done(Reply::check(sense, descriptor_sense)),
@@ -313,6 +316,25 @@ impl Unit {
     /// The target has other LUNs now.
     pub fn report_luns_changed(&mut self) {
         self.raise(UnitAttention::ReportLunsChanged);
+    }
+
+    /// A write crossed a threshold of the space below: every I_T nexus is told (6/38/07).
+    pub fn thin_threshold_reached(&mut self) {
+        self.raise(UnitAttention::ThinThreshold);
+    }
+
+    /// The thresholds of available space, in bytes, that mode page 1Ch/02h lists; the owner watches them. The first
+    /// [`crate::MAX_THIN_THRESHOLDS`] count.
+    pub fn set_thin_thresholds(&mut self, available_bytes: &[u64]) {
+        let sets = available_bytes
+            .iter()
+            .map(|bytes| u32::try_from(bytes / THRESHOLD_SET_BYTES).unwrap_or(u32::MAX));
+        if self
+            .modes
+            .set_thresholds(sets.take(mode::MAX_THIN_THRESHOLDS).collect())
+        {
+            self.raise(UnitAttention::ModeParametersChanged);
+        }
     }
 
     /// The contents are others under the same identity: the unit was reverted.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use stillpoint_config::{Consistency, ISCSI_PORT, OnFailure, parse_duration, parse_listen};
+use stillpoint_config::{Consistency, ISCSI_PORT, OnFailure, Size, parse_duration, parse_listen};
 
 use crate::serve::control::api::SnapshotRef;
 
@@ -83,6 +83,8 @@ pub(crate) enum Verb {
     Store(StoreVerb),
     /// Show what happened
     Events(Events),
+    /// Record the PDUs of a session as pcapng, for Wireshark
+    Trace(Trace),
     /// Print shell completions or write man pages
     #[command(subcommand, hide = true)]
     Generate(GenerateVerb),
@@ -344,6 +346,24 @@ pub(crate) enum StoreVerb {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct Trace {
+    /// Number from `session list`
+    pub(crate) session: u64,
+    /// The file to write; `-` is standard output
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// Record the contents of blocks too; without it they are left out. CHAP secrets never are in the file
+    #[arg(long)]
+    pub(crate) payload: bool,
+    /// End when the file has this size
+    #[arg(long, value_name = "SIZE", default_value = "64MiB")]
+    pub(crate) max_size: Size,
+    /// End after this time; else it ends with the session, with the size, or with Ctrl-C
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub(crate) duration: Option<Duration>,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct Events {
     /// Go on showing events as they happen
     #[arg(long, short)]
@@ -430,6 +450,8 @@ mod tests {
             "store restore dump.txt",
             "events",
             "events --follow",
+            "trace 3 --out t.pcapng",
+            "trace 3 --out - --payload --max-size 1GiB --duration 30s",
         ] {
             let words = std::iter::once("stillpoint").chain(line.split(' '));
             assert!(Cli::try_parse_from(words).is_ok(), "{line}");
@@ -438,6 +460,7 @@ mod tests {
             "snapshot show ab",
             "snapshot create",
             "session drop x",
+            "trace 3",
             "snapshot create a --lock 7",
             "frobnicate",
         ] {

@@ -33,6 +33,15 @@ pub(crate) fn socket_path(global: &Global) -> Result<PathBuf, Refusal> {
     Ok(PathBuf::from("/run/stillpoint/control.sock"))
 }
 
+/// What the daemon says on the way, besides progress.
+#[derive(Debug)]
+pub(crate) enum Streamed {
+    /// Of `events --follow`.
+    Event(Event),
+    /// Of `trace`.
+    Data(Vec<u8>),
+}
+
 /// Asks the daemon, and hands on what it says on the way.
 ///
 /// # Errors
@@ -41,7 +50,7 @@ pub(crate) fn ask(
     global: &Global,
     request: &Request,
     mut progress: impl FnMut(&str),
-    mut event: impl FnMut(Event) -> std::io::Result<()>,
+    mut streamed: impl FnMut(Streamed) -> std::io::Result<()>,
 ) -> Result<Value, Refusal> {
     let path = socket_path(global)?;
     let stream = UnixStream::connect(&path).map_err(|error| unreachable(&path, &error))?;
@@ -65,25 +74,33 @@ pub(crate) fn ask(
         if line.last() != Some(&b'\n') {
             return Err(lost(&std::io::ErrorKind::UnexpectedEof.into()));
         }
-        let line = serde_json::from_slice(&line).map_err(|e| {
-            Refusal::failed(
-                "protocol",
-                format!("the daemon's answer cannot be read ({e})"),
-                "use the client of the daemon's version",
-            )
-        })?;
-        match line {
-            Line::Progress(text) => progress(&text),
-            // Nobody reads our output any more, as in `stillpoint events --follow | head`.
-            Line::Event(e) => {
-                if event(e).is_err() {
-                    return Ok(Value::Null);
-                }
+        let line = serde_json::from_slice(&line).map_err(|e| unreadable(&e))?;
+        let piece = match line {
+            Line::Progress(text) => {
+                progress(&text);
+                continue;
+            }
+            Line::Event(event) => Streamed::Event(event),
+            Line::Data(text) => {
+                let bytes = data_encoding::BASE64.decode(text.as_bytes());
+                Streamed::Data(bytes.map_err(|e| unreadable(&e))?)
             }
             Line::Result(value) => return Ok(value),
             Line::Error(refusal) => return Err(refusal),
+        };
+        // Nobody reads our output any more, as in `stillpoint events --follow | head`.
+        if streamed(piece).is_err() {
+            return Ok(Value::Null);
         }
     }
+}
+
+fn unreadable(error: &dyn std::error::Error) -> Refusal {
+    Refusal::failed(
+        "protocol",
+        format!("the daemon's answer cannot be read ({error})"),
+        "use the client of the daemon's version",
+    )
 }
 
 fn unreachable(path: &Path, error: &std::io::Error) -> Refusal {

@@ -4,6 +4,7 @@ mod args;
 mod client;
 mod offline;
 mod show;
+mod trace;
 mod verbs;
 
 use std::io::{BufRead as _, IsTerminal as _, Write as _};

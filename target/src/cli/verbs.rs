@@ -11,7 +11,7 @@ use super::args::{
     StoreVerb, TokenVerb, Verb, VolumeVerb,
 };
 use super::show::{Column, Kind, details, local_time, table};
-use super::{client, confirm, err, offline, out, out_json, print};
+use super::{client, confirm, err, offline, out, out_json, print, trace};
 use crate::serve::control::api::{self, Event, Refusal, Request, SnapshotRef};
 
 pub(crate) fn run(global: &Global, verb: Verb) -> Result<(), Refusal> {
@@ -31,6 +31,7 @@ pub(crate) fn run(global: &Global, verb: Verb) -> Result<(), Refusal> {
         Verb::Agent(verb) => agent(global, verb),
         Verb::Store(verb) => store(global, verb),
         Verb::Events(options) => events(global, &options),
+        Verb::Trace(options) => trace::run(global, &options),
         // Handled before a daemon is asked.
         Verb::Serve(_) | Verb::Generate(_) => Ok(()),
     }
@@ -60,6 +61,7 @@ const VOLUMES: &[Column] = &[
 const SESSIONS: &[Column] = &[
     Column("ID", "id", Kind::Number),
     Column("INITIATOR", "initiator", Kind::Text),
+    Column("IS", "fingerprint", Kind::Text),
     Column("FROM", "peer", Kind::Text),
     Column("TARGET", "target", Kind::Text),
     Column("LUNS", "luns", Kind::List),
@@ -488,7 +490,10 @@ fn events(global: &Global, options: &Events) -> Result<(), Refusal> {
         return Ok(());
     }
     // One line per event, so that a reader need not wait for the end of a list that has none.
-    let show = |event: Event| {
+    let show = |streamed| {
+        let client::Streamed::Event(event) = streamed else {
+            return Ok(());
+        };
         let line = if global.json {
             format!("{}\n", serde_json::to_string(&event)?)
         } else {

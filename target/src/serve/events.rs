@@ -73,6 +73,7 @@ pub(crate) mod code {
     pub(crate) const BAD_DATA: Code = error(3010);
     pub(crate) const BAD_DATA_GONE: Code = info(3011);
     pub(crate) const SESSION_DROPPED: Code = warning(4001);
+    pub(crate) const SESSION_TRACED: Code = info(4002);
     pub(crate) const SNAPSHOT_CREATED: Code = info(5001);
     pub(crate) const SNAPSHOT_WEAKER: Code = warning(5002);
     pub(crate) const SNAPSHOT_FAILED: Code = error(5003);

@@ -248,6 +248,7 @@ impl Lun {
         };
         match self.unit().plan(&context, &command.cdb, &command.data) {
             Plan::Done(reply) => Step::Answer(self.outcome(reply)),
+            Plan::Early(reply, op) => Step::Early(self.outcome(reply), Trailing { op, token }),
             Plan::Op(planned) => Step::Work(Planned {
                 planned,
                 data: command.data.clone(),
@@ -313,6 +314,24 @@ pub(crate) enum Step {
     Answer(Outcome),
     /// This is to be done for it.
     Work(Planned),
+    /// It is over for the initiator, and this is still to be done.
+    Early(Outcome, Trailing),
+}
+
+/// What an answered command left to do (IMMED).
+#[derive(Debug)]
+pub(crate) struct Trailing {
+    op: BlockOp,
+    /// Counts the operation as running.
+    token: TaskTrackerToken,
+}
+
+impl Trailing {
+    /// Carries it out; blocks. A failure is logged by the backend, and meets the next command that needs what failed.
+    pub(crate) fn execute(self, lun: &Lun) {
+        let Self { op, token: _running } = self;
+        drop(lun.backend().execute(&op, &[], lun.settings.block_size));
+    }
 }
 
 /// A command that needs its LUN's storage.

@@ -10,6 +10,7 @@ pub(crate) mod apply;
 mod backend;
 pub(crate) mod control;
 pub(crate) mod events;
+mod fingerprint;
 mod lun;
 mod net;
 mod operations;
@@ -18,6 +19,7 @@ pub(crate) mod registry;
 mod session;
 pub(crate) mod snapshots;
 pub(crate) mod state;
+mod trace;
 mod welcome;
 
 use std::fs::{File, TryLockError};

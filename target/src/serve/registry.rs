@@ -18,6 +18,7 @@ use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::hold::LoginHold;
+use super::fingerprint::fingerprint;
 use super::lun::Lun;
 
 /// Sessions of all targets together. Each holds buffers: a daemon that accepted any number could be made to grow without bound.
@@ -102,6 +103,8 @@ pub(crate) enum Control {
         /// For the log.
         reason: String,
     },
+    /// Record the session's PDUs.
+    Trace(super::trace::Order),
     /// [`Session::end`] was called: nothing else is to be done.
     Wake,
     /// Another I_T nexus cleared the tasks of these LUNs: forget them, send nothing (TAS = 0).
@@ -121,6 +124,8 @@ pub(crate) struct SessionView {
     pub(crate) id: u64,
     /// iSCSI name of the initiator.
     pub(crate) initiator: String,
+    /// Which initiator it seems to be: `windows`, `esxi`, `linux`, `ipxe`, `qemu`, `libiscsi` or `unknown`.
+    pub(crate) fingerprint: String,
     /// Its own part of the session's identity, 12 hexadecimal digits.
     pub(crate) isid: String,
     /// Ours.
@@ -223,6 +228,7 @@ impl Session {
         SessionView {
             id: self.id,
             initiator: self.initiator.clone(),
+            fingerprint: fingerprint(&self.initiator, self.isid).to_owned(),
             isid: data_encoding::HEXLOWER.encode(&self.isid),
             tsih: self.tsih,
             target: self.target.iqn.clone(),

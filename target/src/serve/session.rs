@@ -28,6 +28,7 @@ use super::admit::admit;
 use super::lun::{Lun, Planned, Step, absent};
 use super::net::PendingSeat;
 use super::registry::{Control, Entering, NotNow, Session};
+use super::trace::{self, Trace};
 
 /// What one `readv` may bring beyond the place that the protocol named: the next PDUs' headers.
 const AHEAD: usize = 64 << 10;
@@ -103,6 +104,8 @@ struct Task {
     out: VecDeque<Frame>,
     /// Bytes of `out`'s first frame that the socket has taken.
     sent: usize,
+    /// Who records what passes, if anybody.
+    trace: Option<Trace>,
     /// Since when the socket takes nothing. The protocol layer watches what it still has, not what waits in `out`.
     stalled: Option<Instant>,
 }
@@ -143,6 +146,7 @@ impl Task {
             ahead_end: 0,
             out: VecDeque::new(),
             sent: 0,
+            trace: None,
             stalled: None,
         })
     }
@@ -380,12 +384,18 @@ impl Task {
             // Whoever ended it may have waited for its commands already. Unanswered: the connection goes down with it.
             return;
         }
-        match lun.plan(&session, &rules, &command, token) {
+        let step = match lun.plan(&session, &rules, &command, token) {
+            Step::Work(planned) => planned.try_now(lun),
+            step => step,
+        };
+        match step {
             Step::Answer(outcome) => self.answer(command.task, outcome),
-            Step::Work(planned) => match planned.try_now(lun) {
-                Step::Answer(outcome) => self.answer(command.task, outcome),
-                Step::Work(planned) => self.start(command.task, lun, planned),
-            },
+            Step::Early(outcome, trailing) => {
+                self.answer(command.task, outcome);
+                let lun = Arc::clone(lun);
+                tokio::task::spawn_blocking(move || trailing.execute(&lun));
+            }
+            Step::Work(planned) => self.start(command.task, lun, planned),
         }
     }
 
@@ -437,6 +447,7 @@ impl Task {
                 self.conn.request_logout(now, grace);
                 self.deadline = Some((now + grace, reason));
             }
+            Control::Trace(order) => self.trace(order),
             Control::Wake => {}
             Control::AbortTasks { luns, done } => {
                 // Tasks that run end without a trace; the sender waits for them by draining the LUN.
@@ -444,6 +455,26 @@ impl Task {
                     self.conn.abort_lun_tasks(Some(lun));
                 }
                 let _ = done.send(());
+            }
+        }
+    }
+
+    fn trace(&mut self, order: trace::Order) {
+        let Some(session) = &self.session else { return };
+        if let Some((trace, payload)) = Trace::begin(order, session, self.trace.as_ref()) {
+            self.trace = Some(trace);
+            self.conn.record(Some(payload));
+        }
+    }
+
+    /// Hands on what was recorded since the last time.
+    fn record(&mut self) {
+        let Some(trace) = &mut self.trace else { return };
+        while let Some(pdu) = self.conn.poll_recorded() {
+            if !trace.record(&pdu) {
+                self.trace = None;
+                self.conn.record(None);
+                return;
             }
         }
     }

@@ -31,6 +31,7 @@ use crate::frame::{Digests, Frame};
 use crate::login::{DEFAULT_MAX_RECV, Entropy, Login, LoginReply, Names};
 use crate::pdu::{AsyncEvent, AsyncMessage, Numbers};
 use crate::receive::Receiver;
+use crate::record::{Payload, Recorded, Recorder};
 use crate::session::CommandWindow;
 use crate::transfer::SegmentLimits;
 use crate::transmit::{Control, Mark, Transmitter};
@@ -66,6 +67,7 @@ pub struct Connection {
     counters: Counters,
     /// A Login or Text Response is not yet sent: the initiator may not go on before (RFC 7143 §6.2).
     our_turn: bool,
+    recorder: Option<Box<Recorder>>,
 }
 
 /// Who is at the other end.
@@ -100,6 +102,7 @@ impl Connection {
             who: Who::default(),
             counters: Counters::default(),
             our_turn: false,
+            recorder: None,
             config,
         }
     }
@@ -150,6 +153,9 @@ impl Connection {
                 return Ok(());
             };
             self.counters.pdus_in += 1;
+            if let Some(recorder) = &mut self.recorder {
+                recorder.received(self.now, &received, digests);
+            }
             match self.full() {
                 Some(mut full) => full.on_pdu(received)?,
                 None => self.on_login_pdu(&received)?,
@@ -191,6 +197,9 @@ impl Connection {
         }
         if let State::Full(session) = &mut self.state {
             session.on_sent(sent.read_bytes, sent.command_over);
+        }
+        if let Some(recorder) = &mut self.recorder {
+            recorder.sent(self.now, &sent.frame);
         }
         self.counters.pdus_out += 1;
         self.counters.bytes_out += sent.frame.len() as u64;
@@ -278,6 +287,16 @@ impl Connection {
             .unwrap_or_default();
         self.settle();
         running
+    }
+
+    /// Records every PDU from now on, or no longer. What was recorded and not taken is dropped.
+    pub fn record(&mut self, payload: Option<Payload>) {
+        self.recorder = payload.map(|payload| Box::new(Recorder::new(payload)));
+    }
+
+    /// The next PDU that was recorded; to be asked until `None` after every verb and every frame.
+    pub fn poll_recorded(&mut self) -> Option<Recorded> {
+        self.recorder.as_mut()?.poll()
     }
 
     /// Tasks that exist, aborted ones that the owner still runs included.

@@ -1,91 +1,35 @@
 //! The service actions of PERSISTENT RESERVE OUT (SPC-4 §5.12.7 to §5.12.11, §6.16).
 
-use crate::{NexusName, attention::UnitAttention, cdb::Cdb, sense::Sense};
+use crate::{NexusName, TargetPort, attention::UnitAttention, sense::Sense};
 
-use super::{Effects, Kind, MAX_REGISTRATIONS, Registration, Reservation, Reservations};
+use super::{
+    Effects, Kind, MAX_REGISTRATIONS, Registration, Reservation, Reservations,
+    parameters::{Parameters, TransportId},
+};
 
-const REGISTER: u8 = 0x00;
+pub(super) const REGISTER: u8 = 0x00;
 const RESERVE: u8 = 0x01;
 const RELEASE: u8 = 0x02;
 const CLEAR: u8 = 0x03;
 const PREEMPT: u8 = 0x04;
 const PREEMPT_AND_ABORT: u8 = 0x05;
 const REGISTER_AND_IGNORE: u8 = 0x06;
-
-/// The parameter list and what the CDB says of the reservation.
-#[derive(Debug)]
-pub(super) struct Parameters {
-    /// RESERVATION KEY: who the sender says it is.
-    key: u64,
-    /// SERVICE ACTION RESERVATION KEY: the new key, or the one to preempt.
-    action_key: u64,
-    /// SPEC_I_PT or ALL_TG_PT, neither of which is supported.
-    other_ports: bool,
-    aptpl: bool,
-    /// Of the CDB: SCOPE zero (logical unit) and a known TYPE.
-    kind: Option<Kind>,
-}
-
-impl Parameters {
-    /// Length of the basic parameter list, the only one that there is without SPEC_I_PT and REGISTER AND
-    /// MOVE.
-    pub(super) const LEN: u64 = 24;
-
-    /// # Errors
-    /// PARAMETER LIST LENGTH ERROR when the list is not exactly 24 bytes, or did not come whole.
-    pub(super) fn parse(cdb: &Cdb, data_out: &[u8]) -> Result<Self, Sense> {
-        let list = data_out.first_chunk::<24>().ok_or(Sense::LIST_LENGTH)?;
-        if u64::from(cdb.u32(5)) != Self::LEN {
-            return Err(Sense::LIST_LENGTH);
-        }
-        let key = |at: [u8; 8]| u64::from_be_bytes(at);
-        let [
-            k0,
-            k1,
-            k2,
-            k3,
-            k4,
-            k5,
-            k6,
-            k7,
-            a0,
-            a1,
-            a2,
-            a3,
-            a4,
-            a5,
-            a6,
-            a7,
-            _,
-            _,
-            _,
-            _,
-            flags,
-            ..,
-        ] = *list;
-        Ok(Self {
-            key: key([k0, k1, k2, k3, k4, k5, k6, k7]),
-            action_key: key([a0, a1, a2, a3, a4, a5, a6, a7]),
-            other_ports: flags & 0x0c != 0,
-            aptpl: flags & 0x01 != 0,
-            kind: if cdb.byte(2) >> 4 == 0 {
-                Kind::from_code(cdb.byte(2) & 0x0f)
-            } else {
-                None
-            },
-        })
-    }
-
-    fn kind(&self) -> Result<Kind, Refusal> {
-        self.kind.ok_or(Refusal::Check(Sense::invalid_cdb(2)))
-    }
-}
+pub(super) const REGISTER_AND_MOVE: u8 = 0x07;
 
 /// Why a service action is not carried out. Nothing has changed then.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
     Conflict,
     Check(Sense),
+}
+
+/// What a registration may name beside the sender.
+#[derive(Debug)]
+pub(super) struct World<'a> {
+    /// All target ports of the unit.
+    pub(super) ports: &'a [TargetPort],
+    /// The I_T nexuses that are logged in.
+    pub(super) nexuses: Vec<&'a NexusName>,
 }
 
 impl Reservations {
@@ -98,9 +42,10 @@ impl Reservations {
         sender: &NexusName,
         action: u8,
         parameters: &Parameters,
+        world: &World<'_>,
     ) -> Result<Effects, Refusal> {
         if matches!(action, REGISTER | REGISTER_AND_IGNORE) {
-            return self.register(sender, action == REGISTER, parameters);
+            return self.register(sender, action == REGISTER, parameters, world);
         }
         // An unregistered I_T nexus, or the wrong key: a conflict (SPC-4 §5.12.6 and table 67).
         if self.key_of(sender) != Some(parameters.key) {
@@ -111,6 +56,7 @@ impl Reservations {
             RELEASE => self.release(sender, parameters),
             CLEAR => Ok(self.clear(sender)),
             PREEMPT => self.preempt(sender, parameters),
+            REGISTER_AND_MOVE => self.register_and_move(sender, parameters, world),
             PREEMPT_AND_ABORT => self.preempt(sender, parameters).map(|effects| Effects {
                 abort: true,
                 ..effects
@@ -128,32 +74,27 @@ impl Reservations {
         sender: &NexusName,
         checks_key: bool,
         parameters: &Parameters,
+        world: &World<'_>,
     ) -> Result<Effects, Refusal> {
         let registered = self.key_of(sender);
         // An unregistered nexus has to give the key zero.
         if checks_key && parameters.key != registered.unwrap_or(0) {
             return Err(Refusal::Conflict);
         }
-        if parameters.other_ports {
+        if registered.is_some() && parameters.others.is_some() {
             return Err(Refusal::Check(Sense::invalid_list(20)));
         }
+        let own = if parameters.all_ports {
+            at_all_ports(sender, world.ports)
+        } else {
+            vec![sender.clone()]
+        };
         let effects = match (registered, parameters.action_key) {
             (None, 0) => Effects::default(),
-            (Some(_), 0) => self.unregister(sender),
-            (None, key) => {
-                if self.registrations.len() >= MAX_REGISTRATIONS {
-                    return Err(Refusal::Check(Sense::NO_REGISTRATION_RESOURCES));
-                }
-                self.registrations.push(Registration {
-                    name: sender.clone(),
-                    key,
-                });
-                Effects::default()
-            }
-            (Some(_), key) => {
-                for registration in self.registrations.iter_mut().filter(|r| r.name == *sender) {
-                    registration.key = key;
-                }
+            (Some(_), 0) => self.unregister(&own),
+            (_, key) => {
+                let others = self.named(sender, parameters, world)?;
+                self.enter(&own, &others, key)?;
                 Effects::default()
             }
         };
@@ -162,21 +103,131 @@ impl Reservations {
         Ok(effects)
     }
 
-    /// Unregistering releases what the nexus alone held (SPC-4 §5.12.11.2), and what all held with the last
-    /// of them.
-    fn unregister(&mut self, sender: &NexusName) -> Effects {
+    /// The I_T nexuses that the TransportIDs name: through the sender's target port, or through all.
+    ///
+    /// A TransportID of a whole initiator device stands for its ports that are known here, and there must be one.
+    fn named(
+        &self,
+        sender: &NexusName,
+        parameters: &Parameters,
+        world: &World<'_>,
+    ) -> Result<Vec<NexusName>, Refusal> {
+        let mut named = Vec::new();
+        for TransportId { initiator, isid } in parameters.others.iter().flatten() {
+            let registered = self.registrations.iter().map(|r| &r.name);
+            let known = world.nexuses.iter().copied().chain(registered);
+            let known = known
+                .filter(|name| name.initiator == *initiator)
+                .map(|name| name.isid);
+            let mut isids: Vec<[u8; 6]> = isid.map_or_else(|| known.collect(), |isid| vec![isid]);
+            isids.sort_unstable();
+            isids.dedup();
+            if isids.is_empty() {
+                return Err(Refusal::Check(Sense::invalid_list(28)));
+            }
+            for isid in isids {
+                let name = NexusName {
+                    initiator: initiator.clone(),
+                    isid,
+                    port: sender.port.clone(),
+                };
+                if parameters.all_ports {
+                    named.extend(at_all_ports(&name, world.ports));
+                } else {
+                    named.push(name);
+                }
+            }
+        }
+        Ok(named)
+    }
+
+    /// Registers `own`, or gives them another key, and registers those of `others` that are not registered: all or
+    /// nothing (SPC-4 §5.12.7.3).
+    fn enter(&mut self, own: &[NexusName], others: &[NexusName], key: u64) -> Result<(), Refusal> {
+        let mut entered = self.registrations.clone();
+        let both = own
+            .iter()
+            .map(|name| (name, true))
+            .chain(others.iter().map(|name| (name, false)));
+        for (name, changes) in both {
+            match entered.iter_mut().find(|registration| registration.name == *name) {
+                Some(registration) if changes => registration.key = key,
+                Some(_) => {}
+                None => entered.push(Registration {
+                    name: name.clone(),
+                    key,
+                }),
+            }
+        }
+        if entered.len() > MAX_REGISTRATIONS {
+            return Err(Refusal::Check(Sense::NO_REGISTRATION_RESOURCES));
+        }
+        self.registrations = entered;
+        Ok(())
+    }
+
+    /// REGISTER AND MOVE (SPC-4 §5.12.8): the reservation and a registration for another I_T nexus.
+    fn register_and_move(
+        &mut self,
+        sender: &NexusName,
+        parameters: &Parameters,
+        world: &World<'_>,
+    ) -> Result<Effects, Refusal> {
+        let kind = match &self.reservation {
+            // "the command shall be completed with RESERVATION CONFLICT status": there is no holder to move it from.
+            Some(Reservation { holder: None, .. }) => return Err(Refusal::Conflict),
+            Some(Reservation {
+                kind,
+                holder: Some(holder),
+            }) if holder == sender => *kind,
+            // Table 65: a registrant that is not the holder.
+            _ => return Err(Refusal::Check(Sense::invalid_cdb(1))),
+        };
+        if parameters.action_key == 0 {
+            return Err(Refusal::Check(Sense::invalid_list(8)));
+        }
+        let destination = parameters
+            .destination
+            .as_ref()
+            .ok_or(Refusal::Check(Sense::LIST_LENGTH))?;
+        let to = destination.nexus(sender, world.ports)?;
+        if to == *sender {
+            return Err(Refusal::Check(Sense::invalid_list(24)));
+        }
+        // The sender's registration makes room for the new one.
+        let mut moved = self.registrations.clone();
+        if destination.unregister {
+            moved.retain(|registration| registration.name != *sender);
+        }
+        let before = std::mem::replace(&mut self.registrations, moved);
+        if let Err(refusal) = self.enter(std::slice::from_ref(&to), &[], parameters.action_key) {
+            self.registrations = before;
+            return Err(refusal);
+        }
+        self.reservation = Some(Self::reservation_of(&to, kind));
+        self.aptpl = parameters.aptpl;
+        self.next_generation();
+        Ok(Effects::default())
+    }
+
+    /// Unregistering releases what one of the nexuses alone held (SPC-4 §5.12.11.2), and what all held with the last of
+    /// them.
+    fn unregister(&mut self, names: &[NexusName]) -> Effects {
         let held_alone = self
             .reservation
             .as_ref()
-            .is_some_and(|r| r.holder.as_ref() == Some(sender));
+            .is_some_and(|r| r.holder.as_ref().is_some_and(|holder| names.contains(holder)));
         self.registrations
-            .retain(|registration| registration.name != *sender);
+            .retain(|registration| !names.contains(&registration.name));
         let mut effects = Effects::default();
         if held_alone {
             if let Some(Reservation { kind, .. }) = self.reservation.take()
                 && kind.admits_registrants()
             {
-                effects.attentions = self.tell_others(sender, UnitAttention::ReservationsReleased);
+                let told = self.registrations.iter().map(|r| r.name.clone());
+                effects.attentions = told
+                    .map(|name| (name, UnitAttention::ReservationsReleased))
+                    .collect();
             }
         } else if self.registrations.is_empty() {
             self.reservation = None;
@@ -319,4 +370,17 @@ impl Reservations {
             abort: false,
         }
     }
+}
+
+/// The initiator port behind `sender` at every target port of the unit, its own among them.
+fn at_all_ports(sender: &NexusName, ports: &[TargetPort]) -> Vec<NexusName> {
+    let others = ports.iter().filter(|port| **port != sender.port);
+    [&sender.port]
+        .into_iter()
+        .chain(others)
+        .map(|port| NexusName {
+            port: port.clone(),
+            ..sender.clone()
+        })
+        .collect()
 }

@@ -4,6 +4,7 @@
 //! the login.
 
 mod change;
+mod parameters;
 mod report;
 mod store;
 
@@ -20,7 +21,8 @@ use crate::{
     sense::Sense,
     unit::{Ready, Unit},
 };
-use change::{Parameters, Refusal};
+use change::{Refusal, World};
+use parameters::Parameters;
 pub(crate) use report::read;
 
 /// Most registrations of one unit: one more is answered INSUFFICIENT REGISTRATION RESOURCES.
@@ -218,9 +220,13 @@ pub(crate) fn out(unit: &mut Unit, nexus: NexusId, cdb: &Cdb, data_out: &[u8]) -
     };
     let parameters = Parameters::parse(cdb, data_out)?;
     let was_persistent = unit.reservations.aptpl;
+    let world = World {
+        ports: &unit.spec.ports,
+        nexuses: unit.nexuses.values().map(|nexus| &nexus.name).collect(),
+    };
     let effects = match unit
         .reservations
-        .apply(&sender, cdb.service_action(), &parameters)
+        .apply(&sender, cdb.service_action(), &parameters, &world)
     {
         Ok(effects) => effects,
         Err(Refusal::Conflict) => return Ok(Ready::Reply(Reply::status(status::RESERVATION_CONFLICT))),
@@ -238,7 +244,7 @@ pub(crate) fn out(unit: &mut Unit, nexus: NexusId, cdb: &Cdb, data_out: &[u8]) -
         .collect();
     let saves = was_persistent || unit.reservations.aptpl;
     if !saves && abort_tasks_of.is_empty() {
-        return Ok(Ready::Reply(Reply::took(Parameters::LEN)));
+        return Ok(Ready::Reply(Reply::took(parameters.len)));
     }
     if saves {
         unit.reservations.sequence += 1;
@@ -250,7 +256,7 @@ pub(crate) fn out(unit: &mut Unit, nexus: NexusId, cdb: &Cdb, data_out: &[u8]) -
         sequence,
         abort_tasks_of,
     });
-    Ok(Ready::Transfer(op, Answer::Good, Parameters::LEN))
+    Ok(Ready::Transfer(op, Answer::Good, parameters.len))
 }
 
 /// What a change does to the others.

@@ -2,7 +2,7 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use crate::{NexusName, cdb::Cdb, plan::Reply, unit::Unit};
+use crate::{NexusName, TargetPort, cdb::Cdb, plan::Reply, relative_port_id, unit::Unit};
 
 use super::Reservations;
 
@@ -17,7 +17,7 @@ pub(crate) fn read(unit: &Unit, cdb: &Cdb) -> Reply {
         READ_KEYS => reservations.keys(),
         READ_RESERVATION => reservations.standing(),
         REPORT_CAPABILITIES => reservations.capabilities(),
-        _ => reservations.full_status(),
+        _ => reservations.full_status(&unit.spec.ports),
     };
     Reply::parameter_data(data, u64::from(cdb.u16(7)))
 }
@@ -58,13 +58,13 @@ impl Reservations {
     }
 
     fn capabilities(&self) -> Bytes {
-        // CRH and PTPL_C; TMV, no word on which other commands are let through, and PTPL_A.
+        // CRH, SIP_C, ATP_C and PTPL_C; TMV, no word on which other commands are let through, and PTPL_A.
         let persists = u8::from(self.aptpl);
         // WR_EX_AR EX_AC_RO WR_EX_RO EX_AC WR_EX; EX_AC_AR.
-        Bytes::copy_from_slice(&[0, 8, 0x10 | 0x01, 0x80 | persists, 0xea, 0x01, 0, 0])
+        Bytes::copy_from_slice(&[0, 8, 0x10 | 0x08 | 0x04 | 0x01, 0x80 | persists, 0xea, 0x01, 0, 0])
     }
 
-    fn full_status(&self) -> Bytes {
+    fn full_status(&self, ports: &[TargetPort]) -> Bytes {
         let mut data = BytesMut::with_capacity(96 * self.registrations.len());
         for registration in &self.registrations {
             let held = self
@@ -79,7 +79,7 @@ impl Reservations {
                 held.map_or(0, |reservation| reservation.kind.code()),
             ]);
             data.put_u32(0);
-            data.put_u16(registration.name.port.portal_group);
+            data.put_u16(relative_port_id(ports, &registration.name.port));
             let transport_id = transport_id(&registration.name);
             data.put_u32(u32::try_from(transport_id.len()).unwrap_or(u32::MAX));
             data.put(transport_id);

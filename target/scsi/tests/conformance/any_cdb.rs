@@ -59,7 +59,7 @@ proptest! {
     #[test]
     fn ranges_of_a_huge_unit_stay_inside(
         blocks in prop_oneof![Just(1), Just(u64::MAX / 4096), 1..u64::MAX / 4096],
-        (opcode, flags) in (proptest::sample::select(vec![0x88_u8, 0x8a, 0x8b, 0x8e, 0x8f, 0x91, 0x93, 0x9e]), 0..16_u8),
+        (opcode, flags) in (proptest::sample::select(vec![0x88_u8, 0x8a, 0x8b, 0x8e, 0x8f, 0x90, 0x91, 0x93, 0x9e]), 0..16_u8),
         lba in prop_oneof![any::<u64>(), 0..64_u64],
         count in prop_oneof![any::<u32>(), 0..64_u32],
     ) {
@@ -78,6 +78,7 @@ proptest! {
                 | BlockOp::OrWrite { offset, len, .. } => (offset, u64::from(len)),
                 BlockOp::WriteZeroes { offset, len, .. }
                 | BlockOp::WriteSame { offset, len, .. }
+                | BlockOp::PreFetch { offset, len }
                 | BlockOp::LbaStatus { offset, len, .. } => (offset, len),
                 BlockOp::Flush => return Ok(()),
                 ref other => panic!("{opcode:#x} became {other:?}"),

@@ -25,6 +25,8 @@ pub(crate) struct Disk {
     pub(crate) bytes: Vec<u8>,
     pub(crate) mapped: BTreeSet<u64>,
     pub(crate) flushes: usize,
+    /// The range of the last PRE-FETCH.
+    pub(crate) prefetched: (u64, u64),
     pub(crate) fua_writes: usize,
     pub(crate) saved_write_cache: Option<bool>,
     pub(crate) saved_reservations: Vec<(u64, Bytes)>,
@@ -142,6 +144,10 @@ impl Disk {
                 self.write(*offset, &data, *fua);
             }
             BlockOp::Flush => self.flushes += 1,
+            BlockOp::PreFetch { offset, len } => {
+                self.at(*offset, *len);
+                self.prefetched = (*offset, *len);
+            }
             BlockOp::LbaStatus {
                 offset,
                 len,
@@ -260,6 +266,10 @@ impl Bench {
         };
         let reply = match self.unit.plan(&context, cdb, data_out) {
             Plan::Done(reply) => reply,
+            Plan::Early(reply, op) => {
+                self.disk.run(&op, data_out, self.block);
+                reply
+            }
             Plan::Op(planned) => {
                 let result = self.disk.run(planned.op(), data_out, self.block);
                 planned.finish(result)

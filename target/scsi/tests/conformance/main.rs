@@ -12,6 +12,7 @@ mod inquiry;
 mod mode;
 mod provisioning;
 mod read_write;
+mod registration;
 mod reports;
 mod reservations;
 mod unit_attention;

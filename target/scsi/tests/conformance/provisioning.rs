@@ -243,3 +243,42 @@ fn used_space_sinks_with_unmap() {
     assert_eq!(unmap(&mut bench, &[(0, 4096)]).status, GOOD);
     assert!(used(&mut bench) < before);
 }
+
+#[test]
+fn thresholds_are_listed_and_their_crossing_is_heard_by_all() {
+    let mut bench = Bench::small();
+    let page = |bench: &mut Bench, control: u8| {
+        bench.data(&[0x1a, 0x08, control << 6 | 0x1c, 2, 255, 0])[4..].to_vec()
+    };
+    assert_eq!(page(&mut bench, 0)[..4], [0x5c, 2, 0, 12], "none yet");
+    bench.unit.set_thin_thresholds(&[25 << 30, 5 << 30]);
+    assert_eq!([0, 1, 2].map(|n| bench.attention(n)), [Some(0x2a01); 3]);
+    bench.unit.set_thin_thresholds(&[25 << 30, 5 << 30]);
+    assert_eq!(bench.attention(0), None, "nothing has changed");
+    let data = page(&mut bench, 0);
+    assert_eq!((data.len(), &data[..4]), (32, &[0x5c, 2, 0, 28][..]));
+    assert_eq!(
+        data[16..],
+        [0x80, 1, 0, 0, 0, 0, 0x64, 0, 0x80, 1, 0, 0, 0, 0, 0x14, 0]
+    );
+    assert!(
+        page(&mut bench, 1)[4..].iter().all(|byte| *byte == 0),
+        "not changeable"
+    );
+    // What was read can be sent back; anything else cannot.
+    let mut list = [vec![0; 4], data].concat();
+    assert_eq!(bench.give(&[0x15, 0x10, 0, 0, 36, 0], &list).status, GOOD);
+    list[4 + 23] ^= 1;
+    assert_eq!(
+        sense(&bench.give(&[0x15, 0x10, 0, 0, 36, 0], &list)),
+        Some((5, 0x2600))
+    );
+    bench.unit.thin_threshold_reached();
+    assert_eq!([0, 1, 2].map(|n| bench.attention(n)), [Some(0x3807); 3]);
+    assert_eq!(bench.attention(0), None, "once");
+    bench.disk.failure = Some(stillpoint_scsi::BlockError::Growing);
+    assert_eq!(
+        sense(&bench.give(&cdb(0x2a, 0, 0, 1), &[1; 512])),
+        Some((2, 0x0414))
+    );
+}

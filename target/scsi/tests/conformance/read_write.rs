@@ -359,11 +359,52 @@ fn prefetch_is_met_and_bounded() {
     for mut bench in Bench::both() {
         let blocks = bench.blocks;
         for opcode in [0x34, 0x90] {
-            for (flags, lba, count) in [(0, 0, 1), (2, 0, 1), (0, blocks - 1, 1), (0, 0, 256), (0, 0, 0)] {
+            let size = bench.block as u64;
+            for (flags, lba, count) in [(0, 0, 1), (2, 0, 1), (0, blocks - 1, 1), (0, 0, 256), (0, 7, 0)] {
                 assert_eq!(bench.ask(&cdb(opcode, flags, lba, count)).status, CONDITION_MET);
+                let count = if count == 0 {
+                    blocks - lba
+                } else {
+                    u64::from(count)
+                };
+                assert_eq!(bench.disk.prefetched, (lba * size, count * size));
             }
             assert_eq!(sense(&bench.ask(&cdb(opcode, 0, blocks + 1, 0))), LBA_RANGE);
         }
+    }
+}
+
+#[test]
+fn prefetch_of_more_than_the_cache_takes_is_good_but_not_met() {
+    let mut bench = Bench::with(spec(BlockSize::B512, 64 * 1024));
+    for flags in [0, 2] {
+        assert_eq!(bench.ask(&cdb(0x90, flags, 1, 0)).status, GOOD);
+        assert_eq!(bench.disk.prefetched, (512, 16 << 20));
+        assert_eq!(bench.ask(&cdb(0x90, flags, 0, 32 * 1024)).status, CONDITION_MET);
+    }
+    bench.disk.failure = Some(BlockError::Medium { offset: 0 });
+    assert_eq!(sense(&bench.ask(&cdb(0x90, 0, 0, 1))), Some((3, 0x1100)));
+    assert_eq!(
+        bench.ask(&cdb(0x90, 2, 0, 1)).status,
+        CONDITION_MET,
+        "answered before"
+    );
+}
+
+#[test]
+fn an_immediate_synchronize_cache_answers_first_and_flushes_after() {
+    let mut bench = Bench::small();
+    for opcode in [0x35, 0x91] {
+        let before = bench.disk.flushes;
+        for flags in [0, 2] {
+            assert_eq!(bench.ask(&cdb(opcode, flags, 0, 0)).status, GOOD);
+        }
+        assert_eq!(bench.disk.flushes, before + 2);
+        assert_eq!(sense(&bench.ask(&cdb(opcode, 2, bench.blocks + 1, 0))), LBA_RANGE);
+        bench.disk.failure = Some(BlockError::Fault);
+        assert_eq!(sense(&bench.ask(&cdb(opcode, 0, 0, 0))), Some((4, 0x4400)));
+        assert_eq!(bench.ask(&cdb(opcode, 2, 0, 0)).status, GOOD);
+        bench.disk.failure = None;
     }
 }
 

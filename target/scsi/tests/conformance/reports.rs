@@ -188,7 +188,7 @@ fn target_port_groups_in_both_formats() {
             portal_group: 7,
             ..port()
         },
-        // The same group tag in another target is listed once.
+        // The same group tag in another target: the ports are counted.
         TargetPort {
             target: "iqn.2026-11.com.example:b".into(),
             ..port()
@@ -196,7 +196,14 @@ fn target_port_groups_in_both_formats() {
     ]);
     bench.attention(0);
     let two = bench.data(&[0xa3, 0x0a, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0]);
-    assert_eq!((two[11], u32_at(&two, 12), u32_at(&two, 16)), (2, 1, 7));
+    assert_eq!((two[11], [12, 16, 20].map(|at| u32_at(&two, at))), (3, [1, 2, 3]));
+    bench.unit.set_ports(vec![TargetPort {
+        portal_group: 7,
+        ..port()
+    }]);
+    bench.attention(0);
+    let one = bench.data(&[0xa3, 0x0a, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0]);
+    assert_eq!((one[11], u32_at(&one, 12)), (1, 7), "a tag that is unique");
     assert_eq!(
         sense(&bench.ask(&[0xa3, 0x4a, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0])),
         INVALID_FIELD

@@ -94,6 +94,7 @@ pub(crate) enum Request {
     SessionDrop {
         id: u64,
     },
+    Trace(TraceRequest),
     SnapshotCreate(SnapshotCreate),
     SnapshotList {
         lun: Option<String>,
@@ -178,6 +179,8 @@ pub(crate) enum Line {
     Progress(String),
     /// An event, for `events`.
     Event(Event),
+    /// A piece of a file, in base64, for `trace`.
+    Data(String),
     /// The end: it is done.
     Result(Value),
     /// The end: it is not.
@@ -615,6 +618,19 @@ pub(crate) fn done(pairs: impl IntoIterator<Item = (&'static str, Value)>) -> Va
             .map(|(key, value)| (key.to_owned(), value))
             .collect(),
     )
+}
+
+/// What to record of which session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TraceRequest {
+    pub(crate) session: u64,
+    /// The contents of blocks too.
+    pub(crate) payload: bool,
+    /// The file ends here.
+    pub(crate) max_bytes: u64,
+    /// … or after this time.
+    pub(crate) seconds: Option<u64>,
 }
 
 /// `1 session`, `2 sessions`.

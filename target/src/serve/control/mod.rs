@@ -58,8 +58,14 @@ impl Caller {
         self.lines.send(Line::Event(event)).await.is_ok()
     }
 
+    /// Sends a piece of a file; false when the client has left.
+    pub(crate) async fn data(&self, bytes: &[u8]) -> bool {
+        let text = data_encoding::BASE64.encode(bytes);
+        self.lines.send(Line::Data(text)).await.is_ok()
+    }
+
     /// Returns when the client has left.
-    async fn left(&self) {
+    pub(crate) async fn left(&self) {
         self.lines.closed().await;
     }
 }
@@ -184,7 +190,7 @@ async fn serve(daemon: &Arc<Daemon>, mut stream: UnixStream) -> std::io::Result<
         Ok(Err(refusal)) => return write_line(&mut writer, &Line::Error(refusal)).await,
         Err(_) => return Ok(()),
     };
-    let follows = matches!(request, Request::Events { follow: true, .. });
+    let follows = matches!(request, Request::Events { follow: true, .. } | Request::Trace(_));
     let (lines, mut answers) = mpsc::channel(LINES);
     let caller = Caller {
         who,
@@ -208,7 +214,7 @@ async fn serve(daemon: &Arc<Daemon>, mut stream: UnixStream) -> std::io::Result<
                 Some(line) => write_line(&mut writer, &line).await?,
                 None => return Ok(()),
             },
-            // Who follows events leaves by closing; everybody else gets an answer, also when they have closed their side.
+            // Who follows something that has no end leaves by closing; everybody else gets an answer, also when they have closed their side.
             read = reader.read(&mut rest), if follows => if read? == 0 { return Ok(()) },
         }
     }

@@ -10,7 +10,7 @@ use tokio::sync::broadcast::error::RecvError;
 use super::api::{PoolSpace, Refusal, Request, Status, count, done};
 use super::{Caller, luns, volumes};
 use crate::serve::events::code;
-use crate::serve::{Daemon, apply, snapshots};
+use crate::serve::{Daemon, apply, snapshots, trace};
 
 /// How long an initiator may take to log out before its session is cut.
 pub(crate) const LOGOUT_GRACE: Duration = Duration::from_secs(5);
@@ -30,6 +30,7 @@ pub(super) async fn run(daemon: &Arc<Daemon>, request: Request, caller: &Caller)
         Request::VolumeDelete { name } => volumes::delete(daemon, &name, &caller.who).await,
         Request::SessionList {} => answer(&daemon.registry.sessions()),
         Request::SessionDrop { id } => drop_session(daemon, id, caller).await,
+        Request::Trace(request) => trace::run(daemon, request, caller).await,
         Request::SnapshotCreate(create) => snapshots::create(daemon, create, caller).await,
         Request::SnapshotList { lun } => {
             answer(&blocking(daemon, move |daemon| snapshots::list(daemon, lun.as_deref())).await?)

@@ -46,7 +46,9 @@ impl Task {
                 self.ahead_at += n;
                 n
             };
-            self.conn.advance(Instant::now(), n).map_err(End::Protocol)?;
+            let advanced = self.conn.advance(Instant::now(), n);
+            self.record();
+            advanced.map_err(End::Protocol)?;
             self.events();
             if drained && self.ahead_at == self.ahead_end {
                 return Ok(false);
@@ -64,6 +66,7 @@ impl Task {
                 };
                 self.out.push_back(frame);
             }
+            self.record();
             if self.out.is_empty() {
                 self.stalled = None;
                 return Ok(());
