@@ -186,6 +186,11 @@ impl Allocator {
         self.available
     }
 
+    /// Bitmap of a chunk that is in RAM, as of the transaction group that was closed last.
+    pub(crate) fn bits(&self, chunk: ChunkNo) -> Option<&Bits> {
+        self.chunks.get(&chunk).map(|c| &c.bits)
+    }
+
     pub(crate) fn is_loaded(&self, chunk: ChunkNo) -> bool {
         self.chunks.contains_key(&chunk)
     }

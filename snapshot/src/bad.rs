@@ -49,6 +49,11 @@ impl BadGrains {
         self.grains.get(&grain)
     }
 
+    /// Grains, and the checksums that they should have.
+    pub(crate) fn all(&self) -> impl Iterator<Item = (u64, Option<u32>)> {
+        self.grains.iter().map(|(grain, record)| (*grain, record.crc))
+    }
+
     pub(crate) fn put(&mut self, grain: u64, record: BadRecord) {
         self.grains.insert(grain, record);
         self.count.store(self.grains.len(), Ordering::Release);
@@ -83,6 +88,17 @@ impl State {
             self.open.mark();
         }
         fresh
+    }
+
+    /// A grain that reads right again is not bad any more.
+    pub(crate) fn forget_bad(&mut self, grain: u64) -> bool {
+        let was = self.bad.remove(grain);
+        if was {
+            self.open.bad.insert(grain);
+            self.open.mark();
+            self.open.events.push(StoreEvent::BadDataGone { grains: 1 });
+        }
+        was
     }
 
     /// What the closing transaction group frees is nobody's any more: whatever comes there is new.

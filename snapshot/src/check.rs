@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::Path;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use self::data::Data;
 use self::records::Records;
@@ -34,7 +34,7 @@ const MOST_PROBLEMS: usize = 1000;
 const ALL_FREE: u16 = CHUNK_GRAINS as u16;
 
 /// What kind of promise is broken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ProblemKind {
     /// A record does not decode, or lies under another key than its own.
@@ -56,7 +56,7 @@ pub enum ProblemKind {
 }
 
 /// One thing that is wrong.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
     /// Kind.
     pub kind: ProblemKind,

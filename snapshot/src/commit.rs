@@ -57,6 +57,7 @@ impl State {
         let next = Txg::new(self.open.id + 1);
         let mut txg = std::mem::replace(&mut self.open, next);
         self.forget_freed_bad(&mut txg);
+        self.touch_closing(&txg.allocs, &txg.releases);
         self.closing = Some(txg.id);
         let mut batch = Batch::default();
         for k in &txg.removed {

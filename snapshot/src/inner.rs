@@ -13,6 +13,7 @@ use crate::map::{PageAt, Version};
 use crate::meta_client::Meta;
 use crate::page::{PAGE_ENTRIES, Page, PageNo};
 use crate::record::{self, PageKey, key};
+use crate::scrub::Scrubbing;
 use crate::state::State;
 use crate::types::{BranchId, Epoch, Point, PoolOptions, StoreEvent};
 use crate::warm::{Identity, WarmLog, WarmMedium};
@@ -41,6 +42,7 @@ pub(crate) struct Inner {
     pub(crate) bad_count: Arc<AtomicUsize>,
     /// One sealer at a time.
     pub(crate) sealing: Mutex<()>,
+    pub(crate) scrubbing: Scrubbing,
     /// Held as long as the pool is open, so that no second daemon opens it.
     pub(crate) directory_lock: Mutex<Option<std::fs::File>>,
 }
@@ -123,6 +125,7 @@ impl Inner {
             data_syncs: AtomicU64::new(0),
             bad_count,
             sealing: Mutex::new(()),
+            scrubbing: Scrubbing::default(),
             directory_lock: Mutex::new(lock),
         }
     }

@@ -384,6 +384,7 @@ impl State {
             None => self.adopt(old, page, into),
         }
         self.map.structure_gen += 1;
+        self.touch_page(page);
         self.remove_version(old);
     }
 

@@ -165,6 +165,21 @@ impl PageMap {
             .map(|(_, page)| *page)
     }
 
+    /// The first page after a place that has a dirty version of its own.
+    pub(crate) fn dirty_after(&self, after: Option<PageAt>) -> Option<PageAt> {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let from = after.map_or(Unbounded, Excluded);
+        self.dirty.range((from, Unbounded)).next().copied()
+    }
+
+    /// The branch's own versions of a page that are in RAM.
+    pub(crate) fn own_versions(&self, at: PageAt) -> Vec<(Epoch, Page)> {
+        let versions = self.slots.get(&at).into_iter().flat_map(|slot| &slot.versions);
+        versions
+            .filter_map(|v| Some((v.epoch?, v.page.clone())))
+            .collect()
+    }
+
     /// Takes in a page that was read from the metadata store. No slot may exist: the caller is its only reader.
     pub(crate) fn insert(&mut self, at: PageAt, version: Version) {
         self.evict(1);

@@ -326,6 +326,7 @@ pub(crate) fn open_on(
     state.open.holds.clear();
     drop(state);
     inner.replay_warm()?;
+    inner.load_scrub();
     inner.state().follow_up();
     Ok(inner)
 }
@@ -423,6 +424,7 @@ fn load(meta: &Meta, system: &SystemRecord, options: &PoolOptions) -> Result<Sta
     Ok(State {
         bad,
         seal: SealCursor::default(),
+        touched: None,
         volumes,
         names,
         snapshots,

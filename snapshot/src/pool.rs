@@ -14,6 +14,7 @@ use crate::meta::MetaStore;
 use crate::meta_client::Meta;
 use crate::open;
 use crate::record::{BranchRecord, JobKind};
+use crate::scrub::scrub;
 use crate::seal::seal;
 use crate::state::{Branch, Holds, State};
 use crate::types::{
@@ -92,6 +93,7 @@ impl Pool {
             spawn(&inner, "stillpoint-keeper", keep)?;
             spawn(&inner, "stillpoint-jobs", work)?;
             spawn(&inner, "stillpoint-sealer", seal)?;
+            spawn(&inner, "stillpoint-scrub", scrub)?;
         }
         Ok(Self { inner })
     }

@@ -10,6 +10,7 @@ use crate::bad::BadGrains;
 use crate::map::{PageMap, Version};
 use crate::page::{Entry, Page, PageNo};
 use crate::record::{BranchRecord, JobKind, JobRecord, PageKey, SnapshotRecord};
+use crate::scrub::GrainSet;
 use crate::seal::SealCursor;
 use crate::space::Space;
 use crate::types::{BranchId, Epoch, SnapshotId, SnapshotState, StoreEvent, VolumeId};
@@ -160,6 +161,8 @@ pub(crate) struct State {
     pub(crate) values: BTreeMap<String, Vec<u8>>,
     pub(crate) bad: BadGrains,
     pub(crate) seal: SealCursor,
+    /// Grains that were taken or given back since a pass of the scrub over the map began.
+    pub(crate) touched: Option<GrainSet>,
     /// Next epoch.
     pub(crate) epoch: Epoch,
     pub(crate) next_branch: u32,

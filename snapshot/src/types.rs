@@ -361,6 +361,11 @@ pub enum StoreEvent {
         /// Grains that were known to be bad and are so no more.
         grains: usize,
     },
+    /// A scrub has seen everything.
+    ScrubEnded {
+        /// Problems that it found.
+        problems: u64,
+    },
     /// A deleted snapshot is gone and its grains are free.
     SnapshotFreed(SnapshotId),
     /// A deleted (or reverted) line of history is gone.

@@ -320,12 +320,30 @@ pub(crate) enum GenerationVerb {
 pub(crate) enum StoreVerb {
     /// Verify every structure of the store; the daemon must be stopped
     Check {
+        /// Read all data that has a recorded checksum, too
+        #[arg(long)]
+        data: bool,
         /// The data directory, when no configuration names it
         #[arg(long, value_name = "DIR")]
         data_dir: Option<PathBuf>,
     },
     /// Show sizes and counters; the daemon must run
     Stats,
+    /// Verify checksums and structures while the daemon works; leaving the command lets it go on, calling it again rejoins
+    Scrub {
+        /// Bytes per second that are read at most; 0 = as fast as it can [default: 64MiB]
+        #[arg(long, value_name = "SIZE")]
+        rate: Option<stillpoint_config::Size>,
+        /// Begin at the start, whatever has been done
+        #[arg(long)]
+        restart: bool,
+        /// Only show how far it is, or what the last one found
+        #[arg(long, conflicts_with_all = ["rate", "restart"])]
+        status: bool,
+        /// Stop it where it is; it goes on from there when it is called again
+        #[arg(long, conflicts_with_all = ["rate", "restart", "status"])]
+        stop: bool,
+    },
     /// Write the store's metadata as text; the daemon must be stopped
     Dump {
         /// The data directory, when no configuration names it

@@ -466,9 +466,42 @@ fn agent(global: &Global, verb: AgentVerb) -> Result<(), Refusal> {
 fn store(global: &Global, verb: StoreVerb) -> Result<(), Refusal> {
     match verb {
         StoreVerb::Stats => show(global, &Request::StoreStats {}),
-        StoreVerb::Check { data_dir } => offline::store_check(global, data_dir),
+        StoreVerb::Scrub {
+            rate,
+            restart,
+            status,
+            stop,
+        } => scrub(
+            global,
+            match (status, stop) {
+                (true, _) => api::ScrubAction::Status,
+                (_, true) => api::ScrubAction::Stop,
+                _ => api::ScrubAction::Run {
+                    rate: rate.map(stillpoint_config::Size::bytes),
+                    restart,
+                },
+            },
+        ),
+        StoreVerb::Check { data, data_dir } => offline::store_check(global, data_dir, data),
         StoreVerb::Dump { data_dir, out } => offline::store_dump(global, data_dir, out),
         StoreVerb::Restore { file, data_dir } => offline::store_restore(global, data_dir, &file),
+    }
+}
+
+/// Prints what a scrub found; finding something is a failure.
+fn scrub(global: &Global, action: api::ScrubAction) -> Result<(), Refusal> {
+    let value = ask(global, &Request::StoreScrub { action })?;
+    print(global, &value, details)?;
+    match value.get("problem_count").and_then(Value::as_u64) {
+        None | Some(0) => Ok(()),
+        Some(n) => Err(Refusal::failed(
+            "store_damaged",
+            format!(
+                "the scrub found {}",
+                api::count(usize::try_from(n).unwrap_or(usize::MAX), "problem")
+            ),
+            "write bad data anew, or take it from a snapshot or a backup; for the rest stop the daemon and `stillpoint store check`",
+        )),
     }
 }
 

@@ -72,6 +72,9 @@ pub(crate) mod code {
     pub(crate) const STORE_SPACE_BACK: Code = info(3003);
     pub(crate) const BAD_DATA: Code = error(3010);
     pub(crate) const BAD_DATA_GONE: Code = info(3011);
+    pub(crate) const SCRUB_STARTED: Code = info(3012);
+    pub(crate) const SCRUB_CLEAN: Code = info(3013);
+    pub(crate) const SCRUB_FOUND: Code = error(3014);
     pub(crate) const SESSION_DROPPED: Code = warning(4001);
     pub(crate) const SESSION_TRACED: Code = info(4002);
     pub(crate) const SNAPSHOT_CREATED: Code = info(5001);

@@ -162,6 +162,13 @@ fn watch_store(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
                         let text = format!("{} of bad data gone: overwritten, or of no use any more", count(grains, "grain"));
                         events.emit(code::BAD_DATA_GONE, "store", text, DAEMON);
                     }
+                    StoreEvent::ScrubEnded { problems: 0 } => {
+                        events.emit(code::SCRUB_CLEAN, "store", "the scrub found nothing wrong", DAEMON);
+                    }
+                    StoreEvent::ScrubEnded { problems } => {
+                        let text = format!("the scrub found {problems} problems: `stillpoint store scrub --status` lists them");
+                        events.emit(code::SCRUB_FOUND, "store", text, DAEMON);
+                    }
                     other => tracing::debug!(?other, "store"),
                 }
             }

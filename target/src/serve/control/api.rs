@@ -152,10 +152,52 @@ pub(crate) enum Request {
     },
     AgentGenerationBump {},
     StoreStats {},
+    StoreScrub {
+        action: ScrubAction,
+    },
     Events {
         follow: bool,
         newest: usize,
     },
+}
+
+/// What to do with the scrub.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum ScrubAction {
+    /// Begin, go on or rejoin, and wait for its end.
+    Run {
+        /// Bytes per second; None: as it is, or the default.
+        rate: Option<u64>,
+        restart: bool,
+    },
+    Status,
+    Stop,
+}
+
+/// `store scrub`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct ScrubView {
+    /// `never`, `running`, `stopped` or `done`.
+    pub(crate) state: String,
+    /// `records`, `map`, `data` or `done`.
+    pub(crate) phase: stillpoint_snapshot::ScrubPhase,
+    pub(crate) percent: u8,
+    pub(crate) started_at: Option<String>,
+    pub(crate) ended_at: Option<String>,
+    pub(crate) rate_bytes: u64,
+    /// Transaction group that the map was compared at.
+    pub(crate) txg: u64,
+    pub(crate) records: u64,
+    pub(crate) page_versions: u64,
+    pub(crate) verified_bytes: u64,
+    /// Data without a recorded checksum.
+    pub(crate) unverified_bytes: u64,
+    pub(crate) problem_count: u64,
+    /// The first of them, one line each.
+    pub(crate) problems: Vec<String>,
+    /// All known bad data.
+    pub(crate) bad_data: Vec<BadRange>,
 }
 
 /// `snapshot create`.

@@ -5,6 +5,7 @@
 mod agents;
 pub(crate) mod api;
 pub(crate) mod luns;
+mod scrub;
 mod verbs;
 mod volumes;
 

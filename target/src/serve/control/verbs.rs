@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tokio::sync::broadcast::error::RecvError;
 
 use super::api::{PoolSpace, Refusal, Request, Status, count, done};
-use super::{Caller, luns, volumes};
+use super::{Caller, luns, scrub, volumes};
 use crate::serve::events::code;
 use crate::serve::{Daemon, apply, snapshots, trace};
 
@@ -59,6 +59,7 @@ pub(super) async fn run(daemon: &Arc<Daemon>, request: Request, caller: &Caller)
         Request::CloneCreate { snapshot, new } => {
             answer(&volumes::clone(daemon, snapshot, new, &caller.who).await?)
         }
+        Request::StoreScrub { action } => answer(&scrub::run(daemon, action, caller).await?),
         Request::StoreStats {} => answer(&blocking(daemon, |daemon| Ok(daemon.pool.stats())).await?),
         Request::Events {
             follow: false,
