@@ -97,6 +97,8 @@ pub struct Daemon {
     pub control_socket: PathBuf,
     /// Company id in the NAA-6 identities of new LUNs.
     pub naa_company_id: CompanyId,
+    /// What all sessions together may hold of data on its way.
+    pub session_memory: Size,
 }
 
 /// IEEE company id (24 bits) for NAA-6 designators (SPC-4 §7.8.6.6.5).

@@ -102,6 +102,13 @@ fn diff_fixed(old: &Config, new: &Config, changes: &mut Vec<Change>) {
             format!("`naa_company_id` changes from {from} to {to}: {restart}"),
         );
     }
+    if old.daemon.session_memory != new.daemon.session_memory {
+        let (from, to) = (old.daemon.session_memory, new.daemon.session_memory);
+        refuse(
+            "[daemon]",
+            format!("`session_memory` changes from {from} to {to}: {restart}"),
+        );
+    }
     let grain = |config: &Config| config.pool.grain.bytes(config.pool.max_size);
     if grain(old) != grain(new) {
         let (from, to) = (Size(grain(old).into()), Size(grain(new).into()));

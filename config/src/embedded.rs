@@ -7,7 +7,7 @@ use crate::config::{
     Access, AgentTarget, Agents, Checksums, CompanyId, Config, Daemon, Grain, Http, Initiators, Lun,
     OnFailure, Origin, Pool, Portal, Target, TargetKind,
 };
-use crate::limits::{AGENT_PORT, ISCSI_PORT};
+use crate::limits::{AGENT_PORT, ISCSI_PORT, SESSION_MEMORY};
 use crate::name::{IscsiName, LunName};
 use crate::problem::Problem;
 use crate::size::Size;
@@ -41,6 +41,7 @@ impl Config {
                 control_socket: data_dir.join("control.sock"),
                 data_dir,
                 naa_company_id: CompanyId::default(),
+                session_memory: SESSION_MEMORY,
             },
             portals: vec![Portal {
                 address: listen.unwrap_or_else(|| local(ISCSI_PORT)),

@@ -1,5 +1,7 @@
 //! Every limit of the file, by name. A refusal names the number that stands here.
 
+use crate::size::Size;
+
 /// Default port of an iSCSI portal (RFC 7143 §15, IANA `iscsi-target`).
 pub const ISCSI_PORT: u16 = 3260;
 /// Default port of the snapshot agents' protocol, on both sides.
@@ -26,6 +28,10 @@ pub const MAX_SESSIONS_PER_INITIATOR: u32 = 64;
 pub const MIN_LUN_BYTES: u64 = 1024 * 1024;
 /// Largest LUN: what the store can address with 4 KiB grains.
 pub const MAX_LUN_BYTES: u64 = 64 << 40;
+/// What all sessions hold of data on its way, unless the file says otherwise.
+pub const SESSION_MEMORY: Size = Size(1 << 30);
+/// Less than this, and one large command of each of two sessions would not fit.
+pub const MIN_SESSION_MEMORY_BYTES: u64 = 64 << 20;
 /// Smallest map cache that the store works with.
 pub const MIN_CACHE_BYTES: u64 = 16 << 20;
 /// Longest path of a Unix socket (`sun_path`, with its terminating zero).

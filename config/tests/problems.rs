@@ -184,6 +184,11 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "[daemon]\nnaa_company_id = \"1\"",
         "write three bytes",
     ),
+    (
+        "[daemon]",
+        "[daemon]\nsession_memory = \"1MiB\"",
+        "`session_memory`: 1MiB is less than one large command needs",
+    ),
 ];
 
 #[test]

@@ -337,6 +337,48 @@ fn p04_a_peer_that_never_reads_costs_little_and_delays_nobody() {
 }
 
 #[test]
+fn p04_all_sessions_share_one_memory() {
+    let config = format!("session_memory = \"64MiB\"\n{CONFIG}");
+    attack_on("robust 4: one memory for all sessions", &config, |daemon| {
+        served_in_time(daemon)?;
+        let before = memory(daemon)?;
+        let mut hogs = Vec::new();
+        for number in 0..24 {
+            let nexus = Nexus::new(&format!("iqn.2026-11.test.robust:hog{number}"), DISK)
+                .key("MaxRecvDataSegmentLength", "262144")
+                .key("FirstBurstLength", "65536");
+            let mut hog = Raw::login(address(daemon), &nexus)?.session()?;
+            hog.ready(0)?;
+            // 32 MiB to read, which nobody takes, and 64 MiB to write, of which only the beginning ever comes: 2.3 GiB in all.
+            for _ in 0..32 {
+                hog.start(&Cdb::read10(0, 0, 2048), &[])?;
+            }
+            for _ in 0..16 {
+                hog.start(&Cdb::write10(0, 0, 8192), &[7; 65536])?;
+            }
+            hogs.push(hog);
+        }
+        let mut most = 0;
+        for _ in 0..5 {
+            served_in_time(daemon)?;
+            most = most.max(memory(daemon)?.saturating_sub(before));
+        }
+        println!(
+            "story robust: 24 sessions that ask for 2.3 GiB of a session_memory of 64 MiB: {} MiB more",
+            most >> 10
+        );
+        ensure!(most < 192 << 10, "the daemon grew by {most} KiB");
+        // Whoever comes when they are gone has all of it.
+        drop(hogs);
+        let mut raw = log_in(daemon, OTHER)?;
+        for _ in 0..4 {
+            ensure!(raw.read(0, 0, 8192)?.len() == 4 << 20, "a large read");
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn p05_immediate_commands_have_a_limit_of_their_own() {
     attack("immediate commands", |daemon| {
         let mut raw = log_in(daemon, ME)?;

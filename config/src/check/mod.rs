@@ -243,7 +243,19 @@ fn build_daemon(sink: &mut Sink, daemon: &v1::Daemon) -> Daemon {
             sink.problem(&socket.span(), "[daemon]", trouble);
         }
     }
+    let session_memory = daemon.session_memory.as_ref();
+    if let Some(memory) = session_memory.filter(|m| m.get_ref().bytes() < limits::MIN_SESSION_MEMORY_BYTES) {
+        let trouble = Trouble::new(
+            format!(
+                "`session_memory`: {} is less than one large command needs",
+                memory.get_ref()
+            ),
+            format!("write at least {}", Size(limits::MIN_SESSION_MEMORY_BYTES)),
+        );
+        sink.problem(&memory.span(), "[daemon]", trouble);
+    }
     Daemon {
+        session_memory: session_memory.map_or(limits::SESSION_MEMORY, |m| *m.get_ref()),
         data_dir: daemon
             .data_dir
             .as_ref()

@@ -51,6 +51,7 @@ pub(crate) struct Daemon {
     pub(crate) data_dir: Option<Spanned<PathBuf>>,
     pub(crate) control_socket: Option<Spanned<PathBuf>>,
     pub(crate) naa_company_id: Option<Spanned<CompanyId>>,
+    pub(crate) session_memory: Option<Spanned<Size>>,
 }
 
 pub(crate) struct Portal {
@@ -229,6 +230,7 @@ fn read_daemon(sink: &mut Sink, mut s: Section<'_, '_>) -> Daemon {
         data_dir: s.text(sink, "data_dir", &path),
         control_socket: s.text(sink, "control_socket", &path),
         naa_company_id: s.text(sink, "naa_company_id", str::parse),
+        session_memory: s.text(sink, "session_memory", str::parse),
     };
     s.finish(sink);
     daemon

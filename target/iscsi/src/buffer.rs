@@ -40,6 +40,11 @@ impl Pool {
         Vec::with_capacity(capacity)
     }
 
+    /// Gives the memory back to the system.
+    pub(crate) fn clear(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Idle::default();
+    }
+
     fn give_back(&self, buffer: Vec<u8>) {
         let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.bytes + buffer.capacity() <= POOL_BYTES {

@@ -2,6 +2,9 @@
 
 use core::net::SocketAddr;
 use core::time::Duration;
+use std::sync::Arc;
+
+use crate::memory::SharedMemory;
 
 /// Which digests we are willing to use (RFC 7143 §13.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +36,8 @@ pub struct ConnectionConfig {
     pub limits: LimitConfig,
     /// Deadlines.
     pub times: TimeConfig,
+    /// What all connections of the owner hold together; without it each has only its own bounds.
+    pub memory: Option<Arc<SharedMemory>>,
 }
 
 impl ConnectionConfig {
@@ -47,6 +52,7 @@ impl ConnectionConfig {
             keys: KeyConfig::default(),
             limits: LimitConfig::default(),
             times: TimeConfig::default(),
+            memory: None,
         }
     }
 }

@@ -12,6 +12,7 @@ mod error;
 mod event;
 mod frame;
 mod login;
+mod memory;
 pub mod pdu;
 mod receive;
 mod record;
@@ -31,6 +32,7 @@ pub use event::{
 };
 pub use frame::Frame;
 pub use login::{ChapAlgorithm, ChapPolicy, ChapPolicyError, Params};
+pub use memory::SharedMemory;
 pub use record::{Direction, Payload, Recorded};
 pub use types::{
     Cid, CmdSn, DataSn, Isid, Itt, LogoutReason, Lun, R2tSn, SessionType, StatSn, TaskAttribute, TaskId,

@@ -102,7 +102,7 @@ impl WriteBudget {
     /// Whether an R2T for `len` bytes may be sent now. Above the cap only when nothing else can make progress: no data is
     /// on its way, the owner runs no write, and (`idle`) it could not start any command.
     pub(crate) fn allows(&self, len: usize, idle: bool) -> bool {
-        self.used + len <= self.cap || (idle && self.open_sequences == 0 && self.running == 0)
+        self.used + len <= self.cap || (idle && self.is_quiet())
     }
 
     pub(crate) fn reserve(&mut self, len: usize) {
@@ -131,6 +131,11 @@ impl WriteBudget {
     pub(crate) fn sequences_end(&mut self, n: usize) {
         assert!(n <= self.open_sequences, "more sequences ended than began");
         self.open_sequences -= n;
+    }
+
+    /// No data is on its way, and the owner runs no write.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.open_sequences == 0 && self.running == 0
     }
 
     pub(crate) fn open_sequences(&self) -> usize {

@@ -33,6 +33,8 @@ pub(crate) struct Task {
     pub(crate) cmd_sn: CmdSn,
     pub(crate) progress: Progress,
     pub(crate) inbound: Inbound,
+    /// Bytes of the shared memory that it holds.
+    pub(crate) charged: usize,
     /// Whether it waits for the budget to send an R2T.
     pub(crate) wants_r2t: bool,
 }

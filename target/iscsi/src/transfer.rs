@@ -101,6 +101,11 @@ impl Inbound {
         self.reserved
     }
 
+    /// Bytes of all its data.
+    pub(crate) fn wanted(&self) -> usize {
+        self.want as usize
+    }
+
     pub(crate) fn fault(&self) -> Option<TransferFault> {
         self.fault
     }

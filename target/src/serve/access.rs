@@ -27,13 +27,16 @@ impl Portal {
 /// # Errors
 /// When the system gives no randomness: CHAP challenges without it could be replayed.
 pub(crate) fn connection_config(
+    daemon: &Daemon,
     peer: SocketAddr,
     local: SocketAddr,
     portal_group: u16,
 ) -> Result<ConnectionConfig, getrandom::Error> {
     let mut seed = [0; 32];
     getrandom::fill(&mut seed)?;
-    Ok(ConnectionConfig::new(peer, local, portal_group, seed))
+    let mut config = ConnectionConfig::new(peer, local, portal_group, seed);
+    config.memory = Some(Arc::clone(&daemon.memory));
+    Ok(config)
 }
 
 impl Directory for Portal {

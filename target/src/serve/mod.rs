@@ -32,6 +32,7 @@ use anyhow::Context as _;
 use stillpoint_config::{Config, Origin};
 use stillpoint_snapshot::{Pool, PoolOptions};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -77,6 +78,10 @@ pub(crate) struct Daemon {
     reactors: reactor::Reactors,
     /// Where work that may block goes.
     pub(crate) workers: tokio::runtime::Handle,
+    /// For data on its way, of all sessions together.
+    memory: Arc<stillpoint_iscsi::SharedMemory>,
+    /// Some of it came back that a session waits for.
+    memory_freed: Arc<Notify>,
     /// Cancelled when the daemon stops.
     pub(crate) shutdown: CancellationToken,
     /// Every task; a stop waits for them.
@@ -225,6 +230,11 @@ fn open(config: Config, control_socket: Option<PathBuf>) -> anyhow::Result<(File
     let state = state::State::open(&pool);
     let agents = agents::Agents::open(&config, &data_dir, &pool)?;
     let control_socket = control_socket.unwrap_or_else(|| config.daemon.control_socket.clone());
+    let memory_freed = Arc::new(Notify::new());
+    let wake = Arc::clone(&memory_freed);
+    let session_memory = usize::try_from(config.daemon.session_memory.bytes())
+        .context("[daemon] session_memory is larger than this machine can address")?;
+    let memory = stillpoint_iscsi::SharedMemory::new(session_memory, move || wake.notify_waiters());
     let daemon = Daemon {
         config: RwLock::new(Arc::new(config)),
         control_socket,
@@ -236,6 +246,8 @@ fn open(config: Config, control_socket: Option<PathBuf>) -> anyhow::Result<(File
         pending: Arc::default(),
         reactors: reactor::Reactors::start().context("the network threads cannot be started")?,
         workers: tokio::runtime::Handle::current(),
+        memory,
+        memory_freed,
         shutdown: CancellationToken::new(),
         tracker: TaskTracker::new(),
         started: jiff::Timestamp::now(),

@@ -118,7 +118,7 @@ impl Task {
         portal_group: u16,
         seat: PendingSeat,
     ) -> Result<Self, getrandom::Error> {
-        let config = connection_config(peer, local, portal_group)?;
+        let config = connection_config(&daemon, peer, local, portal_group)?;
         let conn = Connection::new(Instant::now(), config, Arc::new(Portal::new(Arc::clone(&daemon))));
         let (control, controls) = mpsc::channel(CONTROLS);
         let (finish, done) = mpsc::unbounded_channel();
@@ -175,6 +175,9 @@ impl Task {
         if let Some(reason) = self.session.as_ref().and_then(|session| session.ending()) {
             return Err(End::Dropped(reason.to_owned()));
         }
+        let daemon = Arc::clone(&self.daemon);
+        // From here on a wake-up is not missed, though nobody waits for it yet.
+        let memory_freed = daemon.memory_freed.notified();
         self.events();
         self.write(stream)?;
         // What was sent may have made room for commands that waited inside the protocol layer.
@@ -203,6 +206,7 @@ impl Task {
             why = cut(self.seat.as_ref()), if self.seat.is_some() => return Err(End::Cut(why)),
             Some(control) = self.controls.recv() => self.control(control),
             Some(finished) = self.done.recv() => self.finished(finished),
+            () = memory_freed, if self.conn.waits_for_memory() => self.conn.memory_freed(Instant::now()),
             Some((tmf, response)) = self.tmf_done.recv() => self.conn.tmf_complete(Instant::now(), tmf, response),
             ready = stream.writable(), if !self.out.is_empty() => ready.map_err(End::Socket)?,
             () = std::future::ready(()), if buffered => more = self.read(stream)?,

@@ -57,6 +57,7 @@ impl Full<'_> {
             self.session.immediate_open += 1;
         }
         self.session.budget.reserve(inbound.reserved());
+        self.session.share.force(inbound.reserved());
         self.sequences_begin(inbound.open_sequences());
         let id = self.session.tasks.next_id(command.itt);
         self.session.tasks.insert(Task {
@@ -71,6 +72,7 @@ impl Full<'_> {
             immediate: command.immediate,
             cmd_sn: command.cmd_sn,
             progress: Progress::Collecting,
+            charged: inbound.reserved(),
             inbound,
             wants_r2t: false,
         });
@@ -190,6 +192,7 @@ impl Full<'_> {
         let Some(fault) = task.inbound.fault() else { return };
         self.counters.transfer_faults += 1;
         self.session.budget.release(task.inbound.reserved());
+        self.session.share.give(task.charged);
         let outcome = Outcome {
             status: CHECK_CONDITION,
             sense: aborted_command_sense(fault.asc_ascq()),
@@ -198,7 +201,7 @@ impl Full<'_> {
         self.answer(&task, outcome);
     }
 
-    /// Sends R2Ts as far as the budget goes, oldest task first.
+    /// Sends R2Ts as far as the budgets go, oldest task first.
     pub(super) fn pump_r2ts(&mut self) {
         while let Some(&id) = self.session.waiting_for_r2t.front() {
             let params = &self.session.params;
@@ -215,11 +218,26 @@ impl Full<'_> {
                 continue;
             };
             let idle = self.session.tasks.next_ready(self.window).is_none();
-            if !self.session.budget.allows(len as usize, idle) {
+            if !self.session.budget.allows(len as usize, idle) || !self.charge_all(id, idle) {
                 return;
             }
             self.send_r2t(id, offset, len);
         }
+    }
+
+    /// Takes the shared memory for all of a write before its first R2T: once begun, it can end.
+    fn charge_all(&mut self, id: TaskId, idle: bool) -> bool {
+        let session = &mut *self.session;
+        let Some(task) = session.tasks.get(id) else {
+            return true;
+        };
+        let missing = task.inbound.wanted().saturating_sub(task.charged);
+        let idle = idle && session.budget.is_quiet() && session.read_running == 0;
+        let may = missing == 0 || session.share.take(self.now, missing, idle);
+        if may {
+            task.charged += missing;
+        }
+        may
     }
 
     fn send_r2t(&mut self, id: TaskId, buffer_offset: u32, desired_len: u32) {
@@ -258,7 +276,12 @@ impl Full<'_> {
         if wants > 0 && held > 0 && held + wants > self.config.limits.read_buffer_bytes {
             return None;
         }
+        let idle = held == 0 && self.session.budget.is_quiet();
+        if wants > 0 && !self.session.share.take(self.now, wants, idle) {
+            return None;
+        }
         let task = self.session.tasks.start(id)?;
+        task.charged += wants;
         self.session.read_running += wants;
         self.session.budget.run(task.inbound.reserved());
         self.counters.commands += 1;
@@ -293,14 +316,18 @@ impl Full<'_> {
         let Some(task) = self.session.tasks.remove(id) else {
             return;
         };
-        self.came_back(task.inbound.reserved(), task.read_limit());
+        self.came_back(task.inbound.reserved(), task.read_limit(), task.charged);
         self.answer(&task, outcome);
         self.pump_r2ts();
     }
 
     /// The owner holds nothing of this task any more.
-    pub(super) fn came_back(&mut self, reserved: usize, read_limit: u32) {
+    pub(super) fn came_back(&mut self, reserved: usize, read_limit: u32, charged: usize) {
         self.session.budget.ran(reserved);
+        self.session.share.give(charged);
+        if self.session.share.is_scarce() {
+            self.session.pool.clear();
+        }
         self.session.read_running -= read_limit.min(self.config.limits.transfer_bytes) as usize;
     }
 
@@ -315,6 +342,7 @@ impl Full<'_> {
             outcome.transfer_len.max(delivered as u64)
         };
         self.session.read_queued += data.len();
+        self.session.share.force(data.len());
         self.remember(task.itt(), task.cmd_sn);
         self.tx.answer(Outbound {
             itt: task.itt(),

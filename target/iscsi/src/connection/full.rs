@@ -15,6 +15,7 @@ use crate::error::{Error, RejectReason};
 use crate::event::{Counters, Directory, Event};
 use crate::frame::Digests;
 use crate::login::{Names, Params};
+use crate::memory::Share;
 use crate::pdu::{
     LogoutRequest, NopIn, NopOut, Numbers, Opcode, Reject, ScsiCommand, TextRequest, TmfRequest,
 };
@@ -41,6 +42,7 @@ pub(super) struct Session {
     pub(super) tmfs: BTreeMap<TmfId, OpenTmf>,
     pub(super) next_tmf: u64,
     pub(super) budget: WriteBudget,
+    pub(super) share: Share,
     pub(super) waiting_for_r2t: VecDeque<TaskId>,
     next_ttt: u32,
     /// Read bytes that the owner may deliver.
@@ -72,6 +74,7 @@ impl Session {
             tmfs: BTreeMap::new(),
             next_tmf: 0,
             budget: WriteBudget::new(config.limits.write_buffer_bytes),
+            share: Share::new(config.memory.clone()),
             waiting_for_r2t: VecDeque::new(),
             next_ttt: 0,
             read_running: 0,
@@ -126,9 +129,16 @@ impl Session {
         self.over
     }
 
+    /// Whether the shared memory allows no more to be read from the peer.
+    pub(super) fn must_pause(&self, now: Instant) -> bool {
+        self.share.must_pause(now, self.budget.open_sequences() > 0)
+    }
+
     /// A frame left.
     pub(super) fn on_sent(&mut self, read_bytes: usize, command_over: Option<bool>) {
-        self.read_queued = self.read_queued.saturating_sub(read_bytes);
+        let sent = read_bytes.min(self.read_queued);
+        self.read_queued -= sent;
+        self.share.give(sent);
         if command_over == Some(false) {
             self.immediate_open = self.immediate_open.saturating_sub(1);
         }

@@ -25,6 +25,7 @@ pub(super) struct Aborted {
     cmd_sn: CmdSn,
     reserved: usize,
     read_limit: u32,
+    charged: usize,
     /// Functions that wait for it.
     waiters: Vec<TmfId>,
 }
@@ -184,11 +185,13 @@ impl Full<'_> {
                         cmd_sn: task.cmd_sn,
                         reserved: task.inbound.reserved(),
                         read_limit: task.read_limit(),
+                        charged: task.charged,
                         waiters: Vec::new(),
                     },
                 );
             } else {
                 self.session.budget.release(task.inbound.reserved());
+                self.session.share.give(task.charged);
             }
         }
         self.pump_r2ts();
@@ -226,7 +229,7 @@ impl Full<'_> {
         let Some(aborted) = self.session.aborted.remove(&id) else {
             return false;
         };
-        self.came_back(aborted.reserved, aborted.read_limit);
+        self.came_back(aborted.reserved, aborted.read_limit, aborted.charged);
         for tmf in aborted.waiters {
             if let Some(open) = self.session.tmfs.get_mut(&tmf) {
                 open.waits_for -= 1;
@@ -292,8 +295,10 @@ impl Full<'_> {
     fn begin_logout(&mut self, request: &LogoutRequest) {
         self.abort(Scope::All);
         self.tx.drop_answers();
-        self.session.read_queued = 0;
+        let dropped = core::mem::take(&mut self.session.read_queued);
+        self.session.share.give(dropped);
         self.session.tmfs.clear();
+        self.session.share.retry_at = None;
         self.session.logout = Some(Logout {
             itt: request.itt,
             deadline: self.now + self.config.times.cleanup,

@@ -164,10 +164,27 @@ impl Connection {
         }
     }
 
-    /// Whether the owner should leave the socket alone for now: too many answers wait to be sent.
+    /// Whether the owner should leave the socket alone for now: too many answers wait to be sent, or too much data is held.
     #[must_use]
     pub fn receiving_paused(&self) -> bool {
-        self.tx.control_bytes() >= self.config.limits.output_bytes
+        let short_of_memory = matches!(&self.state, State::Full(session) if session.must_pause(self.now));
+        short_of_memory || self.tx.control_bytes() >= self.config.limits.output_bytes
+    }
+
+    /// Whether something waits for [`crate::SharedMemory`].
+    #[must_use]
+    pub fn waits_for_memory(&self) -> bool {
+        matches!(&self.state, State::Full(session) if session.share.retry_at.is_some() || session.must_pause(self.now))
+    }
+
+    /// Some of the shared memory is free again. Commands that wait inside come with [`Self::poll_event`].
+    pub fn memory_freed(&mut self, now: Instant) {
+        self.now = now;
+        if let Some(mut full) = self.full() {
+            full.session.share.retry_at = None;
+            full.pump_r2ts();
+        }
+        self.settle();
     }
 
     /// What the owner must do next. To be asked until `None` after every other verb, and again when frames were sent:

@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::{Connection, State};
 use crate::config::TimeConfig;
 use crate::error::Error;
+use crate::memory::RETRY;
 use crate::pdu::AsyncEvent;
 use crate::types::{SessionType, Ttt};
 
@@ -43,6 +44,7 @@ enum Due {
     Ping,
     Pong,
     Silence,
+    Memory,
 }
 
 impl Timers {
@@ -155,6 +157,11 @@ impl Connection {
     /// The connection is over: send what [`Self::poll_transmit`] still yields, then close the socket.
     pub fn handle_timeout(&mut self, now: Instant) -> Result<(), Error> {
         self.now = now;
+        if self.receiving_paused() {
+            // Whatever the peer says waits in the socket.
+            self.timers.heard(now);
+            self.timers.data_progress(now);
+        }
         while let Some((at, due)) = self.next_deadline() {
             if at > now {
                 break;
@@ -191,7 +198,9 @@ impl Connection {
             .as_ref()
             .map(|logout| (logout.deadline, Due::Cleanup));
         let logout = timers.logout_by.map(|by| (by, Due::Logout));
-        [silence, data_out, cleanup, logout, stall]
+        let paused = session.must_pause(self.now).then(|| self.now + RETRY);
+        let memory = session.share.retry_at.or(paused).map(|at| (at, Due::Memory));
+        [silence, data_out, cleanup, logout, stall, memory]
             .into_iter()
             .flatten()
             .min_by_key(|(at, _)| *at)
@@ -218,11 +227,17 @@ impl Connection {
             Due::Ping => {
                 if let Some(mut full) = self.full() {
                     full.ping(false);
+                    // Nothing has come for a while: what it used to need is not kept for it.
+                    full.session.pool.clear();
                 }
                 Ok(())
             }
             Due::Pong => Err(Error::PingTimeout),
             Due::Silence => Err(Error::Silent),
+            Due::Memory => {
+                self.memory_freed(self.now);
+                Ok(())
+            }
         }
     }
 }
