@@ -857,6 +857,7 @@ impl World {
                         in_force,
                         apps,
                         reason: None,
+                        held: None,
                     },
                 );
             }

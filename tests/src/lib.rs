@@ -9,6 +9,8 @@
 
 mod cpio;
 mod daemon;
+mod database;
+mod export;
 mod guest;
 mod process;
 mod proxy;
@@ -22,6 +24,8 @@ mod tools;
 pub mod windows;
 
 pub use daemon::Daemon;
+pub use database::{Database, Server, Writer};
+pub use export::Export;
 pub use guest::{Answer, Guest, GuestSpec, Payload};
 pub use process::{Finished, Running, run, wait_until};
 pub use proxy::Proxy;
@@ -29,4 +33,4 @@ pub use qemu_img::{qemu_img, qemu_io, qemu_io_read_only, qemu_session};
 pub use scratch::{Scratch, free_port, story};
 pub use test_cu::{Lists, Outcome, Tally, suite, tests_of_suite};
 pub use tgt::Tgt;
-pub use tools::{tool, tshark};
+pub use tools::{database_tool, tool, tshark};

@@ -156,6 +156,18 @@ impl Running {
         })
     }
 
+    /// Takes charge of a process that was started otherwise, and whose streams somebody else reads.
+    #[must_use]
+    pub fn adopt(name: &str, child: Child) -> Self {
+        let note = PidNote::write(&child);
+        Self {
+            name: name.to_owned(),
+            child,
+            log: PathBuf::new(),
+            _note: note,
+        }
+    }
+
     /// Its process id.
     #[must_use]
     pub fn id(&self) -> u32 {

@@ -36,6 +36,25 @@ pub fn tshark() -> Result<Command> {
     Ok(Command::new(made("tshark", "tshark")?.join("bin/tshark")))
 }
 
+/// A program of one of the database servers' packages, which runs in their own tree; `shared` is seen there at the same place.
+/// Needs root.
+///
+/// # Errors
+/// The packages cannot be fetched.
+pub fn database_tool(user: u32, shared: &Path, program: &str) -> Result<Command> {
+    static IN_ROOT: OnceLock<PathBuf> = OnceLock::new();
+    let in_root = match IN_ROOT.get() {
+        Some(in_root) => in_root,
+        None => {
+            let in_root = made("databases", "databases")?.join("bin/in-root");
+            IN_ROOT.get_or_init(|| in_root)
+        }
+    };
+    let mut command = Command::new(in_root);
+    command.arg(user.to_string()).arg(shared).arg(program);
+    Ok(command)
+}
+
 /// The directory with the guest's kernel, initrd and root disk.
 pub(crate) fn guest_parts() -> Result<PathBuf> {
     made("build", "vm")

@@ -14,7 +14,7 @@ use crate::journal::{self, Outcome};
 use crate::plan;
 use crate::state::{StateDir, Target};
 use crate::volumes::{Inventory, Root};
-use crate::{guard, hooks, log, report, run};
+use crate::{apps, guard, log, report, run};
 
 /// Refused by a rule (operator-interface.md §2).
 const REFUSED: u8 = 3;
@@ -65,6 +65,14 @@ enum Verb {
     Thaw,
     #[command(name = guard::VERB, hide = true)]
     ThawGuard,
+    /// Quiesce an application of agent.toml: what the agent calls at freeze and thaw
+    #[command(name = apps::VERB, hide = true)]
+    Application {
+        /// Its name
+        name: String,
+        /// What to do
+        action: apps::Action,
+    },
 }
 
 /// Runs the program.
@@ -103,6 +111,7 @@ fn carry_out(cli: &Cli) -> anyhow::Result<ExitCode> {
         Verb::Preflight { luns } => preflight(cli, &config, luns),
         Verb::Thaw => thaw(cli, &config),
         Verb::ThawGuard => Ok(guard::run()),
+        Verb::Application { name, action } => apps::run(&config, name, *action),
     }
 }
 
@@ -194,7 +203,7 @@ fn stillpoint_luns(inventory: &Inventory) -> Vec<LunId> {
 
 fn list(cli: &Cli, config: &Config) -> anyhow::Result<ExitCode> {
     let inventory = inventory(config);
-    let hooks = hooks::read_dir(&config.hooks_dir)?;
+    let hooks = plan::hooks(&run::settings(config, Root::real()), &config.applications)?;
     let luns = plan::list(&inventory, &hooks, &stillpoint_luns(&inventory));
     report::luns(cli.json, &luns)?;
     Ok(ExitCode::SUCCESS)
@@ -217,7 +226,7 @@ fn preflight(cli: &Cli, config: &Config, asked: &[LunId]) -> anyhow::Result<Exit
         plan::survey(
             &inventory,
             &settings,
-            &config.hooks_dir,
+            &config.applications,
             &one,
             Mode::Application,
             None,

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::apps::{Application, Kind};
 use crate::volumes::TestLun;
 
 /// Where the file is looked for unless `--config` says otherwise.
@@ -16,6 +17,10 @@ const HOLD_MS_MIN: u64 = 2_000;
 const MIN_INTERVAL_S_MAX: u64 = 86_400;
 /// Time for all `freeze` hooks together (agent-protocol.md §11).
 const HOOK_S_MAX: u64 = 30;
+/// How long a helper waits for its server's lock, unless the file says otherwise …
+const LOCK_S_DEFAULT: u64 = 10;
+/// … and at most: the freeze hooks together have 30 s.
+const LOCK_S_MAX: u64 = 25;
 /// Lists in the file are short.
 const LIST_MAX: usize = 64;
 
@@ -42,6 +47,8 @@ pub(crate) struct Config {
     pub(crate) protect: Vec<PathBuf>,
     /// Initiator names of this host that neither `/etc/iscsi` nor sysfs shows.
     pub(crate) initiators: Vec<String>,
+    /// Applications that the agent quiesces itself.
+    pub(crate) applications: Vec<Application>,
     /// Log filter.
     pub(crate) log: String,
     /// Test only: devices without page 0x83.
@@ -61,6 +68,7 @@ impl Default for Config {
             min_interval: Duration::from_secs(10),
             protect: vec![PathBuf::from("/var/lib/stillpoint")],
             initiators: Vec::new(),
+            applications: Vec::new(),
             log: "info".to_owned(),
             test_luns: Vec::new(),
         }
@@ -135,7 +143,23 @@ mod file {
         pub(super) protect: Option<Spanned<Vec<PathBuf>>>,
         pub(super) initiators: Option<Spanned<Vec<String>>>,
         pub(super) log: Option<Spanned<String>>,
+        pub(super) application: Vec<Spanned<Application>>,
         pub(super) test_lun: Vec<Spanned<Lun>>,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    pub(super) struct Application {
+        pub(super) kind: crate::apps::Kind,
+        pub(super) name: String,
+        pub(super) data_dir: PathBuf,
+        pub(super) client: Option<PathBuf>,
+        pub(super) run_as: Option<String>,
+        pub(super) socket: Option<String>,
+        pub(super) port: Option<u16>,
+        pub(super) user: Option<String>,
+        pub(super) credentials: Option<PathBuf>,
+        pub(super) lock_s_max: Option<u64>,
     }
 
     #[derive(Debug, Deserialize)]
@@ -178,6 +202,7 @@ impl Checker<'_> {
             min_interval: seconds(interval_s, default.min_interval),
             protect: spec.protect.map_or(default.protect, |v| self.paths("protect", v)),
             initiators: spec.initiators.map_or(default.initiators, |v| self.names(v)),
+            applications: self.applications(spec.application),
             log: spec.log.map_or(default.log, |v| self.log(v)),
             test_luns: self.test_luns(spec.test_lun),
         }
@@ -261,6 +286,53 @@ impl Checker<'_> {
         value.into_inner()
     }
 
+    fn applications(&mut self, values: Vec<toml::Spanned<file::Application>>) -> Vec<Application> {
+        let mut names = std::collections::BTreeSet::new();
+        for value in &values {
+            let app = value.get_ref();
+            let is_name = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+            if app.name.is_empty() || app.name.len() > 64 || !app.name.chars().all(is_name) {
+                self.problem(
+                    value,
+                    "`name` of an application has 1 to 64 letters, digits, `-`, `_`, `.`",
+                );
+            }
+            if !names.insert(app.name.clone()) {
+                self.problem(
+                    value,
+                    &format!("two applications are called {:?}: rename one", app.name),
+                );
+            }
+            let paths = [Some(&app.data_dir), app.client.as_ref(), app.credentials.as_ref()];
+            if paths.into_iter().flatten().any(|path| !path.is_absolute()) {
+                self.problem(
+                    value,
+                    "`data_dir`, `client` and `credentials` of an application are absolute paths",
+                );
+            }
+            if app.kind == Kind::Mariadb && app.port.is_some() {
+                self.problem(
+                    value,
+                    "`port` is for postgresql: mariadb is reached through its `socket`",
+                );
+            }
+            if !(1..=LOCK_S_MAX).contains(&app.lock_s_max.unwrap_or(LOCK_S_DEFAULT)) {
+                self.problem(
+                    value,
+                    &format!("`lock_s_max` is out of range: write 1 to {LOCK_S_MAX}"),
+                );
+            }
+        }
+        if let Some(value) = values.get(LIST_MAX) {
+            self.problem(value, &format!("more than {LIST_MAX} applications"));
+        }
+        let config = self.path.to_owned();
+        values
+            .into_iter()
+            .map(|value| application(value.into_inner(), config.clone()))
+            .collect()
+    }
+
     fn test_luns(&mut self, values: Vec<toml::Spanned<file::Lun>>) -> Vec<TestLun> {
         values.into_iter().map(|value| self.test_lun(value)).collect()
     }
@@ -293,6 +365,27 @@ impl Checker<'_> {
         let line = line_of(self.text, at.span().start);
         self.problems
             .push((line, format!("{}:{line}: {text}", self.path.display())));
+    }
+}
+
+/// With the defaults of Debian's packages.
+fn application(app: file::Application, config: PathBuf) -> Application {
+    let (client, run_as, socket, user) = match app.kind {
+        Kind::Postgresql => ("/usr/bin/psql", "postgres", "/var/run/postgresql", "postgres"),
+        Kind::Mariadb => ("/usr/bin/mariadb", "root", "/run/mysqld/mysqld.sock", "root"),
+    };
+    Application {
+        kind: app.kind,
+        name: app.name,
+        data_dir: app.data_dir,
+        client: app.client.unwrap_or_else(|| PathBuf::from(client)),
+        run_as: app.run_as.unwrap_or_else(|| run_as.to_owned()),
+        socket: app.socket.unwrap_or_else(|| socket.to_owned()),
+        port: app.port.unwrap_or(5432),
+        user: app.user.unwrap_or_else(|| user.to_owned()),
+        credentials: app.credentials,
+        lock_max: Duration::from_secs(app.lock_s_max.unwrap_or(LOCK_S_DEFAULT)),
+        config: std::path::absolute(config).ok(),
     }
 }
 
@@ -343,6 +436,28 @@ mod tests {
         let problems = parse(text).expect_err("seven problems");
         let lines: Vec<_> = problems.lines().filter_map(|l| l.split(':').nth(1)).collect();
         assert_eq!(lines, ["1", "2", "3", "4", "5", "6", "7", "7"], "{problems}");
+    }
+
+    #[test]
+    fn applications_have_debians_defaults_and_are_checked() {
+        let text = "[[application]]\nkind = \"postgresql\"\nname = \"pg\"\ndata_dir = \"/srv/pg\"\n\
+                    [[application]]\nkind = \"mariadb\"\nname = \"shop\"\ndata_dir = \"/srv/my\"\nlock_s_max = 3\n";
+        let apps = parse(text).expect("two applications").applications;
+        assert_eq!((apps[0].run_as.as_str(), apps[0].port), ("postgres", 5432));
+        assert_eq!(
+            (apps[1].socket.as_str(), apps[1].lock_max),
+            ("/run/mysqld/mysqld.sock", Duration::from_secs(3))
+        );
+        assert!(apps[0].config.as_ref().is_some_and(|path| path.is_absolute()));
+        let problems = parse(
+            &text
+                .replace("shop", "pg")
+                .replace("/srv/my", "my")
+                .replace("= 3", "= 99"),
+        )
+        .expect_err("a name twice, a relative path, too long a wait");
+        assert_eq!(problems.lines().count(), 3, "{problems}");
+        assert!(parse("[[application]]\nkind = \"oracle\"\nname = \"x\"\ndata_dir = \"/x\"\n").is_err());
     }
 
     #[test]

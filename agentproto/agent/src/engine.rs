@@ -26,7 +26,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::freeze::{Broken, FreezeError, Freezer, Hold, Order, Released, Settings};
-use crate::hooks;
 use crate::host;
 use crate::link::sleep_until;
 use crate::plan::{self, Plan};
@@ -302,7 +301,7 @@ impl Engine {
         plan::survey(
             &self.inventory(),
             settings,
-            &config.hooks_dir,
+            &config.applications,
             luns,
             mode,
             Some(&grants),
@@ -312,7 +311,7 @@ impl Engine {
     fn list(&self, luns: &[LunId]) -> Result<Reply, Refusal> {
         let granted = self.granted().unwrap_or_default();
         let luns: Vec<LunId> = luns.iter().copied().filter(|lun| granted.contains(lun)).collect();
-        let hooks = hooks::read_dir(&self.shared.config.hooks_dir);
+        let hooks = plan::hooks(&self.shared.settings, &self.shared.config.applications);
         let hooks = hooks.map_err(|error| Refusal::new(ErrorCode::HookFailed, error.to_string()))?;
         let initiators = host::initiators(&self.shared.settings.root, &self.shared.config);
         Ok(Reply::ListVolumes(Volumes {
@@ -383,6 +382,7 @@ impl Engine {
                 in_force: false,
                 apps: Vec::new(),
                 reason,
+                held: None,
             };
             return self.feed(|agent| agent.thawed(Instant::now(), session, report));
         };
@@ -503,6 +503,7 @@ fn thaw_report(released: &Released) -> ThawReport {
         in_force: released.broken.is_none(),
         apps: took_part.filter_map(app).collect(),
         reason: released.broken.as_ref().map(ToString::to_string),
+        held: Some(released.held),
     }
 }
 

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::guard::{Guard, GuardError};
-use crate::hooks::{self, Hook, HookError, Verb};
+use crate::hooks::{self, Call, Hook, HookError, Verb};
 use crate::journal::{self, HookJournal};
 use crate::sys;
 use crate::volumes::{self, DeviceNumber, Root, Volume};
@@ -42,6 +42,8 @@ pub(crate) struct Settings {
     pub(crate) root: Root,
     /// Where journals are.
     pub(crate) run_dir: PathBuf,
+    /// Where hooks are.
+    pub(crate) hooks_dir: PathBuf,
     /// For all `freeze` hooks together.
     pub(crate) hook_time_max: Duration,
     /// Never freeze the file systems that these lie on.
@@ -142,6 +144,8 @@ pub(crate) struct Released {
     pub(crate) broken: Option<Broken>,
     /// Every hook that was run.
     pub(crate) hooks: Vec<HookResult>,
+    /// From the beginning of the hold until everything was thawed.
+    pub(crate) held: Duration,
 }
 
 /// What is frozen, shared by the freezing thread and those who may end the hold.
@@ -339,19 +343,23 @@ impl Freezer {
     fn freeze_hooks(&mut self, order: &Order) -> Result<(), FreezeError> {
         let deadline = Instant::now() + self.settings.hook_time_max;
         let hold = Arc::clone(&self.hold);
+        let frozen = order.volumes.iter().flat_map(|volume| volume.points.clone());
+        let mounts: Vec<PathBuf> = frozen.collect();
         for hook in &order.hooks {
             self.hold.check()?;
             let left = deadline.saturating_duration_since(Instant::now());
             self.hook_journal
-                .begin(&hook.path)
+                .begin(hook)
                 .map_err(|error| journal_error(&error))?;
             let journal = &mut self.hook_journal;
-            let result = hook.run(
-                Verb::Freeze,
-                left,
-                &mut |group| note(journal, Some(group)),
-                &|| hold.is_broken(),
-            );
+            let call = Call {
+                verb: Verb::Freeze,
+                allowed: left,
+                freeze: Some((&mounts, order.hold)),
+            };
+            let result = hook.run(&call, &mut |group| note(journal, Some(group)), &|| {
+                hold.is_broken()
+            });
             note(journal, None);
             let error = result.as_ref().err().map(ToString::to_string);
             // Kept before the error is returned: a hook that failed half-way has to be told to go on, too.
@@ -393,6 +401,7 @@ impl Freezer {
         Released {
             broken,
             hooks: self.ran,
+            held,
         }
     }
 

@@ -40,6 +40,8 @@ pub(crate) enum Verb {
     Thaw,
     /// No snapshot was taken; `thaw` follows.
     Abort,
+    /// Would `freeze` work? For the agent's own helpers only.
+    Check,
 }
 
 impl Verb {
@@ -48,36 +50,71 @@ impl Verb {
             Self::Freeze => "freeze",
             Self::Thaw => "thaw",
             Self::Abort => "abort",
+            Self::Check => "check",
         }
     }
 }
 
-/// One executable of the directory.
+/// One executable of the directory, or one of the agent's own helpers ([`crate::apps`]).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Hook {
     /// Its file.
     pub(crate) path: PathBuf,
+    /// Before the verb; a hook of the directory has none.
+    pub(crate) arguments: Vec<String>,
+    /// `hook`, or which helper it is: the kind of its application.
+    pub(crate) kind: &'static str,
     /// The application that it declares.
     pub(crate) application: Option<String>,
+    /// The application's version, when its check told it.
+    pub(crate) version: Option<String>,
     /// The mount points it is about; empty: all.
     pub(crate) mounts: Vec<PathBuf>,
 }
+
+/// One call of a hook.
+pub(crate) struct Call<'a> {
+    /// Its argument.
+    pub(crate) verb: Verb,
+    /// It is killed after this.
+    pub(crate) allowed: Duration,
+    /// What a freeze is about: the mount points that will be frozen, and for how long at most.
+    pub(crate) freeze: Option<(&'a [PathBuf], Duration)>,
+}
+
+impl Call<'_> {
+    /// A call that carries nothing but its verb.
+    pub(crate) fn plain(verb: Verb, allowed: Duration) -> Self {
+        Self {
+            verb,
+            allowed,
+            freeze: None,
+        }
+    }
+}
+
+/// Environment of `freeze` and `check`: the mount points that will be frozen, one per line.
+pub(crate) const ENV_MOUNTS: &str = "STILLPOINT_MOUNTS";
+/// Environment of `freeze`: the longest hold, in milliseconds.
+pub(crate) const ENV_HOLD_MS: &str = "STILLPOINT_HOLD_MS";
+/// The kind under which hooks of the directory report their applications.
+pub(crate) const KIND: &str = "hook";
 
 /// Why a hook did not succeed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum HookError {
     /// It could not be started.
-    #[error("hook {name} cannot be started: {error}")]
+    #[error("{name} cannot be started: {error}")]
     Start {
-        /// File name.
+        /// Which one.
         name: String,
         /// The system's word.
         error: String,
     },
     /// It ended with an error.
-    #[error("hook {name} {verb}: {status}{output}")]
+    #[error("{name} {verb}: {status}{output}")]
     Failed {
-        /// File name.
+        /// Which one.
         name: String,
         /// Its argument.
         verb: &'static str,
@@ -87,9 +124,9 @@ pub(crate) enum HookError {
         output: String,
     },
     /// Its process group was killed.
-    #[error("hook {name} {verb} took longer than its {allowed_ms} ms and was killed")]
+    #[error("{name} {verb} took longer than its {allowed_ms} ms and was killed")]
     Deadline {
-        /// File name.
+        /// Which one.
         name: String,
         /// Its argument.
         verb: &'static str,
@@ -97,9 +134,9 @@ pub(crate) enum HookError {
         allowed_ms: u128,
     },
     /// The snapshot was given up while it ran.
-    #[error("hook {name} {verb} was killed because the snapshot was given up")]
+    #[error("{name} {verb} was killed because the snapshot was given up")]
     Cancelled {
-        /// File name.
+        /// Which one.
         name: String,
         /// Its argument.
         verb: &'static str,
@@ -148,7 +185,19 @@ struct Sidecar {
 }
 
 impl Hook {
-    /// File name, for messages.
+    /// An executable of the hooks' directory.
+    fn of_directory(path: PathBuf, application: Option<String>, mounts: Vec<PathBuf>) -> Self {
+        Self {
+            path,
+            arguments: Vec::new(),
+            kind: KIND,
+            application,
+            version: None,
+            mounts,
+        }
+    }
+
+    /// File name.
     pub(crate) fn name(&self) -> String {
         self.path
             .file_name()
@@ -157,28 +206,42 @@ impl Hook {
             .into_owned()
     }
 
+    /// Which one, for messages.
+    fn label(&self) -> String {
+        match &self.application {
+            Some(application) if self.kind != KIND => format!("{} {application:?}", self.kind),
+            _ => format!("hook {}", self.name()),
+        }
+    }
+
     /// Is it about one of these mount points?
     pub(crate) fn concerns(&self, points: &[PathBuf]) -> bool {
         self.mounts.is_empty() || self.mounts.iter().any(|mount| points.contains(mount))
     }
 
-    /// Runs it to its end, for at most `allowed`. `started` is told its process group; `cancelled` is asked all the while.
+    /// Runs it to its end; what it printed. `started` is told its process group; `cancelled` is asked all the while.
     ///
-    /// It gets its own process group, no standard input, and PATH as its whole environment.
+    /// It gets its own process group, no standard input, and an environment of PATH and what the call is about.
     pub(crate) fn run(
         &self,
-        verb: Verb,
-        allowed: Duration,
+        call: &Call<'_>,
         started: &mut dyn FnMut(u32),
         cancelled: &dyn Fn() -> bool,
-    ) -> Result<(), HookError> {
+    ) -> Result<String, HookError> {
+        let (verb, allowed) = (call.verb, call.allowed);
         let deadline = Instant::now() + allowed;
         let mut command = Command::new(&self.path);
-        command.arg(verb.as_str()).current_dir("/").env_clear();
+        command.args(&self.arguments).arg(verb.as_str());
+        command.current_dir("/").env_clear();
         command.env(
             "PATH",
             "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         );
+        if let Some((mounts, hold)) = call.freeze {
+            let mounts: Vec<_> = mounts.iter().map(|mount| mount.as_os_str()).collect();
+            command.env(ENV_MOUNTS, mounts.join("\n".as_ref()));
+            command.env(ENV_HOLD_MS, hold.as_millis().to_string());
+        }
         command.stdin(Stdio::null()).process_group(0);
         let (output, writer) = std::io::pipe().map_err(|error| self.start_error(&error))?;
         let second = writer.try_clone().map_err(|error| self.start_error(&error))?;
@@ -197,14 +260,14 @@ impl Hook {
                 Ok(Some(status)) => break Ok(status),
                 Ok(None) if cancelled() => {
                     break Err(HookError::Cancelled {
-                        name: self.name(),
+                        name: self.label(),
                         verb: verb.as_str(),
                     });
                 }
                 Ok(None) if Instant::now() >= deadline => {
                     let allowed_ms = allowed.as_millis();
                     break Err(HookError::Deadline {
-                        name: self.name(),
+                        name: self.label(),
                         verb: verb.as_str(),
                         allowed_ms,
                     });
@@ -216,9 +279,15 @@ impl Hook {
         let status = ended.inspect_err(|_| end_group(&mut child))?;
         tail.drain();
         if status.success() {
-            return Ok(());
+            return Ok(tail.text());
         }
-        let (name, verb, status, output) = (self.name(), verb.as_str(), status.to_string(), tail.text());
+        let (name, verb, said) = (self.label(), verb.as_str(), tail.text());
+        // Our own helpers say why; their status says nothing more.
+        let (status, output) = match (said.is_empty(), self.kind == KIND) {
+            (true, _) => (status.to_string(), said),
+            (false, true) => (status.to_string(), format!(": {said}")),
+            (false, false) => (String::new(), said),
+        };
         Err(HookError::Failed {
             name,
             verb,
@@ -229,7 +298,7 @@ impl Hook {
 
     fn start_error(&self, error: &std::io::Error) -> HookError {
         HookError::Start {
-            name: self.name(),
+            name: self.label(),
             error: error.to_string(),
         }
     }
@@ -245,7 +314,10 @@ pub(crate) fn go_on(hooks: &[&Hook], taken: bool) -> Vec<Result<(), HookError>> 
             .saturating_duration_since(Instant::now())
             .max(Duration::from_secs(1))
     };
-    let run = |hook: &Hook, verb| hook.run(verb, left(), &mut |_| {}, &|| false);
+    let run = |hook: &Hook, verb| {
+        hook.run(&Call::plain(verb, left()), &mut |_| {}, &|| false)
+            .map(drop)
+    };
     let tell = |hook: &&Hook| {
         if !taken && let Err(error) = run(hook, Verb::Abort) {
             // A hook made for qemu-ga does not know `abort`.
@@ -331,11 +403,7 @@ fn with_sidecar(path: PathBuf) -> Result<Hook, DirError> {
     let text = match std::fs::read_to_string(&beside) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Ok(Hook {
-                path,
-                application: None,
-                mounts: Vec::new(),
-            });
+            return Ok(Hook::of_directory(path, None, Vec::new()));
         }
         Err(error) => {
             return Err(DirError::Read {
@@ -354,11 +422,7 @@ fn with_sidecar(path: PathBuf) -> Result<Hook, DirError> {
             "`application` is the name of the application, 1 to 128 bytes".to_owned(),
         ));
     }
-    Ok(Hook {
-        path,
-        application: Some(meant.application),
-        mounts: meant.mounts,
-    })
+    Ok(Hook::of_directory(path, Some(meant.application), meant.mounts))
 }
 
 fn check_owner_writes(path: &Path) -> Result<(), DirError> {
@@ -420,14 +484,9 @@ impl Tail {
     }
 
     fn text(mut self) -> String {
-        let text = String::from_utf8_lossy(self.kept.make_contiguous())
+        String::from_utf8_lossy(self.kept.make_contiguous())
             .trim()
-            .to_owned();
-        if text.is_empty() {
-            text
-        } else {
-            format!(": {text}")
-        }
+            .to_owned()
     }
 }
 
@@ -447,11 +506,7 @@ mod tests {
             let path = self.0.path().join(name);
             fs::write(&path, format!("#!/bin/sh\n{script}\n")).expect("write");
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("chmod");
-            Hook {
-                path,
-                application: None,
-                mounts: Vec::new(),
-            }
+            Hook::of_directory(path, None, Vec::new())
         }
 
         fn write(&self, name: &str, text: &str) {
@@ -459,10 +514,14 @@ mod tests {
         }
     }
 
-    fn run(hook: &Hook, verb: Verb, ms: u64) -> Result<(), HookError> {
+    fn run(hook: &Hook, verb: Verb, ms: u64) -> Result<String, HookError> {
         // A fork of another test's thread may hold the script open for writing for a moment (ETXTBSY).
         loop {
-            match hook.run(verb, Duration::from_millis(ms), &mut |_| {}, &|| false) {
+            match hook.run(
+                &Call::plain(verb, Duration::from_millis(ms)),
+                &mut |_| {},
+                &|| false,
+            ) {
                 Err(HookError::Start { error, .. }) if error.contains("busy") => {
                     std::thread::sleep(Duration::from_millis(20));
                 }
@@ -528,7 +587,7 @@ mod tests {
             "h",
             "[ \"$#$1\" = 1thaw ] && exit 0; echo \"no $1 here\" >&2; exit 3",
         );
-        assert_eq!(run(&hook, Verb::Thaw, 5000), Ok(()));
+        assert_eq!(run(&hook, Verb::Thaw, 5000), Ok(String::new()));
         let error = run(&hook, Verb::Freeze, 5000)
             .expect_err("it exits 3")
             .to_string();
@@ -572,7 +631,8 @@ mod tests {
         let hook = dir.hook("h", "sleep 60");
         let started = Instant::now();
         let cancelled = || started.elapsed() > Duration::from_millis(100);
-        let result = hook.run(Verb::Freeze, Duration::from_secs(30), &mut |_| {}, &cancelled);
+        let call = Call::plain(Verb::Freeze, Duration::from_secs(30));
+        let result = hook.run(&call, &mut |_| {}, &cancelled);
         assert!(
             matches!(result, Err(HookError::Cancelled { .. } | HookError::Start { .. })),
             "{result:?}"

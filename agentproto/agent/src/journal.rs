@@ -31,6 +31,9 @@ struct Entry {
 #[derive(Debug, Serialize, Deserialize)]
 struct Begun {
     path: PathBuf,
+    /// Before the verb.
+    #[serde(default)]
+    arguments: Vec<String>,
     /// Its process group while it runs.
     group: Option<u32>,
 }
@@ -67,9 +70,10 @@ impl HookJournal {
     }
 
     /// Before a hook is called.
-    pub(crate) fn begin(&mut self, hook: &Path) -> io::Result<()> {
+    pub(crate) fn begin(&mut self, hook: &Hook) -> io::Result<()> {
         self.content.hooks.push(Begun {
-            path: hook.to_owned(),
+            path: hook.path.clone(),
+            arguments: hook.arguments.clone(),
             group: None,
         });
         self.write()
@@ -185,7 +189,10 @@ pub(crate) fn recover_hooks(path: &Path, root: &Root) -> Vec<Recovered> {
     let begun = journal.map(|journal| journal.hooks).unwrap_or_default();
     let hook = |begun: &Begun| Hook {
         path: begun.path.clone(),
+        arguments: begun.arguments.clone(),
+        kind: hooks::KIND,
         application: None,
+        version: None,
         mounts: Vec::new(),
     };
     let hooks: Vec<Hook> = begun.iter().map(hook).collect();

@@ -10,6 +10,7 @@
 //! What the protocol says is decided in `stillpoint-agentproto`; here is what happens on the host.
 #![deny(unsafe_code)]
 
+mod apps;
 mod cli;
 mod config;
 mod dial;

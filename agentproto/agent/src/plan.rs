@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use stillpoint_agentproto::message::{
     App, AppState, Exclusion, ExclusionKind, Finding, LunIdentity, LunVolumes, Mode, Mount, Require, Role,
@@ -12,21 +13,31 @@ use stillpoint_agentproto::message::{
 };
 use stillpoint_agentproto::{ErrorCode, LunId, Refusal};
 
+use crate::apps::Application;
 use crate::freeze::{self, Settings};
-use crate::hooks::{self, Hook};
+use crate::hooks::{self, Call, Hook, Verb};
 use crate::volumes::{self, DeviceNumber, Disk, Inventory, Volume};
 
-/// The kind under which hooks report their applications.
-const KIND: &str = "hook";
+/// A server that does not answer its helper within this is not there.
+const CHECK_TIME_MAX: Duration = Duration::from_secs(10);
 /// Bit of CAP_SYS_ADMIN (linux/capability.h): FIFREEZE needs it.
 const CAP_SYS_ADMIN: u32 = 21;
 
-/// A finding, and the LUN and file system it is about.
+/// A finding, and what it would cost.
 #[derive(Debug, Clone)]
 struct Found {
     finding: Finding,
-    /// The volume that cannot be frozen: with best effort it is left out, otherwise it stops the snapshot.
-    volume: Option<(LunId, String)>,
+    /// What cannot take part: with best effort it is left out, otherwise it stops the snapshot.
+    part: Option<Part>,
+}
+
+/// What can be left out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Part {
+    /// A file system of a LUN.
+    Volume(LunId, String),
+    /// An application.
+    Application(String),
 }
 
 /// What the host looks like from the point of view of some LUNs.
@@ -78,15 +89,15 @@ impl Plan {
 /// An application as its hook declares it; `None` for a hook that declares none.
 pub(crate) fn app(hook: &Hook, state: AppState, error: Option<String>) -> Option<App> {
     let instance = hook.application.clone()?;
-    let (component, version, lun) = (Some(hook.name()), None, None);
+    let component = (hook.kind == hooks::KIND).then(|| hook.name());
     Some(App {
-        kind: KIND.to_owned(),
+        kind: hook.kind.to_owned(),
         instance,
         component,
-        version,
+        version: hook.version.clone(),
         state,
         error,
-        lun,
+        lun: None,
     })
 }
 
@@ -100,7 +111,7 @@ pub(crate) fn naa(lun: LunId) -> String {
 pub(crate) fn survey(
     inventory: &Inventory,
     settings: &Settings,
-    hooks_dir: &std::path::Path,
+    apps: &[Application],
     luns: &[LunId],
     mode: Mode,
     grants: Option<&[LunIdentity]>,
@@ -127,7 +138,7 @@ pub(crate) fn survey(
     for volume in survey.volumes.clone() {
         survey.volume(&volume, &names, &protected);
     }
-    survey.read_hooks(hooks_dir, mode);
+    survey.read_hooks(settings, mode, apps);
     survey
 }
 
@@ -141,7 +152,7 @@ impl Survey {
     pub(crate) fn plan(self, require: Require) -> Result<Plan, Refusal> {
         let best_effort = require == Require::BestEffort;
         let stops = |found: &&Found| {
-            found.finding.severity == Severity::Error && !(best_effort && found.volume.is_some())
+            found.finding.severity == Severity::Error && !(best_effort && found.part.is_some())
         };
         let stopping: Vec<&Finding> = self
             .found
@@ -162,24 +173,36 @@ impl Survey {
             .iter()
             .filter(|found| found.finding.severity == Severity::Error);
         let left_out: Vec<_> = errors
-            .filter_map(|found| Some((found.volume.clone()?, found.finding.text.clone())))
+            .filter_map(|found| Some((found.part.clone()?, found.finding.text.clone())))
             .collect();
         let seen = self
             .volumes
             .iter()
             .map(|volume| (volume.dev, volume.read_only))
             .collect();
-        let names: BTreeSet<&String> = left_out.iter().map(|((_, name), _)| name).collect();
+        let names: BTreeSet<&String> = left_out
+            .iter()
+            .filter_map(|(part, _)| match part {
+                Part::Volume(_, name) => Some(name),
+                Part::Application(_) => None,
+            })
+            .collect();
         let volumes: Vec<Volume> = self
             .volumes
             .into_iter()
             .filter(|v| !names.contains(&v.name()))
             .collect();
-        let exclusion = |((lun, subject), reason): ((LunId, String), String)| Exclusion {
-            kind: ExclusionKind::Volume,
-            subject,
-            reason,
-            lun: Some(lun),
+        let exclusion = |(part, reason)| {
+            let (kind, subject, lun) = match part {
+                Part::Volume(lun, name) => (ExclusionKind::Volume, name, Some(lun)),
+                Part::Application(name) => (ExclusionKind::Application, name, None),
+            };
+            Exclusion {
+                kind,
+                subject,
+                reason,
+                lun,
+            }
         };
         let exclusions = left_out.into_iter().map(exclusion).collect();
         Ok(Plan {
@@ -264,10 +287,7 @@ impl Survey {
                 &grant.lun.to_string(),
                 &text,
             );
-            self.found.push(Found {
-                finding,
-                volume: None,
-            });
+            self.found.push(Found { finding, part: None });
         }
     }
 
@@ -278,7 +298,7 @@ impl Survey {
                     let finding = finding(code, Severity::Error, &volume.name(), &text);
                     self.found.push(Found {
                         finding,
-                        volume: Some((lun, volume.name())),
+                        part: Some(Part::Volume(lun, volume.name())),
                     });
                 }
             }
@@ -328,13 +348,13 @@ impl Survey {
         }
     }
 
-    fn read_hooks(&mut self, dir: &std::path::Path, mode: Mode) {
+    fn read_hooks(&mut self, settings: &Settings, mode: Mode, apps: &[Application]) {
         let points: Vec<PathBuf> = self
             .volumes
             .iter()
             .flat_map(|volume| volume.points.clone())
             .collect();
-        match hooks::read_dir(dir) {
+        match hooks::read_dir(&settings.hooks_dir) {
             // A `filesystem` snapshot needs no application: one that fails must not stop it.
             Ok(hooks) => {
                 let wanted = |hook: &Hook| mode == Mode::Application || hook.application.is_none();
@@ -345,21 +365,65 @@ impl Survey {
             }
             Err(error) => self.error(ErrorCode::HookFailed, "hooks", &error.to_string()),
         }
-        if mode == Mode::Application && !self.hooks.iter().any(|hook| hook.application.is_some()) {
-            let text = "no hook declares an application: the snapshot can prove `filesystem` at most";
+        if mode == Mode::Filesystem {
+            return;
+        }
+        // After the hooks: what holds a lock holds it shortest.
+        let helpers = apps.iter().map(|app| app.hook(&settings.root));
+        for helper in helpers.filter(|helper| helper.concerns(&points)) {
+            self.helper(helper, &points);
+        }
+        let declared = self.hooks.iter().any(|hook| hook.application.is_some())
+            || self
+                .found
+                .iter()
+                .any(|found| matches!(found.part, Some(Part::Application(_))));
+        if !declared {
+            let text =
+                "no helper and no hook declares an application: the snapshot can prove `filesystem` at most";
             self.found.push(Found {
                 finding: finding(ErrorCode::Unsupported, Severity::Warning, "hooks", text),
-                volume: None,
+                part: None,
             });
+        }
+    }
+
+    /// A helper that would fail is left out, or stops the snapshot before anything is frozen.
+    fn helper(&mut self, mut helper: Hook, points: &[PathBuf]) {
+        let call = Call {
+            verb: Verb::Check,
+            allowed: CHECK_TIME_MAX,
+            freeze: Some((points, Duration::ZERO)),
+        };
+        match helper.run(&call, &mut |_| {}, &|| false) {
+            Ok(version) => {
+                helper.version = Some(version).filter(|version| !version.is_empty());
+                self.hooks.push(helper);
+            }
+            Err(error) => {
+                let name = helper.application.unwrap_or_default();
+                let text = error.to_string();
+                self.found.push(Found {
+                    finding: finding(ErrorCode::WriterFailed, Severity::Error, &name, &text),
+                    part: Some(Part::Application(name)),
+                });
+            }
         }
     }
 
     fn error(&mut self, code: ErrorCode, subject: &str, text: &str) {
         self.found.push(Found {
             finding: finding(code, Severity::Error, subject, text),
-            volume: None,
+            part: None,
         });
     }
+}
+
+/// Every hook and helper, in the order of freezing.
+pub(crate) fn hooks(settings: &Settings, apps: &[Application]) -> Result<Vec<Hook>, hooks::DirError> {
+    let mut hooks = hooks::read_dir(&settings.hooks_dir)?;
+    hooks.extend(apps.iter().map(|app| app.hook(&settings.root)));
+    Ok(hooks)
 }
 
 /// What `ListVolumes` answers: the LUNs that this host has.

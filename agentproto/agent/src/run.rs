@@ -79,11 +79,11 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
 pub(crate) fn settings(config: &Config, root: Root) -> Settings {
     let mut protect = config.protect.clone();
     protect.push(config.state_dir.clone());
-    let (run_dir, hook_time_max) = (config.run_dir.clone(), config.hook_time_max);
     Settings {
         root,
-        run_dir,
-        hook_time_max,
+        run_dir: config.run_dir.clone(),
+        hooks_dir: config.hooks_dir.clone(),
+        hook_time_max: config.hook_time_max,
         protect,
     }
 }

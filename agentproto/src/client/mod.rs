@@ -148,6 +148,8 @@ pub struct ThawReport {
     pub apps: Vec<App>,
     /// What went wrong.
     pub reason: Option<String>,
+    /// How long the hold lasted, when the owner measured it; otherwise it counts until this report, thaw hooks included.
+    pub held: Option<Duration>,
 }
 
 /// All sessions with one target.

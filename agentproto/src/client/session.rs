@@ -466,7 +466,8 @@ impl Session {
         let lost = (!report.in_force).then(|| "somebody else thawed it".to_owned());
         let reason = why.clone().or(report.reason).or(lost).or(failed);
         let hold_ok = released.is_some() && report.in_force && reason.is_none();
-        let held_ms = hold.map_or(0, |hold| hold.held_ms(now));
+        let measured = report.held.and_then(|held| u32::try_from(held.as_millis()).ok());
+        let held_ms = measured.unwrap_or_else(|| hold.map_or(0, |hold| hold.held_ms(now)));
         let then_clean = *then_clean;
         let text = format!(
             "thawed after {held_ms} ms{}",

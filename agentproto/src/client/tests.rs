@@ -145,6 +145,7 @@ fn clean_thaw() -> ThawReport {
         in_force: true,
         apps: vec![],
         reason: None,
+        held: None,
     }
 }
 
@@ -307,6 +308,21 @@ fn silence_a_lost_channel_a_lost_lease_and_a_stop_thaw_at_once() {
         });
         assert!(!proved, "{name}");
     }
+}
+
+#[test]
+fn the_hold_that_was_measured_is_told_without_the_hooks_after_it() {
+    let mut bench = Bench::new();
+    bench.prepare(session(1));
+    bench.freeze(session(1));
+    bench.ask(release(session(1)));
+    bench.pass(2000);
+    let report = ThawReport {
+        held: Some(Duration::from_millis(40)),
+        ..clean_thaw()
+    };
+    let outputs = bench.thawed(session(1), report);
+    assert_eq!((thawed(&outputs).held_ms, thawed(&outputs).hold_ok), (40, true));
 }
 
 #[test]

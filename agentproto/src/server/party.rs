@@ -6,7 +6,7 @@ use super::Candidate;
 use crate::error::{ErrorCode, Refusal};
 use crate::freeze::{Evidence, HOLD_VSS};
 use crate::ident::LunId;
-use crate::message::{Capabilities, Finding, Frozen, LunVolumes, Prepared, Role, Thawed, Volumes};
+use crate::message::{App, Capabilities, Finding, Frozen, LunVolumes, Prepared, Role, Thawed, Volumes};
 use crate::server::verdict::{AgentReport, Outcome};
 
 /// The steps that wait for an answer.
@@ -153,12 +153,28 @@ impl Party {
         }
     }
 
+    /// Every application that it named, as it was last told. One that failed at a step is not named in the next ones; it must not
+    /// be missing from the record.
+    fn apps(&self) -> Vec<App> {
+        let mut apps: Vec<App> = Vec::new();
+        let told = [
+            self.prepared.as_ref().map(|prepared| &prepared.apps),
+            self.frozen.as_ref().map(|frozen| &frozen.apps),
+            self.thawed.as_ref().map(|thawed| &thawed.apps),
+        ];
+        for app in told.into_iter().flatten().flatten() {
+            let same = |known: &&mut App| {
+                (&known.kind, &known.instance, &known.component) == (&app.kind, &app.instance, &app.component)
+            };
+            match apps.iter_mut().find(same) {
+                Some(known) => known.clone_from(app),
+                None => apps.push(app.clone()),
+            }
+        }
+        apps
+    }
+
     pub(super) fn report(&self) -> AgentReport {
-        let apps = match (&self.thawed, &self.frozen, &self.prepared) {
-            (Some(Thawed { apps, .. }), ..) | (_, Some(Frozen { apps, .. }), _) => apps.clone(),
-            (_, _, Some(Prepared { apps, .. })) => apps.clone(),
-            _ => Vec::new(),
-        };
         let reason = self.thawed.as_ref().and_then(|thawed| thawed.reason.clone());
         AgentReport {
             id: self.who.agent,
@@ -168,7 +184,7 @@ impl Party {
             outcome: self.outcome(),
             detail: self.failed.as_ref().map(ToString::to_string).or(reason),
             findings: self.findings.clone(),
-            apps,
+            apps: self.apps(),
             exclusions: self
                 .prepared
                 .as_ref()

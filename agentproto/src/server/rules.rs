@@ -1,10 +1,10 @@
 //! What has to be true before anything is frozen (specification §7, last paragraph, and §8).
 
 use super::party::Party;
-use super::{IscsiSession, LunSpec, Spec};
+use super::{IscsiSession, LunSpec, OnFailure, Spec};
 use crate::error::{ErrorCode, Refusal};
 use crate::ident::LunId;
-use crate::message::{ExclusionKind, LunIdentity, Mode, Role, Severity};
+use crate::message::{ExclusionKind, Finding, LunIdentity, Mode, Role, Severity};
 
 /// A rule that is broken: the place of the party it is about, if it is one, and what is wrong.
 pub(super) type Broken = (Option<usize>, Refusal);
@@ -27,7 +27,7 @@ pub(super) fn troubles(spec: &Spec, parties: &[Party]) -> Vec<Broken> {
         let errors = party
             .findings
             .iter()
-            .filter(|finding| finding.severity == Severity::Error);
+            .filter(|finding| finding.severity == Severity::Error && stops(spec, finding));
         found.extend(errors.map(|finding| {
             let refusal = Refusal::new(finding.code, finding.text.clone());
             (Some(at), refusal.about(finding.subject.clone()))
@@ -37,6 +37,12 @@ pub(super) fn troubles(spec: &Spec, parties: &[Party]) -> Vec<Broken> {
         of_lun(spec, lun, parties, &mut found);
     }
     found
+}
+
+/// An application that cannot take part stops nothing when less than asked for is acceptable: Prepare names it as an exclusion, and the
+/// file systems are frozen all the same.
+fn stops(spec: &Spec, finding: &Finding) -> bool {
+    spec.on_failure == OnFailure::Fail || finding.code != ErrorCode::WriterFailed
 }
 
 fn of_lun(spec: &Spec, lun: &LunSpec, parties: &[Party], found: &mut Vec<Broken>) {

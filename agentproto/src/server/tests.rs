@@ -4,8 +4,8 @@ use super::*;
 use crate::error::ErrorCode;
 use crate::ident::{Fingerprint, SessionId};
 use crate::message::{
-    Aborted, Capabilities, Frozen, FrozenVolume, LunIdentity, LunVolumes, Mode, PreflightReport, Prepared,
-    Request, Role, Volumes,
+    Aborted, App, AppState, Capabilities, Frozen, FrozenVolume, LunIdentity, LunVolumes, Mode,
+    PreflightReport, Prepared, Request, Role, Thawed, Volumes,
 };
 
 const LUN: LunId = LunId([6; 16]);
@@ -135,6 +135,57 @@ fn to_cut(machine: &mut Coordinator, now: Instant) {
 fn the_slowest_to_freeze_goes_first() {
     let now = Instant::now();
     to_cut(&mut begin(now, OnFailure::Fail, None), now);
+}
+
+#[test]
+fn an_application_that_failed_is_not_missing_from_the_record() {
+    let who = Candidate {
+        agent: LINUX,
+        host: "h".into(),
+        version: "1".into(),
+        fingerprint: Fingerprint([0; 32]),
+        capabilities: Capabilities::LINUX_FS,
+        luns: vec![LUN],
+        last_mounted: vec![LUN],
+    };
+    let app = |name: &str, state, error: Option<&str>| App {
+        kind: "hook".into(),
+        instance: name.into(),
+        component: None,
+        version: None,
+        state,
+        error: error.map(str::to_owned),
+        lun: None,
+    };
+    let mut party = Party::new(who);
+    party.prepared = Some(Prepared {
+        apps: vec![
+            app("db", AppState::Ready, None),
+            app("mail", AppState::Ready, None),
+        ],
+        exclusions: vec![],
+    });
+    party.frozen = Some(Frozen {
+        remaining_ms: 1,
+        volumes: vec![],
+        apps: vec![
+            app("db", AppState::Frozen, None),
+            app("mail", AppState::Failed, Some("full")),
+        ],
+    });
+    party.thawed = Some(Thawed {
+        held_ms: 1,
+        hold_ok: true,
+        apps: vec![app("db", AppState::Thawed, None)],
+        reason: None,
+    });
+    let apps = party.report().apps;
+    let states: Vec<_> = apps
+        .iter()
+        .map(|app| (app.instance.as_str(), app.state))
+        .collect();
+    assert_eq!(states, [("db", AppState::Thawed), ("mail", AppState::Failed)]);
+    assert_eq!(apps[1].error.as_deref(), Some("full"));
 }
 
 #[test]

@@ -11,11 +11,11 @@ fn look(host: &Host, luns: &[LunId], mode: Mode, grants: Option<&[LunIdentity]>)
     let settings = Settings {
         root: host.root(),
         run_dir: "/nonexistent/run".into(),
-        hook_time_max: std::time::Duration::from_secs(1),
+        hooks_dir: host.root().path("/hooks.d"),
+        hook_time_max: Duration::from_secs(1),
         protect: Vec::new(),
     };
-    let hooks = host.root().path("/hooks.d");
-    survey(&host.read(), &settings, &hooks, luns, mode, grants)
+    survey(&host.read(), &settings, &[], luns, mode, grants)
 }
 
 /// One LUN (7) with a btrfs on it. Its device number is anonymous, so any directory can play its mount point.

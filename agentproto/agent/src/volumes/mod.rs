@@ -271,5 +271,12 @@ fn other_namespaces(root: &Root) -> Vec<(String, Vec<Mount>)> {
     others
 }
 
+/// A mount of some file system at this place.
+#[cfg(test)]
+pub(crate) fn mount_for_tests(id: u32, point: &str) -> Mount {
+    let line = format!("{id} 0 8:{id} / {point} rw - ext4 /dev/sda rw");
+    mountinfo::parse(&line).pop().expect("a line of mountinfo")
+}
+
 #[cfg(test)]
 pub(crate) mod tests;

@@ -580,6 +580,7 @@ impl FakeWork {
                         in_force,
                         apps: self.app(AppState::Thawed),
                         reason: None,
+                        held: None,
                     },
                 );
             }
