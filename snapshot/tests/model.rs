@@ -1016,11 +1016,12 @@ fn shrink(mut steps: Vec<Step>, mut failure: String) -> String {
     failure
 }
 
-fn run_seeds(quick: u64, trouble: impl Fn(&mut Rng) -> Planned + Copy) {
+fn run_seeds(what: &str, quick: u64, trouble: impl Fn(&mut Rng) -> Planned + Copy) {
     let seeds = match number("STILLPOINT_SEED") {
         Some(seed) => seed..seed + 1,
         None => 0..number("STILLPOINT_SOAK_SEEDS").unwrap_or(quick),
     };
+    let count = seeds.end - seeds.start;
     for seed in seeds {
         let all = steps(seed, trouble);
         if let Err(what) = play(&all) {
@@ -1032,14 +1033,15 @@ fn run_seeds(quick: u64, trouble: impl Fn(&mut Rng) -> Planned + Copy) {
             panic!("STILLPOINT_SEED={seed}: {what}");
         }
     }
+    println!("soak {what}: {count} histories of {STEPS} steps");
 }
 
 #[test]
 fn random_operations_and_power_cuts_agree_with_plain_vectors() {
-    run_seeds(QUICK_SEEDS, power_cut);
+    run_seeds("random operations with power cuts", QUICK_SEEDS, power_cut);
 }
 
 #[test]
 fn failing_media_lose_nothing_that_was_flushed() {
-    run_seeds(QUICK_SEEDS, media_fault);
+    run_seeds("random operations with failing media", QUICK_SEEDS, media_fault);
 }
