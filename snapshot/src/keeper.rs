@@ -34,6 +34,7 @@ pub(crate) fn keep(inner: &Inner) {
             }
         }
         inner.look_for_space();
+        inner.look_at_thresholds();
         // A failure has poisoned the pool; the next turn ends.
         let done = inner.keep_once();
         if let Err(e) = done {
@@ -92,6 +93,24 @@ impl Inner {
         match self.options.max_bytes {
             0 => room,
             max => room.min(max.saturating_sub(used)),
+        }
+    }
+
+    /// Tells when the pool passes a threshold of fullness, in either direction.
+    pub(crate) fn look_at_thresholds(&self) {
+        let available_bytes = self.available_bytes();
+        let (passed, used_bytes) = {
+            let mut state = self.state();
+            let used = state.alloc.in_use() * u64::from(self.grain_bytes);
+            (state.space.cross(used, available_bytes), used)
+        };
+        if let Some(passed) = passed {
+            self.tell(StoreEvent::Threshold {
+                percent: passed.percent,
+                reached: passed.reached,
+                used_bytes,
+                available_bytes,
+            });
         }
     }
 

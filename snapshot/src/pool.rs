@@ -295,6 +295,7 @@ impl Pool {
     /// Counters and sizes.
     #[must_use]
     pub fn stats(&self) -> PoolStats {
+        let available_bytes = self.inner.available_bytes();
         let state = self.inner.state();
         let grain = u64::from(self.inner.grain_bytes);
         PoolStats {
@@ -302,6 +303,8 @@ impl Pool {
             allocated_bytes: state.alloc.in_use() * grain,
             free_bytes: state.alloc.available() * grain,
             max_bytes: self.inner.options.max_bytes,
+            available_bytes,
+            threshold_percent: state.space.threshold(),
             filesystem_free_bytes: self.inner.disk.free_bytes().unwrap_or(state.space.free),
             headroom_bytes: state.space.headroom(),
             out_of_space: state.space.out,
@@ -361,6 +364,7 @@ impl Pool {
         self.inner.checkpoint_if_due()?;
         while self.inner.punch_one()? {}
         self.inner.look_for_space();
+        self.inner.look_at_thresholds();
         Ok(())
     }
 

@@ -6,6 +6,10 @@ use std::time::{Duration, Instant};
 use crate::disk::Disk;
 
 const ASK_EVERY: Duration = Duration::from_millis(250);
+/// Percent of what the pool can hold at which operators and initiators are told.
+pub(crate) const THRESHOLDS: [u8; 3] = [75, 85, 95];
+/// A threshold is over when the pool is this many percent below it: use that swings around it tells nobody twice.
+const HYSTERESIS: u8 = 3;
 
 /// What was last seen of the file system.
 #[derive(Debug)]
@@ -22,6 +26,15 @@ pub(crate) struct Space {
     pub(crate) out: bool,
     /// Ask at every allocation (deterministic tests).
     always: bool,
+    /// How many of [`THRESHOLDS`] the pool has passed.
+    passed: usize,
+}
+
+/// A threshold that was passed, or is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Passed {
+    pub(crate) percent: u8,
+    pub(crate) reached: bool,
 }
 
 impl Space {
@@ -35,7 +48,35 @@ impl Space {
             asked: None,
             out: false,
             always,
+            passed: 0,
         }
+    }
+
+    /// The highest threshold that the pool has passed, in percent.
+    pub(crate) fn threshold(&self) -> u8 {
+        self.passed
+            .checked_sub(1)
+            .and_then(|i| THRESHOLDS.get(i))
+            .copied()
+            .unwrap_or(0)
+    }
+
+    /// Compares with the thresholds; gives the highest that was passed since the last look, or the lowest that is over.
+    pub(crate) fn cross(&mut self, used: u64, available: u64) -> Option<Passed> {
+        let percent = fullness(used, available);
+        let reached = THRESHOLDS.iter().take_while(|t| percent >= **t).count();
+        let kept = THRESHOLDS
+            .iter()
+            .take_while(|t| percent > **t - HYSTERESIS)
+            .count();
+        let (before, now) = (self.passed, self.passed.max(reached).min(kept.max(reached)));
+        self.passed = now;
+        let told = if now > before { now - 1 } else { now };
+        let percent = *THRESHOLDS.get(told)?;
+        (now != before).then_some(Passed {
+            percent,
+            reached: now > before,
+        })
     }
 
     /// Free bytes below which nothing new is allocated.
@@ -74,5 +115,41 @@ impl Space {
     pub(crate) fn recovered(&mut self, disk: &dyn Disk) -> bool {
         self.ask(disk);
         self.free >= self.headroom() + 16 * self.grain_bytes
+    }
+}
+
+/// Percent in use of what the pool can hold.
+fn fullness(used: u64, available: u64) -> u8 {
+    let all = u128::from(used) + u128::from(available);
+    let percent = (u128::from(used) * 100).checked_div(all).unwrap_or(100);
+    u8::try_from(percent).unwrap_or(100)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thresholds_are_told_once_and_end_with_hysteresis() {
+        let mut space = Space::new(4096, 0, true);
+        let mut at = |used| space.cross(used, 1000 - used).map(|p| (p.percent, p.reached));
+        assert_eq!(at(749), None);
+        assert_eq!(at(750), Some((75, true)));
+        for used in [760, 740, 750, 721, 849] {
+            assert_eq!(at(used), None, "{used}: told already");
+        }
+        assert_eq!(at(960), Some((95, true)), "the highest of several");
+        assert_eq!(at(930), None);
+        assert_eq!(at(910), Some((95, false)));
+        assert_eq!(at(990), Some((95, true)));
+        assert_eq!(at(800), Some((85, false)), "the lowest of several");
+        assert_eq!(at(700), Some((75, false)));
+        assert_eq!(at(0), None);
+        assert_eq!(space.threshold(), 0);
+        assert_eq!(
+            space.cross(0, 0).map(|p| p.percent),
+            Some(95),
+            "no room at all is full"
+        );
     }
 }

@@ -293,6 +293,10 @@ pub struct PoolStats {
     pub free_bytes: u64,
     /// Upper bound set by the operator; 0 = the file system's.
     pub max_bytes: u64,
+    /// Bytes of new data that would be taken now: below the operator's bound and above the head room.
+    pub available_bytes: u64,
+    /// The highest threshold of fullness that the pool has passed, in percent; 0 = none.
+    pub threshold_percent: u8,
     /// Free bytes of the file system below the pool.
     pub filesystem_free_bytes: u64,
     /// Bytes kept back for the metadata; new data is refused below.
@@ -344,6 +348,17 @@ pub enum StoreEvent {
     OutOfSpace,
     /// Space is back.
     SpaceRecovered,
+    /// The pool has become this full, or has become clearly emptier again.
+    Threshold {
+        /// The threshold in percent of what the pool can hold.
+        percent: u8,
+        /// Passed upwards; `false` = the pool is below it again.
+        reached: bool,
+        /// Bytes in use.
+        used_bytes: u64,
+        /// Bytes of new data that the pool would still take.
+        available_bytes: u64,
+    },
     /// A background job met damage and waits for the next start.
     JobFailed {
         /// What it met.

@@ -75,6 +75,8 @@ pub(crate) mod code {
     pub(crate) const SCRUB_STARTED: Code = info(3012);
     pub(crate) const SCRUB_CLEAN: Code = info(3013);
     pub(crate) const SCRUB_FOUND: Code = error(3014);
+    pub(crate) const STORE_FILLS: Code = warning(3020);
+    pub(crate) const STORE_EMPTIER: Code = info(3021);
     pub(crate) const SESSION_DROPPED: Code = warning(4001);
     pub(crate) const SESSION_TRACED: Code = info(4002);
     pub(crate) const SNAPSHOT_CREATED: Code = info(5001);

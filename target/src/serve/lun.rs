@@ -172,6 +172,11 @@ impl Lun {
         self.unit().report_luns_changed();
     }
 
+    /// The pool below has passed a threshold of fullness (6/38/07).
+    pub(crate) fn thin_threshold_reached(&self) {
+        self.unit().thin_threshold_reached();
+    }
+
     /// What it did since the start.
     pub(crate) fn figures(&self) -> LunFigures {
         let counters = &self.counters;

@@ -19,6 +19,7 @@ pub(crate) mod registry;
 mod session;
 pub(crate) mod snapshots;
 pub(crate) mod state;
+mod store;
 mod trace;
 mod welcome;
 

@@ -9,9 +9,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use stillpoint_config::{Change, Config, Effect, Origin, diff};
-use stillpoint_snapshot::StoreEvent;
 
-use super::Daemon;
 use super::control::api::{
     CONFIRMATION, ConfigPlan, PlannedChange, Refusal, SessionLabel, VolumeKind, count,
 };
@@ -20,6 +18,7 @@ use super::events::{DAEMON, code};
 use super::registry::Session;
 use super::snapshots::close_interrupted;
 use super::state::VolumeTag;
+use super::{Daemon, store};
 
 pub(crate) use reconcile::{create_missing, make_lun, reconcile};
 
@@ -106,7 +105,7 @@ pub(crate) fn first_start(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
     }
     close_interrupted(&daemon.pool, &daemon.events).map_err(said)?;
     reconcile(daemon, &config, DAEMON).map_err(said)?;
-    watch_store(daemon)?;
+    store::watch(daemon)?;
     let luns = daemon.registry.luns().len();
     daemon.events.emit(
         code::STARTED,
@@ -118,61 +117,6 @@ pub(crate) fn first_start(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
         ),
         DAEMON,
     );
-    Ok(())
-}
-
-/// Turns what the store reports into events for operators.
-fn watch_store(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
-    let reports = daemon.pool.subscribe();
-    let events = daemon.events.clone();
-    // Weak: the store must go when the daemon does.
-    let daemon = Arc::downgrade(daemon);
-    // It ends with the store, which holds the other end.
-    std::thread::Builder::new()
-        .name("store-events".to_owned())
-        .spawn(move || {
-            while let Ok(report) = reports.recv() {
-                match report {
-                    StoreEvent::Poisoned { reason } => {
-                        let text =
-                            format!("stopped accepting writes: {reason}; restart the daemon to recover");
-                        events.emit(code::STORE_POISONED, "store", text, DAEMON);
-                    }
-                    StoreEvent::OutOfSpace => {
-                        let text =
-                            "has no space for new data: delete snapshots or give its file system more room";
-                        events.emit(code::STORE_FULL, "store", text, DAEMON);
-                    }
-                    StoreEvent::SpaceRecovered => {
-                        events.emit(code::STORE_SPACE_BACK, "store", "has space again", DAEMON)
-                    }
-                    StoreEvent::BadData { volume, offset } => {
-                        let daemon = daemon.upgrade();
-                        let volume = daemon.and_then(|daemon| daemon.pool.volume_by_id(volume?)?.name().ok());
-                        let (subject, lun) = match volume {
-                            Some(name) => (format!("volume {name}"), name),
-                            None => ("store".to_owned(), "LUN".to_owned()),
-                        };
-                        let text = format!(
-                            "the data at byte {offset} cannot be had: `stillpoint lun show {lun}` lists all that is bad; write it anew, or take it from a snapshot or a backup"
-                        );
-                        events.emit(code::BAD_DATA, subject, text, DAEMON);
-                    }
-                    StoreEvent::BadDataGone { grains } => {
-                        let text = format!("{} of bad data gone: overwritten, or of no use any more", count(grains, "grain"));
-                        events.emit(code::BAD_DATA_GONE, "store", text, DAEMON);
-                    }
-                    StoreEvent::ScrubEnded { problems: 0 } => {
-                        events.emit(code::SCRUB_CLEAN, "store", "the scrub found nothing wrong", DAEMON);
-                    }
-                    StoreEvent::ScrubEnded { problems } => {
-                        let text = format!("the scrub found {problems} problems: `stillpoint store scrub --status` lists them");
-                        events.emit(code::SCRUB_FOUND, "store", text, DAEMON);
-                    }
-                    other => tracing::debug!(?other, "store"),
-                }
-            }
-        })?;
     Ok(())
 }
 

@@ -115,6 +115,12 @@ fn status(daemon: &Arc<Daemon>) -> Status {
             count(stats.bad_grains, "grain")
         ));
     }
+    if stats.threshold_percent > 0 && !stats.out_of_space {
+        warnings.push(format!(
+            "the store is more than {}% full: delete snapshots or give it more room",
+            stats.threshold_percent
+        ));
+    }
     let unassigned = apply::standing(&daemon.pool, &config)
         .map(|standing| standing.unassigned)
         .unwrap_or_else(|refusal| {
@@ -163,23 +169,11 @@ fn status(daemon: &Arc<Daemon>) -> Status {
         mounts: mounts.len(),
         pool: PoolSpace {
             used_bytes: stats.allocated_bytes,
-            available_bytes: available(&stats),
+            available_bytes: stats.available_bytes,
             metadata_bytes: stats.metadata_bytes,
             grain_bytes: stats.grain_bytes,
             out_of_space: stats.out_of_space,
         },
-    }
-}
-
-/// What can still be written: bounded by the operator's limit and by the file system.
-fn available(stats: &stillpoint_snapshot::PoolStats) -> u64 {
-    let file_system = stats
-        .free_bytes
-        .saturating_add(stats.filesystem_free_bytes.saturating_sub(stats.headroom_bytes));
-    if stats.max_bytes == 0 {
-        file_system
-    } else {
-        file_system.min(stats.max_bytes.saturating_sub(stats.allocated_bytes))
     }
 }
 
