@@ -8,7 +8,7 @@ use crate::disk::Disk;
 const ASK_EVERY: Duration = Duration::from_millis(250);
 /// Percent of what the pool can hold at which operators and initiators are told.
 pub(crate) const THRESHOLDS: [u8; 3] = [75, 85, 95];
-/// A threshold is over when the pool is this many percent below it: use that swings around it tells nobody twice.
+/// A threshold is over when the pool is more than this many percent below it: use that swings around it tells nobody twice.
 const HYSTERESIS: u8 = 3;
 
 /// What was last seen of the file system.
@@ -67,7 +67,7 @@ impl Space {
         let reached = THRESHOLDS.iter().take_while(|t| percent >= **t).count();
         let kept = THRESHOLDS
             .iter()
-            .take_while(|t| percent > **t - HYSTERESIS)
+            .take_while(|t| percent >= **t - HYSTERESIS)
             .count();
         let (before, now) = (self.passed, self.passed.max(reached).min(kept.max(reached)));
         self.passed = now;

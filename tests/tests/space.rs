@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use stillpoint_tests::raw::{Cdb, Nexus, Raw};
 use stillpoint_tests::{Daemon, Scratch, qemu_io, run, story, wait_until};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_stillpoint-under-test");
@@ -129,5 +130,73 @@ fn full_disk() {
         ensure!(daemon.stop()? == 0, "the daemon did not end well");
         daemon.text(&["store", "check"])?;
         Ok(())
+    });
+}
+
+/// How often each threshold was told: (reached, over).
+fn thresholds(daemon: &Daemon) -> Result<(usize, usize)> {
+    let events = daemon.json(&["events", "-n", "1000"])?;
+    let count = |code: &str| {
+        events
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter(|event| event["code"] == code)
+            .count()
+    };
+    Ok((count("SP-3010"), count("SP-3011")))
+}
+
+#[test]
+fn thin_thresholds() {
+    story("thin thresholds", |scratch| {
+        let config = format!("[pool]\nmax_size = \"64MiB\"\n{CONFIG}");
+        let daemon = Daemon::start(BINARY, scratch, &config)?;
+        let address = daemon.portal().parse()?;
+        let nexus = |last| Nexus::new("iqn.2026-11.test:a", "iqn.2026-11.test:disk").isid(last);
+        let mut writer = Raw::login(address, &nexus(1))?.session()?;
+        let mut other = Raw::login(address, &nexus(2))?.session()?;
+        let test_ready = Cdb::none(0, &[0; 6]);
+        writer.ready(0)?;
+        other.ready(0)?;
+        let mut at = 0;
+        let mut write_mib = |until: u32| -> Result<()> {
+            while at < until * 16 {
+                let piece = writer.run_write(&Cdb::write10(0, at * 128, 128), &[0x5a; 64 << 10])?;
+                // Whoever fills the pool hears of it too; the command is to be sent again then.
+                match (piece.status, piece.sense_code()) {
+                    (0, _) => at += 1,
+                    (_, (6, 0x38, 0x07)) => {}
+                    _ => anyhow::bail!("WRITE(10): {piece:?}"),
+                }
+            }
+            Ok(())
+        };
+        write_mib(40)?;
+        ensure!(
+            thresholds(&daemon)? == (0, 0),
+            "62% of the pool is below every threshold"
+        );
+        write_mib(50)?;
+        wait_until("75% to be told", LIMIT, || Ok(thresholds(&daemon)? == (1, 0)))?;
+        let mut heard = Vec::new();
+        wait_until("the other session to hear of it", LIMIT, || {
+            heard.push(other.run(&test_ready)?.sense_code());
+            Ok(heard.contains(&(6, 0x38, 0x07)))
+        })?;
+        other.ready(0)?;
+        let status = daemon.json(&["status"])?;
+        ensure!(
+            status["health"] == "warning" && status["warnings"].to_string().contains("75%"),
+            "the status is silent: {status}"
+        );
+
+        // Discarded in part: the pool is emptier, and is told so once.
+        qemu_io(
+            &daemon.url("iqn.2026-11.test:disk", 0),
+            &["discard 0 32M", "flush"],
+        )?
+        .success()?;
+        wait_until("the end to be told", LIMIT, || Ok(thresholds(&daemon)? == (1, 1)))
     });
 }
