@@ -16,6 +16,7 @@ use crate::record::{self, PageKey, key};
 use crate::scrub::Scrubbing;
 use crate::state::State;
 use crate::types::{BranchId, Epoch, Point, PoolOptions, StoreEvent};
+use crate::usage::Known;
 use crate::warm::{Identity, WarmLog, WarmMedium};
 use crate::{Error, Result};
 
@@ -43,6 +44,8 @@ pub(crate) struct Inner {
     /// One sealer at a time.
     pub(crate) sealing: Mutex<()>,
     pub(crate) scrubbing: Scrubbing,
+    /// Bytes that snapshots alone hold, as far as they were counted.
+    pub(crate) unique: Mutex<Known>,
     /// Held as long as the pool is open, so that no second daemon opens it.
     pub(crate) directory_lock: Mutex<Option<std::fs::File>>,
 }
@@ -126,6 +129,7 @@ impl Inner {
             bad_count,
             sealing: Mutex::new(()),
             scrubbing: Scrubbing::default(),
+            unique: Mutex::default(),
             directory_lock: Mutex::new(lock),
         }
     }

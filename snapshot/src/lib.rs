@@ -33,6 +33,7 @@ mod space;
 mod state;
 pub mod superblock;
 mod types;
+mod usage;
 mod volume;
 mod warm;
 

@@ -537,7 +537,15 @@ fn a_full_pool_refuses_new_data_only() {
     pool.step().unwrap();
     assert_eq!(
         events.try_iter().collect::<Vec<_>>(),
-        vec![StoreEvent::SpaceRecovered]
+        vec![
+            StoreEvent::SpaceRecovered,
+            StoreEvent::Threshold {
+                percent: 85,
+                reached: true,
+                used_bytes: 90 * G,
+                available_bytes: 10 * G,
+            }
+        ]
     );
     fill(&v, 200, 3);
     assert!(pool.poisoned().is_none());

@@ -1,5 +1,6 @@
 //! Snapshots: cut, list, change, delete, clone, revert. All of them O(1); what they free is freed by jobs.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::inner::Inner;
@@ -178,12 +179,21 @@ impl Pool {
     /// # Errors
     /// `NotFound`, `Refused` (held or locked), `Poisoned`.
     pub fn delete_snapshot(&self, id: SnapshotId) -> Result<()> {
+        self.delete_snapshots(&[id])
+    }
+
+    /// Deletes several snapshots as [`Pool::delete_snapshot`] does: all of them in one durable commit, or none.
+    ///
+    /// # Errors
+    /// As [`Pool::delete_snapshot`].
+    pub fn delete_snapshots(&self, ids: &[SnapshotId]) -> Result<()> {
         let now = self.inner.now_ms();
         let txg = {
             let mut state = self.inner.state();
-            state.live(id)?;
-            state.check_deletable(id, now)?;
-            state.retire(id);
+            ids.iter().try_for_each(|id| state.check_deletable(*id, now))?;
+            for id in BTreeSet::from_iter(ids) {
+                state.retire(*id);
+            }
             state.follow_up();
             state.open.id
         };

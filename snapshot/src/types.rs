@@ -282,6 +282,15 @@ pub enum Caw {
     },
 }
 
+/// What deleting a set of snapshots would do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeletePlan {
+    /// Bytes that nothing would use any more.
+    pub freed_bytes: u64,
+    /// Those that would stay, hidden, since clones stand on them.
+    pub kept: Vec<SnapshotId>,
+}
+
 /// Counters and sizes of a pool.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct PoolStats {

@@ -144,7 +144,7 @@ fn thresholds(daemon: &Daemon) -> Result<(usize, usize)> {
             .filter(|event| event["code"] == code)
             .count()
     };
-    Ok((count("SP-3010"), count("SP-3011")))
+    Ok((count("SP-3020"), count("SP-3021")))
 }
 
 #[test]

@@ -54,7 +54,10 @@ fn take(daemon: &Daemon, report: StoreEvent) {
         }
         StoreEvent::BadDataGone { grains } => tell(
             code::BAD_DATA_GONE,
-            format!("{} of bad data gone: overwritten, or of no use any more", count(grains, "grain")),
+            format!(
+                "{} of bad data gone: overwritten, or of no use any more",
+                count(grains, "grain")
+            ),
         ),
         StoreEvent::ScrubEnded { problems: 0 } => {
             tell(code::SCRUB_CLEAN, "the scrub found nothing wrong".to_owned());
