@@ -29,6 +29,18 @@ impl Scratch {
         Ok(Self { dir })
     }
 
+    /// A scratch directory in a place of its own, for a benchmark that names the file system.
+    ///
+    /// # Errors
+    /// It cannot be made there.
+    pub fn below(parent: &Path) -> Result<Self> {
+        let dir = tempfile::Builder::new()
+            .prefix("sp-")
+            .tempdir_in(parent)
+            .with_context(|| format!("cannot make a directory in {}", parent.display()))?;
+        Ok(Self { dir })
+    }
+
     /// The directory.
     #[must_use]
     pub fn path(&self) -> &Path {

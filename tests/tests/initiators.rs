@@ -388,7 +388,7 @@ fn resets_aborts_and_a_standstill_under_load() {
             )?;
             let patient = log_in(&mut guest, &daemon, "patient")?;
             start_load(&mut guest, &disk, "pinging", "--size=40m --rate=,1600k")?;
-    
+
             // LOGICAL UNIT RESET and TARGET RESET.
             guest.run(&format!(
             "sleep 1; for way in -d -d -t -d -t; do sg_reset --no-escalate $way {disk} >/dev/null; sleep 0.4; done"
@@ -397,7 +397,7 @@ fn resets_aborts_and_a_standstill_under_load() {
             ensure!(resets >= 5, "{resets} task management functions for 5 resets");
 
             start_load(&mut guest, &patient, "silent", "--size=16m --rate=,800k")?;
-        // Longer than the initiator's ping takes to give up; and where it does not ping, long enough for two rounds of a command's timeout,
+            // Longer than the initiator's ping takes to give up; and where it does not ping, long enough for two rounds of a command's timeout,
             // as the first one only looks whether anything moves.
             load_goes_on(&mut guest, "pinging")?;
             load_goes_on(&mut guest, "silent")?;
