@@ -14,7 +14,7 @@ use serde_json::Value;
 use stillpoint_tests::raw::{
     self, BHS_LEN, Came, Cdb, IMMEDIATE, Login, Nexus, Pdu, RESERVED, Raw, Reply, data_out, login_request, op,
 };
-use stillpoint_tests::{Daemon, story, wait_until};
+use stillpoint_tests::{Daemon, qemu_io, story, wait_until};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_stillpoint-under-test");
 const DISK: &str = "iqn.2026-11.test:disk";
@@ -1303,9 +1303,15 @@ fn max_sessions_acl_and_portal_groups_are_kept() {
         );
         ensure!(refused(ME, "iqn.2026-11.test:far")? == (2, 2), "not from here");
         ensure!(
-            refused(ME, "iqn.2026-11.test:six")? == (2, 3),
-            "not through this portal"
+            refused(ME, "iqn.2026-11.test:six")? == (1, 1),
+            "not through this portal, but through another"
         );
+        // A real initiator goes where it is sent.
+        qemu_io(
+            &daemon.url("iqn.2026-11.test:six", 0),
+            &["write -P 0x66 0 64k", "read -P 0x66 0 64k"],
+        )?
+        .success()?;
         ensure!(refused(ME, "iqn.2026-11.test:none")? == (2, 3), "no such target");
         Raw::login(
             four,
@@ -1608,6 +1614,29 @@ fn p07_discovery_sessions_are_limited_like_strangers() {
             .ends_within(SERVED)
             .context("the oldest of a hundred discovery sessions")?;
         served_in_time(daemon)
+    });
+}
+
+#[test]
+fn a_discovery_session_begun_anew_ends_the_old_one() {
+    attack("discovery sessions of one name", |daemon| {
+        let mut discovery = Nexus::new(ME, DISK);
+        discovery.target = None;
+        let mut other = Raw::login(address(daemon), &discovery.clone().isid(9))?.session()?;
+        let mut old = Raw::login(address(daemon), &discovery)?.session()?;
+        let mut new = Raw::login(address(daemon), &discovery)?.session()?;
+        old.ends_within(SERVED)?;
+        for raw in [&mut other, &mut new] {
+            let itt = raw.new_itt();
+            raw.request(
+                Pdu::new(op::TEXT_REQUEST)
+                    .itt(itt)
+                    .word(20, RESERVED)
+                    .data("SendTargets=All\0"),
+            )?;
+            raw.expect("SendTargets", |pdu| pdu.opcode() == op::TEXT_RESPONSE)?;
+        }
+        Ok(())
     });
 }
 

@@ -333,7 +333,7 @@ pub(crate) enum StoreVerb {
     Scrub {
         /// Bytes per second that are read at most; 0 = as fast as it can [default: 64MiB]
         #[arg(long, value_name = "SIZE")]
-        rate: Option<stillpoint_config::Size>,
+        rate: Option<Size>,
         /// Begin at the start, whatever has been done
         #[arg(long)]
         restart: bool,

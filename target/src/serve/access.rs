@@ -60,15 +60,30 @@ impl Directory for Portal {
             )
         })?;
         let rules = target.rules();
-        if !rules.portal_groups.contains(&ask.portal_group) {
-            return Err(refuse(
-                LoginStatus::NotFound,
-                "the target is not reached through this portal's group (`portal_groups`)",
-            ));
-        }
         if !rules.access.admits(ask.initiator, ask.peer.ip()) {
             let why = "the target's `initiators` and `allow_from` do not admit it";
             return Err(refuse(LoginStatus::AuthorizationFailure, why));
+        }
+        if !rules.portal_groups.contains(&ask.portal_group) {
+            return Err(
+                match self
+                    .daemon
+                    .registry
+                    .addresses(&rules, ask.local)
+                    .into_iter()
+                    .next()
+                {
+                    // "Temporarily", because the configuration may change again.
+                    Some((address, _)) => {
+                        tracing::info!(initiator = ask.initiator, target_name = name, %address, "login redirected to the target's portal group");
+                        LoginStatus::MovedTemporarily(address)
+                    }
+                    None => refuse(
+                        LoginStatus::NotFound,
+                        "the target is not reached through this portal's group (`portal_groups`), and its own has no portal here",
+                    ),
+                },
+            );
         }
         let chap = rules.chap.as_ref().map(policy).transpose().map_err(|error| {
             tracing::error!(target_name = name, %error, "CHAP of the target cannot be used");

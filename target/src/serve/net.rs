@@ -35,6 +35,28 @@ struct Seats {
     last: u64,
     /// By source, oldest first.
     taken: HashMap<IpAddr, BTreeMap<u64, CancellationToken>>,
+    /// Discovery sessions: number of the seat, and how to end it.
+    discoveries: HashMap<DiscoveryName, (u64, CancellationToken)>,
+}
+
+/// What makes a discovery session one of its kind (RFC 7143 §7.4.2): a new one of the same name takes the place of the old.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct DiscoveryName {
+    /// InitiatorName in lower case.
+    pub(crate) initiator: String,
+    /// The initiator's part of the session's identity.
+    pub(crate) isid: [u8; 6],
+    /// Where it leads to.
+    pub(crate) place: DiscoveryPlace,
+}
+
+/// See [`DiscoveryName`].
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum DiscoveryPlace {
+    /// No target was named: our address counts.
+    Portal(SocketAddr),
+    /// A target was named, in lower case: it and its portal group count, as in a normal session.
+    Target(String, u16),
 }
 
 impl Seats {
@@ -69,6 +91,8 @@ pub(crate) struct PendingSeat {
     source: IpAddr,
     number: u64,
     taken: CancellationToken,
+    replaced: CancellationToken,
+    discovery: Option<DiscoveryName>,
     shutdown: CancellationToken,
 }
 
@@ -105,6 +129,8 @@ impl Pending {
             source,
             number,
             taken,
+            replaced: CancellationToken::new(),
+            discovery: None,
             shutdown: shutdown.clone(),
         }
     }
@@ -119,9 +145,29 @@ fn source(peer: IpAddr) -> IpAddr {
 }
 
 impl PendingSeat {
+    /// It is this discovery session from now on; the one that was is over.
+    pub(crate) fn discovers(&mut self, name: DiscoveryName) {
+        let mut seats = self.pending.lock();
+        let mine = (self.number, self.replaced.clone());
+        if let Some((_, old)) = seats.discoveries.insert(name.clone(), mine) {
+            old.cancel();
+        }
+        self.discovery = Some(name);
+    }
+
+    /// A normal session of this name begins: a discovery session that has it is over.
+    pub(crate) fn replaces_discovery(&self, name: &DiscoveryName) {
+        if let Some((_, old)) = self.pending.lock().discoveries.remove(name) {
+            old.cancel();
+        }
+    }
+
     /// Resolves when the connection has to go, with the reason.
     pub(crate) async fn taken(&self) -> &'static str {
-        self.taken.cancelled().await;
+        tokio::select! {
+            () = self.taken.cancelled() => {}
+            () = self.replaced.cancelled() => return "its initiator has begun the session anew",
+        }
         if self.shutdown.is_cancelled() {
             "the daemon stops"
         } else {
@@ -133,6 +179,14 @@ impl PendingSeat {
 impl Drop for PendingSeat {
     fn drop(&mut self) {
         let mut seats = self.pending.lock();
+        if let Some(name) = &self.discovery
+            && seats
+                .discoveries
+                .get(name)
+                .is_some_and(|(number, _)| *number == self.number)
+        {
+            seats.discoveries.remove(name);
+        }
         if let Some(here) = seats.taken.get_mut(&self.source) {
             here.remove(&self.number);
             if here.is_empty() {
@@ -276,6 +330,44 @@ mod tests {
         assert_eq!(pending.lock().len(), PENDING);
         assert!(!quiet.taken.is_cancelled() && !late.taken.is_cancelled());
         assert_eq!(flood.iter().filter(|seat| seat.taken.is_cancelled()).count(), 1);
+    }
+
+    #[test]
+    fn a_discovery_session_begun_anew_replaces_the_old_one_of_its_name() {
+        let (pending, shutdown) = (Arc::new(Pending::default()), CancellationToken::new());
+        let name = |isid: u8, place: &DiscoveryPlace| DiscoveryName {
+            initiator: "iqn.2026-11.test:a".to_owned(),
+            isid: [isid; 6],
+            place: place.clone(),
+        };
+        let here = DiscoveryPlace::Portal("192.0.2.1:3260".parse().unwrap());
+        let there = DiscoveryPlace::Portal("192.0.2.9:3260".parse().unwrap());
+        let named = DiscoveryPlace::Target("iqn.2026-11.test:disk".to_owned(), 1);
+        let open = |isid, place| {
+            let mut seat = pending.seat(address("198.51.100.1"), &shutdown);
+            seat.discovers(name(isid, place));
+            seat
+        };
+        let first = open(1, &here);
+        let others = [open(2, &here), open(1, &there), open(1, &named)];
+        assert!(
+            !first.replaced.is_cancelled(),
+            "another ISID, portal, or a target's name"
+        );
+        let again = open(1, &here);
+        assert!(first.replaced.is_cancelled() && !again.replaced.is_cancelled());
+        drop(first);
+        let third = open(1, &here);
+        assert!(
+            again.replaced.is_cancelled(),
+            "the end of the first forgot nothing of the second"
+        );
+        let normal = pending.seat(address("198.51.100.1"), &shutdown);
+        normal.replaces_discovery(&name(1, &named));
+        let ended: Vec<bool> = others.iter().map(|seat| seat.replaced.is_cancelled()).collect();
+        assert_eq!(ended, [false, false, true]);
+        drop((others, again, third));
+        assert!(pending.lock().discoveries.is_empty());
     }
 
     #[test]

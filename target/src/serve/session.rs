@@ -26,7 +26,7 @@ use super::Daemon;
 use super::access::{Portal, connection_config};
 use super::admit::admit;
 use super::lun::{Lun, Planned, Step, absent};
-use super::net::PendingSeat;
+use super::net::{DiscoveryName, DiscoveryPlace, PendingSeat};
 use super::registry::{Control, Entering, NotNow, Session};
 use super::trace::{self, Trace};
 
@@ -279,7 +279,20 @@ impl Task {
     /// beside the loop and answers through `control`.
     fn admission(&mut self, initiator: &str, isid: [u8; 6], target: Option<u64>) {
         let now = Instant::now();
+        let name = |place| DiscoveryName {
+            initiator: initiator.to_lowercase(),
+            isid,
+            place,
+        };
+        let named = |iqn: &str| name(DiscoveryPlace::Target(iqn.to_lowercase(), self.portal_group));
         let Some(key) = target else {
+            let name = match self.conn.info().target_name {
+                Some(iqn) => named(&iqn),
+                None => name(DiscoveryPlace::Portal(self.local)),
+            };
+            if let Some(seat) = &mut self.seat {
+                seat.discovers(name);
+            }
             self.conn.admit(now, Admission::Accept { tsih: Tsih(1) });
             return;
         };
@@ -313,6 +326,9 @@ impl Task {
         span.record("initiator", tracing::field::display(&session.initiator));
         span.record("session", session.id);
         self.session = Some(Arc::clone(&session));
+        if let Some(seat) = &self.seat {
+            seat.replaces_discovery(&named(session.target.iqn()));
+        }
         // From here on it counts among the sessions. A discovery session keeps its seat: nobody has proved anything there.
         self.seat = None;
         let (daemon, control) = (Arc::clone(&self.daemon), self.control.clone());

@@ -301,6 +301,7 @@ impl Login {
         if grant.chap.is_some() && request.current != Stage::SECURITY {
             return Err(AuthFault::ChapNotOffered.into());
         }
+        // "for all session types" (§6.3.1), "when TargetName is given" (§13.9): without a target there are no portal groups.
         if names.target.is_some() {
             self.out
                 .pair("TargetPortalGroupTag", &grant.portal_group.to_string());
