@@ -1,10 +1,11 @@
 //! Which grains are free. Bitmaps follow the transaction group that is being closed; what the open one has taken,
 //! what it has released and what is being punched is *blocked*: neither free nor yet recorded (invariant I3).
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::page::MAX_GRAINS;
-use crate::record::{Bits, CHUNK_GRAINS, COUNTS_PER_BLOCK};
+use crate::record::{Bits, CHUNK_GRAINS, COUNTS_PER_BLOCK, ChunkCount};
+use crate::refs::{Refs, Touched};
 use crate::{Error, Result};
 
 /// Number of an allocation chunk.
@@ -35,7 +36,9 @@ struct Chunk {
     bits: Bits,
     /// Not to be handed out although the bit may be clear.
     blocked: Bits,
-    /// `bits` is not in the metadata store yet.
+    /// Extra references as of the transaction group being closed.
+    refs: Refs,
+    /// `bits` or `refs` are not in the metadata store yet.
     changed: bool,
 }
 
@@ -45,6 +48,8 @@ struct Counts {
     free: u16,
     /// Clear and not blocked: what can be handed out.
     available: u16,
+    /// Some grain has extra references.
+    shared: bool,
 }
 
 /// The allocator of a pool.
@@ -59,7 +64,14 @@ pub(crate) struct Allocator {
     reserved: usize,
     punch: BTreeMap<ChunkNo, Bits>,
     punch_run: usize,
+    /// References that the closing transaction group adds.
+    sharing: Shares,
+    /// Grains whose last extra reference the closing transaction group drops: the durable state still has it (I4).
+    cooling: HashSet<u64>,
 }
+
+/// Grains that get more references, and how many.
+pub(crate) type Shares = HashMap<u64, u64>;
 
 fn split(grain: u64) -> (ChunkNo, usize) {
     let chunk = ChunkNo::try_from(grain / CHUNK_GRAINS as u64).expect("34-bit grains make 22-bit chunks");
@@ -94,10 +106,11 @@ fn at_least_one(counts: &[Counts]) -> Option<usize> {
 }
 
 impl Chunk {
-    fn fresh(bits: Bits) -> Self {
+    fn fresh(bits: Bits, refs: Refs) -> Self {
         Self {
             bits,
             blocked: EMPTY,
+            refs,
             changed: false,
         }
     }
@@ -122,13 +135,14 @@ impl Chunk {
 }
 
 impl Allocator {
-    /// `reserved` grains at the start hold the superblocks; `free[c]` is the recorded free count of chunk `c`.
-    pub(crate) fn new(reserved: u64, max_grains: u64, free: &[u16], punch_run: u64) -> Self {
-        let counts: Vec<_> = free
+    /// `reserved` grains at the start hold the superblocks; `recorded[c]` is the recorded count of chunk `c`.
+    pub(crate) fn new(reserved: u64, max_grains: u64, recorded: &[ChunkCount], punch_run: u64) -> Self {
+        let counts: Vec<_> = recorded
             .iter()
             .map(|n| Counts {
-                free: *n,
-                available: *n,
+                free: n.free,
+                available: n.free,
+                shared: n.shared,
             })
             .collect();
         Self {
@@ -148,6 +162,8 @@ impl Allocator {
             punch_run: usize::try_from(punch_run)
                 .unwrap_or(CHUNK_GRAINS)
                 .clamp(1, CHUNK_GRAINS),
+            sharing: Shares::new(),
+            cooling: HashSet::new(),
         }
     }
 
@@ -199,17 +215,59 @@ impl Allocator {
     ///
     /// # Errors
     /// `Corrupt` when it does not agree with the recorded free count.
-    pub(crate) fn insert(&mut self, chunk: ChunkNo, bits: Bits) -> Result<()> {
+    pub(crate) fn insert(&mut self, chunk: ChunkNo, bits: Bits, refs: Refs) -> Result<()> {
         let used: u32 = bits.iter().map(|w| w.count_ones()).sum();
-        let free = self.counts.get(chunk as usize).map(|c| u32::from(c.free));
+        let counts = self.counts.get(chunk as usize);
+        let free = counts.map(|c| u32::from(c.free));
         if free != Some(CHUNK_GRAINS_U32 - used) {
             return Err(Error::corrupt(
                 "allocation bitmap",
                 format!("chunk {chunk}: {used} used, free {free:?}"),
             ));
         }
-        self.chunks.entry(chunk).or_insert_with(|| Chunk::fresh(bits));
+        if counts.is_some_and(|c| c.shared == refs.is_empty()) {
+            return Err(Error::corrupt(
+                "extra references",
+                format!("chunk {chunk}: not there, or not counted"),
+            ));
+        }
+        self.chunks
+            .entry(chunk)
+            .or_insert_with(|| Chunk::fresh(bits, refs));
         Ok(())
+    }
+
+    /// Extra references of a chunk, if it is in RAM.
+    pub(crate) fn references(&self, chunk: ChunkNo) -> Option<&Refs> {
+        self.chunks.get(&chunk).map(|c| &c.refs)
+    }
+
+    /// Extra references of a grain, as of the last group that was closed.
+    pub(crate) fn references_of(&self, grain: u64) -> std::result::Result<u64, Need> {
+        let (chunk, index) = split(grain);
+        if !self.has_references(chunk) {
+            return Ok(0);
+        }
+        let refs = self.references(chunk).ok_or(Need::Chunk(chunk))?;
+        Ok(refs.get(index))
+    }
+
+    /// Whether a chunk has `R` values.
+    pub(crate) fn has_references(&self, chunk: ChunkNo) -> bool {
+        self.counts.get(chunk as usize).is_some_and(|c| c.shared)
+    }
+
+    /// Whether a grain is placed more than once, in the closing transaction group or in the last durable one.
+    pub(crate) fn is_shared(&self, grain: u64) -> std::result::Result<bool, Need> {
+        if self.sharing.contains_key(&grain) || self.cooling.contains(&grain) {
+            return Ok(true);
+        }
+        Ok(self.references_of(grain)? > 0)
+    }
+
+    /// A transaction group closes: what it adds counts from now on, until [`Allocator::settle`].
+    pub(crate) fn begin_close(&mut self, shares: Shares) {
+        self.sharing = shares;
     }
 
     /// Reserves one grain, next to the last one where possible.
@@ -262,11 +320,14 @@ impl Allocator {
         self.counts.push(Counts {
             free,
             available: free,
+            shared: false,
         });
         self.available += u64::from(free);
         let bits = self.blank(ChunkNo::try_from(chunk).ok()?);
-        self.chunks
-            .insert(ChunkNo::try_from(chunk).ok()?, Chunk::fresh(bits));
+        self.chunks.insert(
+            ChunkNo::try_from(chunk).ok()?,
+            Chunk::fresh(bits, Refs::default()),
+        );
         Some(chunk)
     }
 
@@ -320,6 +381,7 @@ impl Allocator {
     pub(crate) fn missing(&self, releases: &[u64]) -> BTreeSet<ChunkNo> {
         releases
             .iter()
+            .chain(self.sharing.keys())
             .map(|g| split(*g).0)
             .filter(|c| !self.is_loaded(*c))
             .collect()
@@ -331,17 +393,32 @@ impl Allocator {
     /// `Corrupt` when a grain is taken or released twice: the map and the bitmaps disagree, nothing may be recorded.
     pub(crate) fn close(&mut self, allocs: &[u64], releases: &[u64]) -> Result<Closed> {
         let mut touched = BTreeSet::new();
-        for (grains, take) in [(allocs, true), (releases, false)] {
-            for grain in grains {
-                touched.insert(self.record(*grain, take)?);
+        let mut closed = Closed::default();
+        for grain in allocs {
+            touched.insert(self.record(*grain, true)?);
+        }
+        // Taken before what is given back: a grain may be shared and lose its first place in one group.
+        let mut references = self.add_references()?;
+        for grain in releases {
+            if !self.take_reference(*grain, &mut references)? {
+                touched.insert(self.record(*grain, false)?);
+                closed.freed.push(*grain);
             }
         }
-        let mut closed = Closed::default();
         let mut blocks = BTreeSet::new();
         for chunk_no in touched {
             let chunk = self.chunks.get_mut(&chunk_no).expect("just recorded in it");
             chunk.changed = true;
             closed.bitmaps.push((chunk_no, chunk.bits));
+            blocks.insert(chunk_no as usize / COUNTS_PER_BLOCK);
+        }
+        for (chunk_no, touched) in references {
+            let chunk = self.chunks.get_mut(&chunk_no).expect("just counted in it");
+            chunk.changed = true;
+            closed.references.extend(chunk.refs.encode(chunk_no, &touched));
+            closed.counted.push(chunk_no);
+            let counts = self.counts.get_mut(chunk_no as usize).expect("it is loaded");
+            counts.shared = !chunk.refs.is_empty();
             blocks.insert(chunk_no as usize / COUNTS_PER_BLOCK);
         }
         for block in blocks {
@@ -350,10 +427,49 @@ impl Allocator {
                 .iter()
                 .skip(block * COUNTS_PER_BLOCK)
                 .take(COUNTS_PER_BLOCK);
-            let free = counts.map(|c| c.free).collect();
-            closed.counts.push((u32::try_from(block).expect("22 bits"), free));
+            let counts = counts.map(|c| ChunkCount {
+                free: c.free,
+                shared: c.shared,
+            });
+            let counts = counts.collect();
+            closed
+                .counts
+                .push((u32::try_from(block).expect("22 bits"), counts));
         }
         Ok(closed)
+    }
+
+    /// Counts the references that the closing group adds.
+    fn add_references(&mut self) -> Result<BTreeMap<ChunkNo, Touched>> {
+        let mut references: BTreeMap<ChunkNo, Touched> = BTreeMap::new();
+        for (grain, more) in &self.sharing {
+            let (chunk_no, index) = split(*grain);
+            let wrong = |what: &str| Error::corrupt("extra references", format!("grain {grain}: {what}"));
+            let chunk = self.chunks.get_mut(&chunk_no);
+            let chunk = chunk.ok_or_else(|| wrong("its bitmap is not loaded"))?;
+            if !test(&chunk.bits, index) {
+                return Err(wrong("it is free"));
+            }
+            chunk
+                .refs
+                .add(index, *more, references.entry(chunk_no).or_default());
+        }
+        Ok(references)
+    }
+
+    /// A placement goes: takes one extra reference, if the grain has any.
+    fn take_reference(&mut self, grain: u64, references: &mut BTreeMap<ChunkNo, Touched>) -> Result<bool> {
+        let (chunk_no, index) = split(grain);
+        let chunk = self.chunks.get_mut(&chunk_no).ok_or_else(|| {
+            Error::corrupt("allocation", format!("grain {grain}: its bitmap is not loaded"))
+        })?;
+        if chunk.refs.get(index) == 0 {
+            return Ok(false);
+        }
+        if chunk.refs.take(index, references.entry(chunk_no).or_default()) == Some(0) {
+            self.cooling.insert(grain);
+        }
+        Ok(true)
     }
 
     fn record(&mut self, grain: u64, take: bool) -> Result<ChunkNo> {
@@ -378,8 +494,10 @@ impl Allocator {
     }
 
     /// The commit is durable: what it released is free, what it recorded may leave the RAM.
-    pub(crate) fn settle(&mut self, closed: &Closed, releases: &[u64]) {
-        for grain in releases {
+    pub(crate) fn settle(&mut self, closed: &Closed) {
+        self.sharing = Shares::new();
+        self.cooling = HashSet::new();
+        for grain in &closed.freed {
             let (chunk_no, index) = split(*grain);
             let chunk = self
                 .chunks
@@ -389,7 +507,8 @@ impl Allocator {
             put(self.punch.entry(chunk_no).or_insert(EMPTY), index, true);
             self.count(chunk_no, 1);
         }
-        for (chunk_no, _) in &closed.bitmaps {
+        let bitmaps = closed.bitmaps.iter().map(|(chunk_no, _)| chunk_no);
+        for chunk_no in bitmaps.chain(&closed.counted) {
             self.chunks
                 .get_mut(chunk_no)
                 .expect("a chunk being recorded stays in RAM")
@@ -441,13 +560,65 @@ impl Allocator {
 pub(crate) struct Closed {
     /// Bitmaps to record.
     pub(crate) bitmaps: Vec<(ChunkNo, Bits)>,
-    /// Free counts to record, by block.
-    pub(crate) counts: Vec<(u32, Vec<u16>)>,
+    /// Counts to record, by block.
+    pub(crate) counts: Vec<(u32, Vec<ChunkCount>)>,
+    /// Changes of `R`.
+    pub(crate) references: Vec<(Vec<u8>, Option<Vec<u8>>)>,
+    /// Chunks whose `R` changes.
+    counted: Vec<ChunkNo>,
+    /// Grains that nothing places any more.
+    pub(crate) freed: Vec<u64>,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn free(free: u16) -> ChunkCount {
+        ChunkCount { free, shared: false }
+    }
+
+    #[test]
+    fn a_shared_grain_is_free_after_its_last_placement() {
+        let mut a = allocator();
+        let g = a.reserve().unwrap();
+        assert_eq!(a.is_shared(g), Ok(false));
+        a.begin_close(Shares::from([(g, 2)]));
+        assert_eq!(a.is_shared(g), Ok(true), "before the count is made");
+        // One of three placements goes in the same group.
+        let closed = a.close(&[g], &[g]).unwrap();
+        assert!(
+            closed.freed.is_empty()
+                && closed.counts
+                    == vec![(
+                        0,
+                        vec![ChunkCount {
+                            free: 4093,
+                            shared: true
+                        }]
+                    )]
+        );
+        a.settle(&closed);
+        assert_eq!((a.is_shared(g), a.has_references(0)), (Ok(true), true));
+        let closed = a.close(&[], &[g]).unwrap();
+        assert_eq!(
+            a.is_shared(g),
+            Ok(true),
+            "the durable state still has two placements (I4)"
+        );
+        assert!(closed.freed.is_empty());
+        a.settle(&closed);
+        assert_eq!((a.is_shared(g), a.has_references(0)), (Ok(false), false));
+        let closed = a.close(&[], &[g]).unwrap();
+        assert_eq!(closed.freed, vec![g]);
+        a.settle(&closed);
+        assert!(matches!(a.close(&[], &[g]), Err(Error::Corrupt { .. })));
+        a.begin_close(Shares::from([(g, 1)]));
+        assert!(
+            matches!(a.close(&[], &[]), Err(Error::Corrupt { .. })),
+            "a free grain is not shared"
+        );
+    }
 
     fn allocator() -> Allocator {
         Allocator::new(2, 0, &[], 16)
@@ -464,8 +635,8 @@ mod tests {
         );
         assert_eq!(a.in_use(), 20);
         let closed = a.close(&grains, &[]).unwrap();
-        assert_eq!(closed.counts, vec![(0, vec![4096 - 22])]);
-        a.settle(&closed, &[]);
+        assert_eq!(closed.counts, vec![(0, vec![free(4096 - 22)])]);
+        a.settle(&closed);
         let closed = a.close(&[], &grains).unwrap();
         a.current = None;
         assert_eq!(
@@ -473,7 +644,7 @@ mod tests {
             22,
             "released grains are not reused before the commit is durable"
         );
-        a.settle(&closed, &grains);
+        a.settle(&closed);
         assert_eq!(a.in_use(), 1);
         assert_eq!(a.take_punch(), Some((2, 20)));
         a.current = None;
@@ -491,7 +662,7 @@ mod tests {
         let closed = a.close(&[g], &[g]).unwrap();
         a.current = None;
         assert_ne!(a.reserve().unwrap(), g);
-        a.settle(&closed, &[g]);
+        a.settle(&closed);
         a.current = None;
         assert_eq!(a.reserve().unwrap(), g);
     }
@@ -511,10 +682,13 @@ mod tests {
             a.reserve().unwrap();
         }
         assert_eq!(a.reserve(), Err(Need::Space));
-        let mut a = Allocator::new(2, 0, &[4094], 16);
+        let mut a = Allocator::new(2, 0, &[free(4094)], 16);
         assert_eq!(a.reserve(), Err(Need::Chunk(0)));
-        assert!(a.insert(0, EMPTY).is_err(), "does not agree with the count");
-        a.insert(0, a.blank(0)).unwrap();
+        assert!(
+            a.insert(0, EMPTY, Refs::default()).is_err(),
+            "does not agree with the count"
+        );
+        a.insert(0, a.blank(0), Refs::default()).unwrap();
         assert_eq!(a.reserve(), Ok(2));
         assert_eq!(a.missing(&[5, 5000, 9000]), BTreeSet::from([1, 2]));
     }

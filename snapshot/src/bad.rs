@@ -9,7 +9,7 @@ use crate::inner::Inner;
 use crate::page::{Entry, PAGE_ENTRIES, Page, PageNo};
 use crate::pool::Pool;
 use crate::record::{BAD_PLACES, BadRecord};
-use crate::state::{State, Txg};
+use crate::state::State;
 use crate::types::{BranchId, Epoch, SnapshotId, SnapshotState, StoreEvent, VolumeId};
 use crate::{Error, Result};
 
@@ -101,21 +101,14 @@ impl State {
         was
     }
 
-    /// What the closing transaction group frees is nobody's any more: whatever comes there is new.
-    pub(crate) fn forget_freed_bad(&mut self, txg: &mut Txg) {
+    /// What the closing transaction group frees is nobody's any more: whatever comes there is new. Gives those of them
+    /// that were bad.
+    pub(crate) fn forget_freed_bad(&mut self, freed: &[u64]) -> Vec<u64> {
         if self.bad.len() == 0 {
-            return;
+            return Vec::new();
         }
-        let mut gone = 0;
-        for grain in &txg.releases {
-            if self.bad.remove(*grain) {
-                txg.bad.insert(*grain);
-                gone += 1;
-            }
-        }
-        if gone > 0 {
-            txg.events.push(StoreEvent::BadDataGone { grains: gone });
-        }
+        let bad = freed.iter().copied().filter(|grain| self.bad.remove(*grain));
+        bad.collect()
     }
 }
 

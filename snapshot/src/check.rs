@@ -14,15 +14,16 @@ use serde::{Deserialize, Serialize};
 
 use self::data::Data;
 use self::records::Records;
-use self::walk::{Tally, Walk};
+use self::walk::{Placements, Tally, Walk};
 use crate::disk::Disk;
 use crate::meta::{MAX_VALUE_BYTES, MetaStore};
 use crate::offline::{self, Overlay, Pages, each};
 use crate::page::MAX_GRAINS;
 use crate::record::{
-    self, Bits, BranchRecord, CHUNK_GRAINS, JobKind, JobRecord, Key, PageKey, SnapshotRecord, SystemRecord,
-    table,
+    self, Bits, BranchRecord, CHUNK_GRAINS, ChunkCount, JobKind, JobRecord, Key, PageKey, SnapshotRecord,
+    SystemRecord, table,
 };
+use crate::refs::Refs;
 use crate::superblock::{RESERVED_BYTES, Superblock};
 use crate::types::{BranchId, SnapshotId, SnapshotState, limits};
 use crate::{Error, Result};
@@ -81,6 +82,8 @@ pub struct CheckReport {
     pub deltas: u64,
     /// Grains that the map uses.
     pub grains_used: u64,
+    /// Placements of grains beyond their first.
+    pub references: u64,
     /// Grains that are known to be bad.
     pub bad_grains: u64,
     /// Grains that were compared with their recorded checksums; `None` = the data was not asked for.
@@ -202,6 +205,7 @@ fn check_parts(disk: &dyn Disk, meta: &mut dyn MetaStore, data: bool) -> Result<
         report,
         records: Records::default(),
         used: BTreeMap::new(),
+        referenced: BTreeSet::new(),
     };
     checker.superblocks(disk)?;
     checker.read_records()?;
@@ -218,6 +222,8 @@ struct Checker<'a> {
     records: Records,
     /// Grains that the map uses, by chunk.
     used: BTreeMap<u32, Box<Bits>>,
+    /// Chunks that have extra references.
+    referenced: BTreeSet<u32>,
 }
 
 impl Checker<'_> {
@@ -372,9 +378,6 @@ impl Checker<'_> {
             SnapshotState::Dying if children > 0 => {
                 self.wrong(format!("dying snapshot {id} has {children} children"))
             }
-            SnapshotState::Hidden if children == 0 => {
-                self.wrong(format!("hidden snapshot {id} has no child"))
-            }
             _ => {}
         }
     }
@@ -419,6 +422,7 @@ impl Checker<'_> {
             tally: Tally::default(),
             changed: BTreeSet::new(),
             recorded: Vec::new(),
+            extra: Placements::new(),
             limit: data_bytes
                 .div_ceil(self.system.grain_bytes.max(1).into())
                 .min(MAX_GRAINS),
@@ -453,13 +457,14 @@ impl Checker<'_> {
                 );
             }
         }
-        let (tally, changed) = (walk.tally, walk.changed);
+        let (tally, changed, extra) = (walk.tally, walk.changed, walk.extra);
         damage.iter().for_each(|error| self.report.damaged(error));
         bad_pages
             .into_iter()
             .for_each(|text| self.report.add(ProblemKind::Damaged, text));
         self.counts(&tally);
-        self.changed(changed)
+        self.changed(changed)?;
+        self.references(extra)
     }
 
     /// "mapped" counts of records against the map.
@@ -516,6 +521,53 @@ impl Checker<'_> {
         Ok(())
     }
 
+    /// `R` against how often the map places each grain (I2).
+    fn references(&mut self, placed: Placements) -> Result<()> {
+        let mut stated: BTreeMap<u32, Refs> = BTreeMap::new();
+        let report = &mut self.report;
+        each(self.meta, table::REFERENCES, |_, (key, value)| {
+            let key = Key::parse(&key)?;
+            let (Key::References(chunk, _) | Key::Spilled(chunk, _)) = key else {
+                return Ok(());
+            };
+            // What does not decode was reported with the records; what decodes and does not fit is told here.
+            if let Err(error) = stated.entry(chunk).or_default().decode(&key, &value) {
+                report.damaged(&error);
+            }
+            Ok(())
+        })?;
+        self.referenced = stated
+            .iter()
+            .filter(|(_, refs)| !refs.is_empty())
+            .map(|(c, _)| *c)
+            .collect();
+        let chunks: BTreeSet<u32> = stated.keys().chain(placed.keys()).copied().collect();
+        for chunk in chunks {
+            let says = |index| stated.get(&chunk).map_or(0, |refs| refs.get(index));
+            let counts = placed.get(&chunk);
+            for index in 0..CHUNK_GRAINS {
+                let actual = counts.and_then(|c| c.get(index)).copied().unwrap_or(0);
+                self.report.references += actual;
+                if actual == says(index) {
+                    continue;
+                }
+                let grain = u64::from(chunk) * CHUNK_GRAINS as u64 + index as u64;
+                let kind = if actual > says(index) {
+                    ProblemKind::SharedGrain
+                } else {
+                    ProblemKind::Leaked
+                };
+                let text = format!(
+                    "grain {grain} is placed {} times and has {} extra references",
+                    actual + 1,
+                    says(index)
+                );
+                self.report.add(kind, text);
+            }
+        }
+        Ok(())
+    }
+
     /// Bitmaps and free counts against what the map uses.
     fn allocation(&mut self) -> Result<()> {
         let (report, used) = (&mut self.report, &mut self.used);
@@ -552,7 +604,7 @@ impl Checker<'_> {
     }
 
     fn free_counts(&mut self, free: &BTreeMap<u32, u16>) -> Result<()> {
-        let mut stated: BTreeMap<u32, u16> = BTreeMap::new();
+        let mut stated: BTreeMap<u32, ChunkCount> = BTreeMap::new();
         let report = &mut self.report;
         each(self.meta, table::COUNTS, |_, (key, value)| {
             let Ok(Key::Counts(block)) = Key::parse(&key) else {
@@ -572,7 +624,14 @@ impl Checker<'_> {
         for chunk in 0..self.system.chunks {
             let actual = free.get(&chunk).copied().unwrap_or(ALL_FREE);
             // A chunk without a bitmap may have no count yet.
-            match stated.get(&chunk) {
+            let shared = stated.get(&chunk).is_some_and(|count| count.shared);
+            if shared != self.referenced.contains(&chunk) {
+                self.wrong(format!(
+                    "chunk {chunk}: counted as {} extra references",
+                    if shared { "with" } else { "without" }
+                ));
+            }
+            match stated.get(&chunk).map(|count| &count.free) {
                 Some(&count) if count == actual || !free.contains_key(&chunk) => {}
                 None if !free.contains_key(&chunk) => {}
                 found => self.wrong(format!(

@@ -31,6 +31,8 @@ struct Closing {
     system: SystemRecord,
     allocs: Vec<u64>,
     releases: Vec<u64>,
+    /// Versions whose pages are stored with this group, instead of deltas.
+    whole: Vec<PageKey>,
     holds: Vec<(BranchId, Holds)>,
     events: Vec<StoreEvent>,
 }
@@ -56,8 +58,8 @@ impl State {
     fn close(&mut self, pool_id: [u8; 16], grain_bytes: u32) -> Closing {
         let next = Txg::new(self.open.id + 1);
         let mut txg = std::mem::replace(&mut self.open, next);
-        self.forget_freed_bad(&mut txg);
-        self.touch_closing(&txg.allocs, &txg.releases);
+        self.touch_closing(&txg);
+        self.alloc.begin_close(std::mem::take(&mut txg.shares));
         self.closing = Some(txg.id);
         let mut batch = Batch::default();
         for k in &txg.removed {
@@ -67,7 +69,10 @@ impl State {
         for k in txg.created.difference(&txg.removed) {
             batch.put(key::changed(*k), Vec::new());
         }
-        for k in &txg.forced {
+        // What an earlier group has no delta of needs none of this one either.
+        let whole: Vec<PageKey> = txg.whole.intersection(&txg.created).copied().collect();
+        whole.iter().for_each(|k| drop(txg.changed.remove(k)));
+        for k in txg.forced.iter().chain(&whole) {
             if let Some(version) = self.map.exact_mut(*k) {
                 version.based = true;
                 batch.put(key::page(*k), record::encode_page(*k, &version.page));
@@ -107,6 +112,7 @@ impl State {
             holds: holds.collect(),
             allocs: txg.allocs,
             releases: txg.releases,
+            whole,
             events: txg.events,
         }
     }
@@ -240,12 +246,12 @@ impl Inner {
 
     /// Steps 1 to 6 for one transaction group. Any error leaves the pool to be poisoned by the caller.
     fn commit_one(&self) -> Result<()> {
-        let closing = self.state().close(self.pool_id, self.grain_bytes);
+        let mut closing = self.state().close(self.pool_id, self.grain_bytes);
         self.hook("commit.closed");
         // Entries are published after their data was written: all data of this group is in the file by now.
         self.sync_data()?;
         self.hook("commit.synced");
-        let closed = self.close_bitmaps(&closing)?;
+        let closed = self.close_bitmaps(&mut closing)?;
         for slice in closing.journal.chunks(JOURNAL_SLICE) {
             let changes = slice.iter().map(|(k, v)| (k.clone(), Some(v.clone()))).collect();
             self.meta(self.meta.apply(Batch { changes }))?;
@@ -261,7 +267,11 @@ impl Inner {
             state.closing = None;
             state.commits += 1;
             state.space.metadata_bytes = size;
-            state.alloc.settle(&closed, &closing.releases);
+            state.alloc.settle(&closed);
+            closing
+                .whole
+                .iter()
+                .for_each(|k| state.map.stored(*k, closing.txg));
             for (branch, holds) in &closing.holds {
                 if let Some(b) = state.branches.get_mut(branch) {
                     b.durable_holds = holds.clone();
@@ -279,7 +289,7 @@ impl Inner {
         slot.write(self.disk.as_ref())
     }
 
-    fn close_bitmaps(&self, closing: &Closing) -> Result<Closed> {
+    fn close_bitmaps(&self, closing: &mut Closing) -> Result<Closed> {
         loop {
             let missing = self.state().alloc.missing(&closing.releases);
             if missing.is_empty() {
@@ -288,7 +298,17 @@ impl Inner {
             self.load_chunks(missing)?;
         }
         // Chunks leave RAM in `settle` only, which is ours to call: nothing is missing now.
-        self.state().alloc.close(&closing.allocs, &closing.releases)
+        let mut state = self.state();
+        let closed = state.alloc.close(&closing.allocs, &closing.releases)?;
+        let gone = state.forget_freed_bad(&closed.freed);
+        gone.iter()
+            .for_each(|grain| closing.batch.remove(key::bad(*grain)));
+        if !gone.is_empty() {
+            closing
+                .events
+                .push(StoreEvent::BadDataGone { grains: gone.len() });
+        }
+        Ok(closed)
     }
 
     /// Stores pages whose deltas have been in `J` since `through` or longer, then lets those `J` values go.
@@ -397,9 +417,10 @@ fn closing_batch(closing: &Closing, closed: &Closed) -> Batch {
     for (chunk, bits) in &closed.bitmaps {
         batch.put(key::bitmap(*chunk), record::encode_bitmap(*chunk, bits));
     }
-    for (block, free) in &closed.counts {
-        batch.put(key::counts(*block), record::encode_counts(*block, free));
+    for (block, counts) in &closed.counts {
+        batch.put(key::counts(*block), record::encode_counts(*block, counts));
     }
+    batch.changes.extend(closed.references.iter().cloned());
     batch.put(key::system(), closing.system.encode());
     batch
 }

@@ -6,18 +6,21 @@
 
 mod line;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, Write};
 use std::path::Path;
 
 use self::line::{
-    Line, entries_text, parse_entries, parse_ranges, pool_line, ranges_text, record_line, unhex,
+    Line, entries_text, parse_entries, parse_ranges, parse_references, pool_line, ranges_text, record_line,
+    references_line, unhex,
 };
 use crate::meta::{Batch, MetaStore};
 use crate::offline::{self, Overlay, Pages, Parents, each};
 use crate::record::{
-    self, BranchRecord, CHUNK_GRAINS, JobRecord, Key, PageKey, SnapshotRecord, SystemRecord, key, table,
+    self, BranchRecord, CHUNK_GRAINS, ChunkCount, JobRecord, Key, PageKey, SnapshotRecord, SystemRecord, key,
+    table,
 };
+use crate::refs::Refs;
 use crate::types::{BranchId, Epoch, SnapshotId, VolumeId};
 use crate::{Error, Result};
 
@@ -89,11 +92,35 @@ pub fn dump_meta(meta: &mut dyn MetaStore, out: &mut dyn Write) -> Result<()> {
         let grains = ranges_text(&record::decode_bitmap(chunk, &value)?);
         out.put(&Line::Used { chunk, grains })
     })?;
+    dump_references(meta, &mut out)?;
     let lines = out.lines;
     out.put(&Line::End { lines })?;
     out.out
         .flush()
         .map_err(|error| Error::io("write", "the dump", error))
+}
+
+fn dump_references(meta: &mut dyn MetaStore, out: &mut Lines<'_>) -> Result<()> {
+    let mut now: Option<(u32, Refs)> = None;
+    each(meta, table::REFERENCES, |_, (key, value)| {
+        let key = Key::parse(&key)?;
+        let (Key::References(chunk, _) | Key::Spilled(chunk, _)) = key else {
+            return Ok(());
+        };
+        let (_, refs) = match &mut now {
+            Some((same, refs)) if *same == chunk => (chunk, refs),
+            other => {
+                // In the order of the keys: the chunk before is whole.
+                if let Some((whole, refs)) = other.take() {
+                    out.put(&references_line(whole, &refs))?;
+                }
+                let (_, refs) = other.insert((chunk, Refs::default()));
+                (chunk, refs)
+            }
+        };
+        refs.decode(&key, &value)
+    })?;
+    now.map_or(Ok(()), |(chunk, refs)| out.put(&references_line(chunk, &refs)))
 }
 
 struct Lines<'a> {
@@ -171,6 +198,7 @@ pub fn restore_meta(text: &mut dyn BufRead, meta: &mut dyn MetaStore) -> Result<
         batch: Batch::default(),
         system: None,
         free: BTreeMap::new(),
+        shared: BTreeSet::new(),
         ended: false,
     };
     for (number, line) in (1u64..).zip(text.lines()) {
@@ -200,6 +228,8 @@ struct Restore<'a> {
     batch: Batch,
     system: Option<SystemRecord>,
     free: BTreeMap<u32, u16>,
+    /// Chunks with extra references.
+    shared: BTreeSet<u32>,
     ended: bool,
 }
 
@@ -292,6 +322,7 @@ impl Restore<'_> {
                 self.free.insert(chunk, free);
                 self.put(key::bitmap(chunk), record::encode_bitmap(chunk, &bits))?;
             }
+            Line::References { chunk, counts } => return self.references(chunk, &counts),
             Line::End { lines } => {
                 self.ended = true;
                 if lines + 1 != number {
@@ -299,6 +330,19 @@ impl Restore<'_> {
                 }
             }
         }
+        Ok(Some(()))
+    }
+
+    fn references(&mut self, chunk: u32, counts: &str) -> Result<Option<()>> {
+        let Some(refs) = parse_references(counts) else {
+            return Ok(None);
+        };
+        for (key, value) in refs.encode_all(chunk) {
+            if let Some(value) = value {
+                self.put(key, value)?;
+            }
+        }
+        self.shared.insert(chunk);
         Ok(Some(()))
     }
 
@@ -412,9 +456,11 @@ impl Restore<'_> {
             .take()
             .ok_or_else(|| Error::corrupt("dump", "the pool is missing"))?;
         let all_free = u16::try_from(CHUNK_GRAINS).unwrap_or(u16::MAX);
-        let counts: Vec<u16> = (0..system.chunks)
-            .map(|chunk| self.free.get(&chunk).copied().unwrap_or(all_free))
-            .collect();
+        let count = |chunk| ChunkCount {
+            free: self.free.get(&chunk).copied().unwrap_or(all_free),
+            shared: self.shared.contains(&chunk),
+        };
+        let counts: Vec<ChunkCount> = (0..system.chunks).map(count).collect();
         for (block, counts) in (0u32..).zip(counts.chunks(record::COUNTS_PER_BLOCK)) {
             self.put(key::counts(block), record::encode_counts(block, counts))?;
         }

@@ -13,6 +13,7 @@ use crate::map::{PageAt, Version};
 use crate::meta_client::Meta;
 use crate::page::{PAGE_ENTRIES, Page, PageNo};
 use crate::record::{self, PageKey, key};
+use crate::refs::Refs;
 use crate::scrub::Scrubbing;
 use crate::state::State;
 use crate::types::{BranchId, Epoch, Point, PoolOptions, StoreEvent};
@@ -325,7 +326,7 @@ impl Inner {
     }
 
     /// Runs `look` until no page moved between branches meanwhile: it would be missed in both.
-    fn stable<T>(&self, look: impl Fn() -> Result<T>) -> Result<T> {
+    pub(crate) fn stable<T>(&self, look: impl Fn() -> Result<T>) -> Result<T> {
         loop {
             let generation = self.state().map.structure_gen;
             let found = look();
@@ -367,7 +368,12 @@ impl Inner {
     }
 
     /// The branch's own newest stored version that is not younger than `epoch`.
-    fn stored_at(&self, branch: BranchId, page: PageNo, epoch: Epoch) -> Result<Option<(PageKey, Page)>> {
+    pub(crate) fn stored_at(
+        &self,
+        branch: BranchId,
+        page: PageNo,
+        epoch: Epoch,
+    ) -> Result<Option<(PageKey, Page)>> {
         let from = key::page(PageKey { branch, page, epoch });
         let found = self.meta(self.meta.scan(from, key::page_end(branch, page), 1))?;
         found
@@ -436,6 +442,7 @@ impl Inner {
         }
         drop(state);
         let value = self.meta(self.meta.get(key::bitmap(chunk)));
+        let refs = self.load_references(chunk);
         let mut state = self.state();
         state.loading_chunks.remove(&chunk);
         let inserted = value.and_then(|value| {
@@ -443,11 +450,23 @@ impl Inner {
                 Some(v) => record::decode_bitmap(chunk, &v)?,
                 None => state.alloc.blank(chunk),
             };
-            state.alloc.insert(chunk, bits)
+            state.alloc.insert(chunk, bits, refs?)
         });
         drop(state);
         self.changed.notify_all();
         inserted
+    }
+
+    fn load_references(&self, chunk: u32) -> Result<Refs> {
+        let mut refs = Refs::default();
+        if self.state().alloc.has_references(chunk) {
+            let from = key::references(chunk, 0);
+            let found = self.meta(self.meta.scan(from, key::references_end(chunk), usize::MAX))?;
+            for (k, v) in found {
+                refs.decode(&record::Key::parse(&k)?, &v)?;
+            }
+        }
+        Ok(refs)
     }
 
     /// Brings all of these bitmaps into RAM.

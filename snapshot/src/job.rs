@@ -344,7 +344,7 @@ impl State {
         for (i, entry) in (0u8..).zip(page.iter()) {
             if let Some(grain) = entry.grain()
                 && entry.birth() > older
-                && newer.is_none_or(|n| n.at(i).grain() != Some(grain))
+                && newer.is_none_or(|n| !n.at(i).same_place(entry))
             {
                 self.open.releases.push(grain);
             }

@@ -6,6 +6,7 @@
 
 mod alloc;
 mod bad;
+mod bulk;
 mod check;
 mod codec;
 mod commit;
@@ -24,8 +25,10 @@ mod meta_sled;
 mod offline;
 mod open;
 pub mod page;
+mod pin;
 mod pool;
 pub mod record;
+mod refs;
 mod scrub;
 mod seal;
 mod snap;
@@ -44,11 +47,12 @@ pub use error::{Error, Result};
 pub use meta_client::METADATA_THREAD;
 pub use meta_sled::SledMeta;
 pub use open::{DATA_FILE, META_DIR, paths, reserved_grains};
+pub use pin::Pin;
 pub use pool::Pool;
 pub use scrub::{ScrubPhase, ScrubStatus};
 pub use snap::Cut;
 pub use types::*;
-pub use volume::Volume;
+pub use volume::{CopySource, Volume};
 
 #[cfg(feature = "sim")]
 pub mod sim;

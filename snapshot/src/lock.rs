@@ -22,18 +22,36 @@ pub(crate) enum Mode {
     Exclusive,
 }
 
+/// Grains `first..=last`, and how.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Span {
+    pub(crate) first: u64,
+    pub(crate) last: u64,
+    pub(crate) mode: Mode,
+}
+
+impl Span {
+    fn conflicts(self, other: Self) -> bool {
+        let overlap = self.first <= other.last && other.first <= self.last;
+        overlap && (self.mode == Mode::Exclusive || other.mode == Mode::Exclusive)
+    }
+}
+
 #[derive(Debug)]
 struct Ticket {
     id: u64,
-    first: u64,
-    last: u64,
-    mode: Mode,
+    span: Span,
+    /// A copy within a volume has two: locked at once, so that it never waits for one while it holds the other.
+    second: Option<Span>,
 }
 
 impl Ticket {
+    fn spans(&self) -> impl Iterator<Item = Span> {
+        [Some(self.span), self.second].into_iter().flatten()
+    }
+
     fn conflicts(&self, other: &Self) -> bool {
-        let overlap = self.first <= other.last && other.first <= self.last;
-        overlap && (self.mode == Mode::Exclusive || other.mode == Mode::Exclusive)
+        self.spans().any(|a| other.spans().any(|b| a.conflicts(b)))
     }
 }
 
@@ -65,15 +83,15 @@ pub(crate) struct RangeLocks {
 impl RangeLocks {
     /// Locks grains `first..=last`, after everything that came before and conflicts.
     pub(crate) fn lock(&self, first: u64, last: u64, mode: Mode) -> RangeGuard<'_> {
+        self.lock_spans(Span { first, last, mode }, None)
+    }
+
+    /// Locks one or two ranges at once.
+    pub(crate) fn lock_spans(&self, span: Span, second: Option<Span>) -> RangeGuard<'_> {
         let mut queue = lock(&self.queue);
         let id = queue.next;
         queue.next += 1;
-        queue.tickets.push(Ticket {
-            id,
-            first,
-            last,
-            mode,
-        });
+        queue.tickets.push(Ticket { id, span, second });
         while queue.blocked(id) {
             queue = wait(&self.freed, queue);
         }
@@ -90,9 +108,8 @@ impl RangeLocks {
         let mut queue = lock(&self.queue);
         let ticket = Ticket {
             id: queue.next,
-            first,
-            last,
-            mode,
+            span: Span { first, last, mode },
+            second: None,
         };
         if queue.tickets.iter().any(|t| t.conflicts(&ticket)) {
             return None;
@@ -140,6 +157,19 @@ mod tests {
         assert!(l.try_lock(10, 20, Mode::Exclusive).is_some());
         drop(a);
         assert!(l.try_lock(9, 9, Mode::Exclusive).is_some());
+    }
+
+    #[test]
+    fn two_ranges_are_locked_at_once() {
+        let l = RangeLocks::default();
+        let span = |first, last, mode| Span { first, last, mode };
+        let g = l.lock_spans(span(0, 9, Mode::Shared), Some(span(5, 20, Mode::Exclusive)));
+        assert!(l.try_lock(0, 4, Mode::Shared).is_some());
+        assert!(l.try_lock(0, 4, Mode::Exclusive).is_none());
+        assert!(l.try_lock(7, 7, Mode::Shared).is_none() && l.try_lock(20, 30, Mode::Shared).is_none());
+        assert!(l.try_lock(21, 30, Mode::Exclusive).is_some());
+        drop(g);
+        assert!(l.try_lock(0, 30, Mode::Exclusive).is_some());
     }
 
     #[test]

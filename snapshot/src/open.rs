@@ -18,8 +18,8 @@ use crate::meta_client::{Meta, OpenMeta};
 use crate::meta_sled::{SledMeta, sync_dir, sync_tree};
 use crate::page::{MAX_GRAINS, PageNo};
 use crate::record::{
-    self, BranchRecord, CHUNK_GRAINS, COUNTS_PER_BLOCK, Delta, JobRecord, Key, PageKey, SnapshotRecord,
-    SystemRecord, key, table,
+    self, BranchRecord, CHUNK_GRAINS, COUNTS_PER_BLOCK, ChunkCount, Delta, JobRecord, Key, PageKey,
+    SnapshotRecord, SystemRecord, key, table,
 };
 use crate::seal::SealCursor;
 use crate::space::Space;
@@ -300,7 +300,6 @@ pub(crate) fn open_on(
             metadata: system.txg,
         });
     }
-    refuse_unknown_tables(&meta)?;
     let state = load(&meta, &system, options)?;
     let inner = Inner::new(
         options.clone(),
@@ -329,19 +328,6 @@ pub(crate) fn open_on(
     inner.load_scrub();
     inner.state().follow_up();
     Ok(inner)
-}
-
-/// Extra references come with a later format: a pool that has them must not be written by this build.
-fn refuse_unknown_tables(meta: &Meta) -> Result<()> {
-    let t = table::REFERENCES;
-    if meta.scan(vec![t], vec![t + 1], 1)?.is_empty() {
-        Ok(())
-    } else {
-        Err(Error::Version {
-            found: record::FORMAT + 1,
-            supported: record::FORMAT,
-        })
-    }
 }
 
 /// Reads a whole table in slices.
@@ -391,6 +377,7 @@ fn load(meta: &Meta, system: &SystemRecord, options: &PoolOptions) -> Result<Sta
                 record,
                 holds: Holds::default(),
                 durable_holds: Holds::default(),
+                written: true,
             },
         );
         Ok(())
@@ -428,6 +415,7 @@ fn load(meta: &Meta, system: &SystemRecord, options: &PoolOptions) -> Result<Sta
         volumes,
         names,
         snapshots,
+        pins: BTreeMap::new(),
         job_since: jobs.keys().map(|id| (*id, 0)).collect(),
         jobs,
         values,
@@ -480,17 +468,26 @@ fn load_counts(meta: &Meta, system: &SystemRecord, options: &PoolOptions) -> Res
         return Err(Error::corrupt("pool record", format!("{chunks} chunks")));
     }
     let reserved = reserved_grains(system.grain_bytes);
-    let mut free: Vec<u16> = (0..chunks).map(|c| Allocator::blank_free(reserved, c)).collect();
+    let blank = |chunk| ChunkCount {
+        free: Allocator::blank_free(reserved, chunk),
+        shared: false,
+    };
+    let mut recorded: Vec<ChunkCount> = (0..chunks).map(blank).collect();
     read_table(meta, table::COUNTS, |k, (_, value)| {
         let Key::Counts(block) = k else { return Ok(()) };
         let counts = record::decode_counts(block, &value)?;
-        let places = free.iter_mut().skip(block as usize * COUNTS_PER_BLOCK);
+        let places = recorded.iter_mut().skip(block as usize * COUNTS_PER_BLOCK);
         places.zip(counts).for_each(|(place, n)| *place = n);
         Ok(())
     })?;
     let grain = u64::from(system.grain_bytes);
     let max = options.max_bytes.div_ceil(grain);
-    Ok(Allocator::new(reserved, max, &free, PUNCH_BYTES.div_ceil(grain)))
+    Ok(Allocator::new(
+        reserved,
+        max,
+        &recorded,
+        PUNCH_BYTES.div_ceil(grain),
+    ))
 }
 
 impl Inner {

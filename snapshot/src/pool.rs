@@ -464,6 +464,7 @@ impl State {
                 record,
                 holds: Holds::default(),
                 durable_holds: Holds::default(),
+                written: true,
             },
         );
         self.refresh_holds(id);

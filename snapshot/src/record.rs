@@ -36,7 +36,7 @@ pub mod table {
     pub const JOB: u8 = b'D';
     /// The owner's small values.
     pub const VALUE: u8 = b'K';
-    /// Extra references (reserved: written by a later format).
+    /// Extra references.
     pub const REFERENCES: u8 = b'R';
     /// Known bad grains.
     pub const BAD: u8 = b'B';
@@ -144,6 +144,24 @@ pub mod key {
     pub fn job(id: u64) -> Vec<u8> {
         join(table::JOB, &[&id.to_be_bytes()])
     }
+    /// `R` chunk part.
+    #[must_use]
+    pub fn references(chunk: u32, part: u8) -> Vec<u8> {
+        join(table::REFERENCES, &[&chunk.to_be_bytes(), &[part]])
+    }
+    /// `R` chunk 255 index: after the parts of the chunk.
+    #[must_use]
+    pub fn spilled(chunk: u32, index: u16) -> Vec<u8> {
+        join(
+            table::REFERENCES,
+            &[&chunk.to_be_bytes(), &[super::SPILLED], &index.to_be_bytes()],
+        )
+    }
+    /// After every `R` key of the chunk.
+    #[must_use]
+    pub fn references_end(chunk: u32) -> Vec<u8> {
+        join(table::REFERENCES, &[&chunk.to_be_bytes(), &[0xff; 4]])
+    }
     /// `B` grain.
     #[must_use]
     pub fn bad(grain: u64) -> Vec<u8> {
@@ -177,6 +195,10 @@ pub enum Key {
     Journal(u64, u32),
     /// `D`
     Job(u64),
+    /// `R` (chunk, part)
+    References(u32, u8),
+    /// `R` of one grain that has very many (chunk, index)
+    Spilled(u32, u16),
     /// `B`
     Bad(u64),
     /// `K`
@@ -209,6 +231,10 @@ impl Key {
             table::COUNTS => Self::Counts(d.u32()?),
             table::JOURNAL => Self::Journal(d.u64()?, d.u32()?),
             table::JOB => Self::Job(d.u64()?),
+            table::REFERENCES => match (d.u32()?, d.u8()?) {
+                (chunk, SPILLED) => Self::Spilled(chunk, d.u16()?),
+                (chunk, part) => Self::References(chunk, part),
+            },
             table::BAD => Self::Bad(d.u64()?),
             table::VALUE => {
                 let name = bytes.get(1..).unwrap_or_default().to_vec();
@@ -550,12 +576,25 @@ pub fn decode_bitmap(chunk: u32, value: &[u8]) -> Result<Bits> {
     Ok(bits)
 }
 
+/// What is known of a chunk without its bitmap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkCount {
+    /// Free grains.
+    pub free: u16,
+    /// Some grain of it has extra references: there are `R` values.
+    pub shared: bool,
+}
+
+/// In a free count: the chunk has `R` values.
+const COUNT_SHARED: u16 = 1 << 15;
+
 /// Value of `a`, sealed under its key: free grains of each chunk of the block.
 #[must_use]
-pub fn encode_counts(block: u32, free: &[u16]) -> Vec<u8> {
+pub fn encode_counts(block: u32, counts: &[ChunkCount]) -> Vec<u8> {
     let mut e = Enc::default();
     e.u8(RECORD_VERSION);
-    free.iter().for_each(|n| e.u16(*n));
+    let flag = |shared: bool| if shared { COUNT_SHARED } else { 0 };
+    counts.iter().for_each(|c| e.u16(c.free | flag(c.shared)));
     seal(&key::counts(block), e.into_bytes())
 }
 
@@ -563,18 +602,97 @@ pub fn encode_counts(block: u32, free: &[u16]) -> Vec<u8> {
 ///
 /// # Errors
 /// `Corrupt` or `Version`.
-pub fn decode_counts(block: u32, value: &[u8]) -> Result<Vec<u16>> {
+pub fn decode_counts(block: u32, value: &[u8]) -> Result<Vec<ChunkCount>> {
     let mut d = Dec::new(unseal(&key::counts(block), value)?, "free counts");
     version(&mut d)?;
-    let mut free = Vec::new();
+    let mut counts = Vec::new();
     while !d.is_empty() {
         let n = d.u16()?;
-        if usize::from(n) > CHUNK_GRAINS || free.len() >= COUNTS_PER_BLOCK {
+        let (free, shared) = (n & !COUNT_SHARED, n & COUNT_SHARED != 0);
+        if usize::from(free) > CHUNK_GRAINS || counts.len() >= COUNTS_PER_BLOCK {
             return Err(d.bad("count"));
         }
-        free.push(n);
+        counts.push(ChunkCount { free, shared });
     }
-    Ok(free)
+    Ok(counts)
+}
+
+/// Grains whose extra references share one value of `R`.
+pub const REFERENCE_PART: usize = CHUNK_GRAINS / 2;
+/// In `R`: as many or more; the exact count has a key of its own. As the part in a key: that key.
+pub const SPILLED: u8 = 255;
+const REFERENCES_RAW: u8 = 1;
+const REFERENCES_RUNS: u8 = 2;
+
+/// Value of `R`, sealed under its key: extra references of [`REFERENCE_PART`] grains, one byte each.
+#[must_use]
+pub fn encode_references(chunk: u32, part: u8, counts: &[u8]) -> Vec<u8> {
+    let runs: Vec<&[u8]> = counts.chunk_by(|a, b| a == b).collect();
+    let mut e = Enc::default();
+    e.u8(RECORD_VERSION);
+    if runs.len() * 3 < counts.len() {
+        e.u8(REFERENCES_RUNS);
+        for run in runs {
+            e.u16(u16::try_from(run.len()).expect("at most a part"));
+            e.u8(run.first().copied().unwrap_or(0));
+        }
+    } else {
+        e.u8(REFERENCES_RAW);
+        e.raw(counts);
+    }
+    seal(&key::references(chunk, part), e.into_bytes())
+}
+
+/// Reads a value of `R`.
+///
+/// # Errors
+/// `Corrupt` or `Version`.
+pub fn decode_references(chunk: u32, part: u8, value: &[u8]) -> Result<Vec<u8>> {
+    let mut d = Dec::new(unseal(&key::references(chunk, part), value)?, "extra references");
+    version(&mut d)?;
+    let mut counts = Vec::with_capacity(REFERENCE_PART);
+    match d.u8()? {
+        REFERENCES_RAW => counts.extend_from_slice(d.raw(REFERENCE_PART)?),
+        REFERENCES_RUNS => {
+            while !d.is_empty() {
+                let (len, count) = (d.u16()?, d.u8()?);
+                counts.resize(counts.len() + usize::from(len), count);
+                if counts.len() > REFERENCE_PART {
+                    return Err(d.bad("runs too long"));
+                }
+            }
+        }
+        _ => return Err(d.bad("unknown kind")),
+    }
+    d.end()?;
+    if counts.len() != REFERENCE_PART || usize::from(part) >= CHUNK_GRAINS / REFERENCE_PART {
+        return Err(d.bad("part"));
+    }
+    Ok(counts)
+}
+
+/// Value of the `R` key of one grain: its exact count of extra references.
+#[must_use]
+pub fn encode_spilled(chunk: u32, index: u16, count: u64) -> Vec<u8> {
+    let mut e = Enc::default();
+    e.u8(RECORD_VERSION);
+    e.u64(count);
+    seal(&key::spilled(chunk, index), e.into_bytes())
+}
+
+/// Reads the value of the `R` key of one grain.
+///
+/// # Errors
+/// `Corrupt` or `Version`.
+pub fn decode_spilled(chunk: u32, index: u16, value: &[u8]) -> Result<u64> {
+    let mut d = Dec::new(unseal(&key::spilled(chunk, index), value)?, "extra references");
+    version(&mut d)?;
+    let count = d.u64()?;
+    if usize::from(index) >= CHUNK_GRAINS {
+        return Err(d.bad("grain"));
+    }
+    d.end()?;
+    Ok(count)
 }
 
 /// New entries of one page version in one transaction group.

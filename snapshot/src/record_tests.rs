@@ -118,7 +118,11 @@ fn records_round_trip() {
         assert_eq!(JobRecord::decode(1, &j.encode(1)).unwrap(), j);
     }
     assert_eq!(decode_value("k", &encode_value("k", b"v")).unwrap(), b"v");
-    let counts = vec![4096u16; COUNTS_PER_BLOCK];
+    let count = |n: usize| ChunkCount {
+        free: u16::try_from(4 * n).unwrap(),
+        shared: n.is_multiple_of(3),
+    };
+    let counts: Vec<_> = (0..COUNTS_PER_BLOCK).map(count).collect();
     assert_eq!(decode_counts(1, &encode_counts(1, &counts)).unwrap(), counts);
     let bits = [0x1234u64; 64];
     assert_eq!(decode_bitmap(1, &encode_bitmap(1, &bits)).unwrap(), bits);

@@ -393,6 +393,7 @@ impl State {
             };
             let id = SnapshotId { branch, epoch };
             self.put_snapshot(id, Some(snapshot));
+            self.written(branch, false);
             made.push((shared.id, id));
         }
         Ok(made)

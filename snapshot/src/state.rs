@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::alloc::Allocator;
+use crate::alloc::{Allocator, Need, Shares};
 use crate::bad::BadGrains;
 use crate::map::{PageMap, Version};
 use crate::page::{Entry, Page, PageNo};
@@ -49,6 +49,8 @@ pub(crate) struct Branch {
     pub(crate) holds: Holds,
     /// As the last durable state sees it: a hold that was dropped since still forbids overwriting (I4).
     pub(crate) durable_holds: Holds,
+    /// Something was published since the last cut: the newest snapshot is not what the head shows.
+    pub(crate) written: bool,
 }
 
 /// The old entries of a page version, before the open transaction group changed them.
@@ -69,7 +71,12 @@ pub(crate) struct Txg {
     pub(crate) removed: BTreeSet<PageKey>,
     /// Versions whose page must be stored whole with this commit, because what their deltas stand on goes away.
     pub(crate) forced: BTreeSet<PageKey>,
+    /// New versions of which so much is new that their pages are stored whole, instead of deltas.
+    pub(crate) whole: BTreeSet<PageKey>,
     pub(crate) allocs: Vec<u64>,
+    /// Grains that get one more placement, and how many times.
+    pub(crate) shares: Shares,
+    /// Placements that go; the grain with its last one.
     pub(crate) releases: Vec<u64>,
     pub(crate) branches: BTreeSet<BranchId>,
     pub(crate) snapshots: BTreeSet<SnapshotId>,
@@ -96,7 +103,9 @@ impl Txg {
             created: BTreeSet::new(),
             removed: BTreeSet::new(),
             forced: BTreeSet::new(),
+            whole: BTreeSet::new(),
             allocs: Vec::new(),
+            shares: Shares::new(),
             releases: Vec::new(),
             branches: BTreeSet::new(),
             snapshots: BTreeSet::new(),
@@ -110,6 +119,12 @@ impl Txg {
         }
     }
 
+    /// Grains that get or lose placements.
+    pub(crate) fn grains(&self) -> impl Iterator<Item = u64> + '_ {
+        let changed = self.allocs.iter().chain(self.shares.keys());
+        changed.chain(&self.releases).copied()
+    }
+
     /// Whether a commit has nothing to do.
     pub(crate) fn is_empty(&self) -> bool {
         !self.forced_close
@@ -117,6 +132,7 @@ impl Txg {
             && self.created.is_empty()
             && self.removed.is_empty()
             && self.allocs.is_empty()
+            && self.shares.is_empty()
             && self.releases.is_empty()
             && self.branches.is_empty()
             && self.snapshots.is_empty()
@@ -148,6 +164,15 @@ pub(crate) struct JournalPart {
     pub(crate) bytes: u64,
 }
 
+/// Where the grains of published entries come from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Placing {
+    /// They were reserved for this.
+    Fresh,
+    /// They are placed elsewhere already.
+    Shared,
+}
+
 /// Everything under the pool's lock.
 pub(crate) struct State {
     pub(crate) branches: BTreeMap<BranchId, Branch>,
@@ -155,6 +180,8 @@ pub(crate) struct State {
     pub(crate) volumes: BTreeMap<VolumeId, Arc<Shared>>,
     pub(crate) names: BTreeMap<String, VolumeId>,
     pub(crate) snapshots: BTreeMap<SnapshotId, SnapshotRecord>,
+    /// Snapshots that [`crate::Pin`]s stand on, and how many. In RAM only: a start finds what they held unwanted.
+    pub(crate) pins: BTreeMap<SnapshotId, usize>,
     pub(crate) jobs: BTreeMap<u64, JobRecord>,
     /// Transaction group that a job was made in: it starts when that is durable.
     pub(crate) job_since: BTreeMap<u64, u64>,
@@ -320,6 +347,33 @@ impl State {
         page_no: PageNo,
         changes: &[(u8, Entry)],
     ) -> Result<Ticket> {
+        self.publish_as(branch, page_no, changes, Placing::Fresh)
+    }
+
+    /// Puts entries of another place into the head's page: their grains have one placement more from now on, and are not
+    /// written any more (`State::is_shared`). Whoever calls keeps them from going meanwhile.
+    pub(crate) fn publish_shared(
+        &mut self,
+        branch: BranchId,
+        page_no: PageNo,
+        changes: &[(u8, Entry)],
+    ) -> Result<Ticket> {
+        self.publish_as(branch, page_no, changes, Placing::Shared)
+    }
+
+    /// Whether a grain is placed more than once, in the open state or in the last durable one (I4). The allocator may
+    /// have to load what it knows of it.
+    pub(crate) fn is_shared(&self, grain: u64) -> std::result::Result<bool, Need> {
+        Ok(self.open.shares.contains_key(&grain) || self.alloc.is_shared(grain)?)
+    }
+
+    fn publish_as(
+        &mut self,
+        branch: BranchId,
+        page_no: PageNo,
+        changes: &[(u8, Entry)],
+        placing: Placing,
+    ) -> Result<Ticket> {
         let (held, current) = {
             let b = self.branch(branch)?;
             (b.holds.newest(page_no), b.record.current)
@@ -346,10 +400,17 @@ impl State {
             }
             if let Some(grain) = entry.grain() {
                 taken += 1;
-                self.open.allocs.push(grain);
+                match placing {
+                    Placing::Fresh => self.open.allocs.push(grain),
+                    Placing::Shared => *self.open.shares.entry(grain).or_default() += 1,
+                }
             }
         }
+        if placing == Placing::Shared && self.open.created.contains(&key) {
+            self.open.whole.insert(key);
+        }
         self.map.touch(key, self.open.id);
+        self.written(branch, true);
         let record = self.branch_mut(branch)?;
         record.mapped_grains = (record.mapped_grains + taken).saturating_sub(given);
         self.publications += 1;
@@ -357,6 +418,13 @@ impl State {
             txg: self.open.id,
             sequence: self.publications,
         })
+    }
+
+    /// Notes whether the head shows something else than the newest snapshot.
+    pub(crate) fn written(&mut self, branch: BranchId, written: bool) {
+        if let Some(b) = self.branches.get_mut(&branch) {
+            b.written = written;
+        }
     }
 
     /// The version of the head's page that may be changed: its newest, unless a hold can see that one (I6).
@@ -451,9 +519,10 @@ impl State {
         let Some(mut record) = self.snapshots.get(&id).cloned() else {
             return;
         };
-        record.state = match self.children(id).next() {
-            Some(_) => SnapshotState::Hidden,
-            None => SnapshotState::Dying,
+        record.state = if self.children(id).next().is_some() || self.pins.contains_key(&id) {
+            SnapshotState::Hidden
+        } else {
+            SnapshotState::Dying
         };
         let dying = record.state == SnapshotState::Dying;
         self.put_snapshot(id, Some(record));
@@ -472,7 +541,7 @@ impl State {
                 .filter(|(_, n)| n.state == SnapshotState::Hidden);
             let lonely: Vec<SnapshotId> = hidden
                 .map(|(id, _)| *id)
-                .filter(|id| self.children(*id).next().is_none())
+                .filter(|id| self.children(*id).next().is_none() && !self.pins.contains_key(id))
                 .collect();
             lonely.into_iter().for_each(|id| self.retire(id));
             let headless = self
@@ -495,7 +564,7 @@ impl State {
                         self.forget_branch(branch);
                         forgotten = true;
                     }
-                    [(id, SnapshotState::Hidden)] => self.fold(*id),
+                    [(id, SnapshotState::Hidden)] if !self.pins.contains_key(id) => self.fold(*id),
                     _ => {}
                 }
             }

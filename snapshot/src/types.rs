@@ -291,6 +291,15 @@ pub struct DeletePlan {
     pub kept: Vec<SnapshotId>,
 }
 
+/// What a copy did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Copied {
+    /// Bytes that share their grains with the source now (or that need none: holes and zeroes).
+    pub referenced_bytes: u64,
+    /// Bytes that were read and written.
+    pub copied_bytes: u64,
+}
+
 /// Counters and sizes of a pool.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct PoolStats {

@@ -55,6 +55,9 @@ struct Gap {
     newer: Option<Reader>,
 }
 
+/// Places that grains with several would lose.
+type Lost = HashMap<u64, u64>;
+
 /// What is known of a snapshot between two others: their content never changes.
 pub(crate) type Known = HashMap<SnapshotId, (Epoch, Reader, u64)>;
 
@@ -265,7 +268,7 @@ impl Pool {
         let stay = later.readers();
         let gaps = now.gaps(&later);
 
-        let freed = gaps.iter().map(|g| inner.freed_by(g)).sum::<Result<u64>>()?;
+        let freed = inner.freed_by_all(&gaps)?.0;
         Ok(DeletePlan {
             freed_bytes: inner.place(freed),
             kept: ids.iter().filter(|id| stay.contains(id)).copied().collect(),
@@ -318,18 +321,29 @@ impl Inner {
         {
             return Ok(Some(bytes));
         }
-        let freed = gaps.iter().map(|g| self.freed_by(g)).sum::<Result<u64>>()?;
+        let (freed, alone) = self.freed_by_all(&gaps)?;
         let bytes = self.place(freed);
         let mut known = lock(&self.unique);
-        match fixed {
+        // What is placed elsewhere too may lose that place without a deletion here.
+        match fixed.filter(|_| alone) {
             Some((older, newer)) => known.insert(id, (older, newer, bytes)),
             None => known.remove(&id),
         };
         Ok(Some(bytes))
     }
 
-    /// Grains that would be free without the readers of the gap.
-    fn freed_by(&self, gap: &Gap) -> Result<u64> {
+    /// Grains that would be free without the readers of these gaps, and whether none of theirs has several places.
+    fn freed_by_all(&self, gaps: &[Gap]) -> Result<(u64, bool)> {
+        let mut shared = Lost::new();
+        let mut freed = 0;
+        for gap in gaps {
+            freed += self.freed_by(gap, &mut shared)?;
+        }
+        Ok((freed + self.freed_of_shared(&shared)?, shared.is_empty()))
+    }
+
+    /// Grains with one place that would be free without the readers of the gap; those with several go to `shared`.
+    fn freed_by(&self, gap: &Gap, shared: &mut Lost) -> Result<u64> {
         let (mut freed, mut from) = (0, Some(0));
         while let Some(first) = from {
             let mut pages: BTreeMap<PageNo, Vec<(usize, Epoch)>> = BTreeMap::new();
@@ -349,14 +363,20 @@ impl Inner {
             }
             let complete = pages.iter().filter(|(page, _)| next.is_none_or(|n| **page < n));
             for (page, versions) in complete {
-                freed += self.freed_in_page(gap, *page, versions)?;
+                freed += self.freed_in_page(gap, *page, versions, shared)?;
             }
             from = next;
         }
         Ok(freed)
     }
 
-    fn freed_in_page(&self, gap: &Gap, page: PageNo, versions: &[(usize, Epoch)]) -> Result<u64> {
+    fn freed_in_page(
+        &self,
+        gap: &Gap,
+        page: PageNo,
+        versions: &[(usize, Epoch)],
+        shared: &mut Lost,
+    ) -> Result<u64> {
         // What a reader sees is the youngest version that is not younger than itself; both lists are in order.
         let seen: BTreeSet<(usize, Epoch)> = gap
             .gone
@@ -370,7 +390,7 @@ impl Inner {
             Some(r) => Some(self.resolve(r.branch, r.epoch, page)?.1),
             None => None,
         };
-        let mut freed = HashSet::new();
+        let mut gone = HashSet::new();
         for (at, epoch) in seen {
             let (branch, _) = *gap
                 .branches
@@ -380,12 +400,39 @@ impl Inner {
             for (i, entry) in (0u8..).zip(version.iter()) {
                 if let Some(grain) = entry.grain()
                     && entry.birth() > gap.older
-                    && newer.as_ref().is_none_or(|n| n.at(i).grain() != Some(grain))
+                    && newer.as_ref().is_none_or(|n| !n.at(i).same_place(entry))
                 {
-                    freed.insert(grain);
+                    gone.insert((i, grain, entry.birth()));
                 }
             }
         }
-        Ok(freed.len() as u64)
+        let mut freed = 0;
+        for (_, grain, _) in gone {
+            match self.references_of(grain)? {
+                0 => freed += 1,
+                _ => *shared.entry(grain).or_default() += 1,
+            }
+        }
+        Ok(freed)
+    }
+
+    /// Extra references of a grain.
+    fn references_of(&self, grain: u64) -> Result<u64> {
+        loop {
+            let found = self.state().alloc.references_of(grain);
+            match found {
+                Ok(n) => return Ok(n),
+                Err(need) => self.satisfy(need)?,
+            }
+        }
+    }
+
+    /// Of the grains that lose some of their places, those that lose all.
+    fn freed_of_shared(&self, shared: &Lost) -> Result<u64> {
+        let mut freed = 0;
+        for (grain, lost) in shared {
+            freed += u64::from(*lost > self.references_of(*grain)?);
+        }
+        Ok(freed)
     }
 }

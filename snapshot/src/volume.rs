@@ -8,9 +8,11 @@ use crate::lock::{Mode, RangeGuard, RangeLocks};
 use crate::types::{BranchId, Caw, Checksums, Extent, ExtentKind, VolumeId, VolumeInfo, VolumeSpace, limits};
 use crate::{Error, Result};
 
+mod copy;
 mod grains;
 mod runs;
 
+pub use copy::CopySource;
 use runs::part;
 pub(crate) use runs::{Extents, Runs, kind_of};
 

@@ -1,6 +1,6 @@
 //! The interleavings that break a naive redirect-on-write store, each by name (snapshot-store.md §8.0), forced with
 //! pause points and followed by power cuts. The letters are those of that list; g (sealing) is in integrity.rs, i (XCOPY)
-//! comes with what it tests.
+//! in copy.rs.
 
 #![expect(
     clippy::unwrap_used,

@@ -20,8 +20,8 @@ use std::sync::{Mutex, Once};
 
 use stillpoint_snapshot::sim::{Call, Failure, Fault, Loss, Rng, World};
 use stillpoint_snapshot::{
-    Caw, Checksums, CloneSpec, DiffTo, Error, ExtentKind, Pool, PoolOptions, SnapshotChange, SnapshotSpec,
-    Volume, VolumeSpec, check_media,
+    Caw, Checksums, CloneSpec, CopySource, DiffTo, Error, ExtentKind, Pin, Pool, PoolOptions, SnapshotChange,
+    SnapshotSpec, Volume, VolumeSpec, check_media,
 };
 
 use common::facts::{SECTOR, Stamp, stamped, stamped_run, stamps};
@@ -49,6 +49,8 @@ enum Kind {
     Flush,
     CompareAndWrite,
     TryWrite,
+    Copy,
+    Pin,
     Create,
     Snapshot,
     Clone,
@@ -76,6 +78,8 @@ const WEIGHTS: &[(Kind, u64)] = &[
     (Kind::Flush, 7),
     (Kind::CompareAndWrite, 3),
     (Kind::TryWrite, 3),
+    (Kind::Copy, 9),
+    (Kind::Pin, 3),
     (Kind::Create, 2),
     (Kind::Snapshot, 11),
     (Kind::Clone, 4),
@@ -186,6 +190,8 @@ struct Rig {
     story: Vec<String>,
     /// What the FUA write of this step made durable: counts once a cut within the step has been judged.
     durable_now: Option<(String, Range<u64>)>,
+    /// Points in time that are being kept, and what they show. No restart keeps them.
+    pins: Vec<(Pin, Vec<Stamp>)>,
 }
 
 /// Why a step did not go well.
@@ -289,6 +295,7 @@ impl Rig {
             names: 0,
             story: Vec::new(),
             durable_now: None,
+            pins: Vec::new(),
         };
         rig.create(SECTORS)?;
         rig.create(SECTORS)?;
@@ -356,6 +363,17 @@ impl Rig {
             }
         };
         model.clock = self.model.clock;
+        for (name, volume) in &mut model.volumes {
+            // A copy may write what was there: the content does not tell whether it came to that.
+            if let Some(after) = self
+                .model
+                .volumes
+                .get(name)
+                .filter(|v| v.reverted == volume.reverted)
+            {
+                volume.touched.extend(&after.touched);
+            }
+        }
         Ok(model)
     }
 
@@ -371,6 +389,7 @@ impl Rig {
         let (pool, mut model) = self.reopened(&world, before).map_err(told)?;
         if rng.chance(50) {
             // Go on from there.
+            self.pins.clear();
             (self.world, self.pool, self.model) = (world, pool, model);
             return Ok(self.pool.commit_now()?);
         }
@@ -403,6 +422,7 @@ impl Rig {
         let world = self.world.after_cut(loss, rng);
         let told = |trouble: Trouble| trouble.at(&format!("new start after a fault ({loss:?})"));
         let (pool, model) = self.reopened(&world, before).map_err(told)?;
+        self.pins.clear();
         (self.world, self.pool, self.model) = (world, pool, model);
         Ok(())
     }
@@ -415,6 +435,8 @@ impl Rig {
             Kind::UnmapMany => self.unmap_many(rng),
             Kind::CompareAndWrite => self.compare_and_write(rng),
             Kind::Flush => self.flush(rng),
+            Kind::Copy => self.copy(rng),
+            Kind::Pin => self.pin(rng),
             Kind::Create if self.model.volumes.len() < MOST_VOLUMES => self.create(1 + rng.below(SECTORS)),
             Kind::Snapshot if self.model.snapshots.len() < MOST_SNAPSHOTS => self.snapshot(rng),
             Kind::Clone if self.model.volumes.len() < MOST_VOLUMES => self.clone_snapshot(rng),
@@ -603,6 +625,77 @@ impl Rig {
             (Some(at), Caw::Miscompare { offset }) if offset == at as u64 => Ok(()),
             (differs, answer) => wrong(format!("compare-and-write differs at {differs:?}: {answer:?}")),
         }
+    }
+
+    /// From a volume, a snapshot or a pin to the same place of a volume: sectors carry their numbers.
+    fn copy(&mut self, rng: &mut Rng) -> Verdict {
+        let Some((name, volume)) = self.any_volume(rng, true) else {
+            return Ok(());
+        };
+        let (sector, count) = self.range(rng, &name);
+        let (offset, len) = (sector * SECTOR as u64, count * SECTOR as u64);
+        let (other, handle) = self.any_volume(rng, false).unwrap();
+        let snapshot = self.any_snapshot(rng);
+        let pin = (!self.pins.is_empty()).then(|| rng.index(self.pins.len()));
+        let (from, stamps, source) = match (rng.below(3), &snapshot, pin) {
+            (0, Some(snapshot), _) => (
+                format!("{}@{}", snapshot.volume, snapshot.name),
+                snapshot.stamps.clone(),
+                CopySource::Snapshot(self.id(snapshot)),
+            ),
+            (1, _, Some(pin)) => (
+                format!("pin {pin}"),
+                self.pins[pin].1.clone(),
+                CopySource::Pin(&self.pins[pin].0),
+            ),
+            _ => (
+                other.clone(),
+                self.model.volumes[&other].now(),
+                CopySource::Volume(&handle),
+            ),
+        };
+        if sector + count > stamps.len() as u64 {
+            return match volume.copy(offset, &source, offset, len) {
+                Err(Error::OutOfRange { .. }) => Ok(()),
+                other => wrong(format!("a copy from beyond the end: {other:?}")),
+            };
+        }
+        self.story
+            .push(format!("copy {name} {sector}+{count} from {from}"));
+        let done = volume.copy(offset, &source, offset, len);
+        let clock = self.model.tick();
+        for at in sector..sector + count {
+            self.model_of(&name).set(clock, at, 1, stamps[at as usize]);
+        }
+        let done = done?;
+        if done.referenced_bytes + done.copied_bytes != len {
+            return wrong(format!("a copy of {len} bytes: {done:?}"));
+        }
+        self.durable_now = Some((name, sector..sector + count));
+        Ok(())
+    }
+
+    /// Keeps a point in time, or lets one go; those that are kept show what they did.
+    fn pin(&mut self, rng: &mut Rng) -> Verdict {
+        for (pin, stamps_then) in &self.pins {
+            let mut bytes = vec![0xee; pin.size_bytes() as usize];
+            pin.read(0, &mut bytes)?;
+            let found = stamps(&bytes).map_err(|what| format!("{pin:?}: {what}"))?;
+            if found != *stamps_then {
+                return wrong(format!("{pin:?} has changed"));
+            }
+        }
+        if self.pins.len() > 2 || (!self.pins.is_empty() && rng.chance(40)) {
+            let at = rng.index(self.pins.len());
+            self.tell(format!("let {:?} go", self.pins[at].0));
+            self.pins.remove(at);
+            return Ok(());
+        }
+        let (name, volume) = self.any_volume(rng, false).unwrap();
+        self.tell(format!("pin {name}"));
+        let now = self.model.volumes[&name].now();
+        self.pins.push((volume.pin()?, now));
+        Ok(())
     }
 
     fn flush(&mut self, rng: &mut Rng) -> Verdict {
@@ -822,6 +915,7 @@ impl Rig {
 
     fn reopen(&mut self) -> Verdict {
         self.pool.shutdown()?;
+        self.pins.clear();
         self.model.volumes.values_mut().for_each(ModelVolume::flushed);
         self.pool = open(&self.world)?;
         Ok(())
@@ -914,6 +1008,7 @@ impl Rig {
 
     /// Everything deleted must leave nothing behind.
     fn empty(&mut self) -> Verdict {
+        self.pins.clear();
         for snapshot in self.model.snapshots.clone() {
             let change = SnapshotChange {
                 hold: Some(false),

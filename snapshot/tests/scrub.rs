@@ -161,7 +161,8 @@ fn edit(world: &World, change: impl FnOnce(&mut record::Bits) -> i32) {
     let by = change(&mut bits);
     let counts = meta.get(&key::counts(0)).unwrap().unwrap();
     let mut counts = record::decode_counts(0, &counts).unwrap();
-    counts[0] = (i32::from(counts[0]) - by) as u16;
+    let free = i32::from(counts[0].free) - by;
+    counts[0].free = free.try_into().unwrap();
     let mut batch = Batch::default();
     batch.put(key::bitmap(0), record::encode_bitmap(0, &bits));
     batch.put(key::counts(0), record::encode_counts(0, &counts));

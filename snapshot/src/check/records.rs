@@ -68,6 +68,8 @@ impl Records {
             Key::Branch(id) => drop(self.branches.insert(id, BranchRecord::decode(id, value)?)),
             Key::Snapshot(id) => drop(self.snapshots.insert(id, SnapshotRecord::decode(id, value)?)),
             Key::Job(id) => drop(self.jobs.insert(id, JobRecord::decode(id, value)?)),
+            Key::References(chunk, part) => drop(record::decode_references(chunk, part, value)?),
+            Key::Spilled(chunk, index) => drop(record::decode_spilled(chunk, index, value)?),
             Key::Counts(block) => drop(record::decode_counts(block, value)?),
             Key::Bad(grain) => drop(self.bad.insert(grain, BadRecord::decode(grain, value)?)),
             Key::Value(name) => drop(record::decode_value(&name, value)?),

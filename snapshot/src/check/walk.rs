@@ -25,6 +25,14 @@ pub(super) struct Recorded {
     pub(super) offset: u64,
 }
 
+/// Counts by grain, by chunk: only chunks that have any.
+pub(super) type Placements = BTreeMap<u32, Box<[u64; CHUNK_GRAINS]>>;
+
+fn split(grain: u64) -> (u32, usize) {
+    let chunk = u32::try_from(grain / CHUNK_GRAINS as u64).unwrap_or(u32::MAX);
+    (chunk, usize::try_from(grain % CHUNK_GRAINS as u64).unwrap_or(0))
+}
+
 /// One pass over the map.
 pub(super) struct Walk<'a> {
     pub(super) records: &'a Records,
@@ -34,6 +42,8 @@ pub(super) struct Walk<'a> {
     pub(super) changed: BTreeSet<PageKey>,
     /// Recorded checksums of the page that was passed last, each grain once.
     pub(super) recorded: Vec<Recorded>,
+    /// Placements of grains beyond the first, by chunk.
+    pub(super) extra: Placements,
     /// Grains below this exist in the data file.
     pub(super) limit: u64,
     pub(super) grain_bytes: u64,
@@ -90,11 +100,12 @@ impl Walk<'_> {
                     offset,
                 });
             }
-            if old.grain() == Some(grain) {
-                if old.birth() != new.birth() {
-                    let text = format!("{}: grain {grain} changed its birth, {old:?} to {new:?}", place());
-                    self.report.add(ProblemKind::Inconsistent, text);
-                }
+            if old.grain() == Some(grain) && new.birth() < old.birth() {
+                let text = format!("{}: grain {grain} became older, {old:?} to {new:?}", place());
+                self.report.add(ProblemKind::Inconsistent, text);
+            }
+            // The same grain with another birth was copied back by reference: a second placement.
+            if old.same_place(new) {
                 if old.crc().zip(new.crc()).is_some_and(|(a, b)| a != b) {
                     let text = format!(
                         "{}: grain {grain} changed its checksum, {old:?} to {new:?}",
@@ -109,17 +120,18 @@ impl Walk<'_> {
                 self.report.add(ProblemKind::Inconsistent, text);
             }
             if !self.mark(grain) {
-                self.report.add(
-                    ProblemKind::SharedGrain,
-                    format!("{}: grain {grain} is placed twice", place()),
-                );
+                let (chunk, index) = split(grain);
+                let counts = self.extra.entry(chunk);
+                let counts = counts.or_insert_with(|| Box::new([0; CHUNK_GRAINS]));
+                if let Some(count) = counts.get_mut(index) {
+                    *count += 1;
+                }
             }
         }
     }
 
     pub(super) fn mark(&mut self, grain: u64) -> bool {
-        let chunk = u32::try_from(grain / CHUNK_GRAINS as u64).unwrap_or(u32::MAX);
-        let within = usize::try_from(grain % CHUNK_GRAINS as u64).unwrap_or(0);
+        let (chunk, within) = split(grain);
         let bits = self
             .used
             .entry(chunk)

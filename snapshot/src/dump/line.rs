@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::page::{Entry, PAGE_ENTRIES, Page};
 use crate::record::{self, Bits, BranchRecord, CHUNK_GRAINS, JobRecord, Key, SnapshotRecord, SystemRecord};
+use crate::refs::Refs;
 use crate::types::{BranchId, Checksums, Consistency, Epoch, SnapshotId, SnapshotState};
 use crate::{Error, Result};
 
@@ -129,6 +130,11 @@ pub(super) enum Line {
     Used {
         chunk: u32,
         grains: String,
+    },
+    /// Extra references of grains of a chunk, as runs `first+count*references`.
+    References {
+        chunk: u32,
+        counts: String,
     },
     /// A dump without its end is not restored.
     End {
@@ -290,6 +296,36 @@ pub(super) fn parse_entry(text: &str, n: u64) -> Option<Entry> {
     Some(Entry::mapped(grain, birth))
 }
 
+pub(super) fn references_line(chunk: u32, refs: &Refs) -> Line {
+    let mut runs: Vec<(usize, usize, u64)> = Vec::new();
+    for (index, n) in refs.iter() {
+        match runs.last_mut() {
+            Some((first, count, same)) if *first + *count == index && *same == n => *count += 1,
+            _ => runs.push((index, 1, n)),
+        }
+    }
+    let text = runs
+        .iter()
+        .map(|(first, count, n)| format!("{first}+{count}*{n}"));
+    Line::References {
+        chunk,
+        counts: text.collect::<Vec<_>>().join(" "),
+    }
+}
+
+pub(super) fn parse_references(text: &str) -> Option<Refs> {
+    let mut counts = Vec::new();
+    for run in text.split(' ').filter(|run| !run.is_empty()) {
+        let (range, n) = run.split_once('*')?;
+        let (first, count) = range.split_once('+')?;
+        let (first, count): (usize, usize) = (first.parse().ok()?, count.parse().ok()?);
+        let n: u64 = n.parse().ok()?;
+        let end = first.checked_add(count).filter(|end| *end <= CHUNK_GRAINS)?;
+        counts.extend((first..end).map(|index| (index, n)));
+    }
+    Some(Refs::of(counts))
+}
+
 pub(super) fn ranges_text(bits: &Bits) -> String {
     let mut ranges: Vec<(usize, usize)> = Vec::new();
     for grain in 0..CHUNK_GRAINS {
@@ -366,6 +402,13 @@ mod tests {
         assert_eq!(parse_ranges("0+1 2+2 4095+1"), Some(bits));
         assert!(parse_ranges("4095+2").is_none() && parse_ranges("1+18446744073709551615").is_none());
         assert_eq!(parse_ranges(""), Some([0; CHUNK_GRAINS / 64]));
+        let refs = Refs::of([(0, 1), (1, 1), (2, 300), (4095, 1)]);
+        let Line::References { counts, .. } = references_line(7, &refs) else {
+            panic!("of references");
+        };
+        assert_eq!(counts, "0+2*1 2+1*300 4095+1*1");
+        assert_eq!(parse_references(&counts), Some(refs));
+        assert!(parse_references("4095+2*1").is_none() && parse_references("5+1").is_none());
     }
 
     #[test]

@@ -7,15 +7,14 @@ use super::{MAP_PAGES, Scrub, ScrubPhase, ScrubStatus};
 use crate::Result;
 use crate::check::ProblemKind;
 use crate::inner::Inner;
-use crate::page::{PAGE_ENTRIES, Page};
+use crate::page::Page;
 use crate::record::{self, Bits, CHUNK_GRAINS};
-use crate::state::State;
+use crate::refs::{Refs, Touched};
+use crate::state::{State, Txg};
 use crate::types::{BranchId, Epoch, SnapshotId};
 
 /// Chunks that are compared in one pass over the map: at most 64 MiB for their bits, twice.
 const WINDOW: u32 = 65_536;
-/// Second placements that are remembered until it is known which of them count.
-const MOST_TWICE: usize = 10_000;
 
 /// One bit for each of a set of grains.
 #[derive(Default)]
@@ -37,12 +36,6 @@ impl GrainSet {
         fresh
     }
 
-    fn contains(&self, grain: u64) -> bool {
-        let (chunk, word, bit) = place(grain);
-        let word = self.0.get(&chunk).and_then(|bits| bits.get(word));
-        word.is_some_and(|word| word & bit != 0)
-    }
-
     fn words(&self, chunk: u32) -> Bits {
         self.0.get(&chunk).map_or([0; CHUNK_GRAINS / 64], |bits| **bits)
     }
@@ -58,8 +51,8 @@ fn place(grain: u64) -> (u32, usize, u64) {
 pub(super) struct MapPass {
     window: u32,
     used: GrainSet,
-    /// Grains that were met twice, and where.
-    twice: Vec<(u64, String)>,
+    /// How often grains were met after the first time, by chunk.
+    again: BTreeMap<u32, Refs>,
 }
 
 impl MapPass {
@@ -79,10 +72,10 @@ impl State {
     }
 
     /// A transaction group closes: what it took and gave back changed while a pass over the map may run.
-    pub(crate) fn touch_closing(&mut self, allocs: &[u64], releases: &[u64]) {
+    pub(crate) fn touch_closing(&mut self, txg: &Txg) {
         if let Some(touched) = &mut self.touched {
-            allocs.iter().chain(releases).for_each(|g| {
-                touched.insert(*g);
+            txg.grains().for_each(|g| {
+                touched.insert(g);
             });
         }
     }
@@ -146,7 +139,7 @@ impl Inner {
         scrub.map = Some(MapPass {
             window,
             used,
-            twice: Vec::new(),
+            again: BTreeMap::new(),
         });
         Ok(())
     }
@@ -154,20 +147,24 @@ impl Inner {
     /// Marks the placements of a page: what differs from the version before.
     fn place_all(&self, page: &Versions, pass: &mut MapPass, status: &mut ScrubStatus) {
         let mut before = &page.inherited;
-        for (epoch, now) in &page.versions {
-            for (index, (old, new)) in (0u64..).zip(before.iter().zip(now.iter())) {
-                let Some(grain) = new.grain().filter(|g| old.grain() != Some(*g)) else {
+        for (_, now) in &page.versions {
+            for (old, new) in before.iter().zip(now.iter()) {
+                // The same grain with another birth was copied back by reference: a second placement.
+                let Some(grain) = new.grain().filter(|_| !old.same_place(new)) else {
                     continue;
                 };
                 if !pass.holds(grain) {
                     continue;
                 }
                 status.grains_placed += 1;
-                if !pass.used.insert(grain) && pass.twice.len() < MOST_TWICE {
-                    let byte =
-                        (u64::from(page.page) * PAGE_ENTRIES as u64 + index) * u64::from(self.grain_bytes);
-                    let text = format!("byte {byte} of branch {} at epoch {}", page.branch.0, epoch.0);
-                    pass.twice.push((grain, text));
+                if !pass.used.insert(grain) {
+                    let (chunk, word, bit) = place(grain);
+                    let again = pass.again.entry(chunk).or_default();
+                    again.add(
+                        word * 64 + bit.trailing_zeros() as usize,
+                        1,
+                        &mut Touched::default(),
+                    );
                 }
             }
             before = now;
@@ -209,36 +206,25 @@ impl Inner {
 
     /// Holds one window of the bitmaps against what the map uses; gives the number of chunks of the pool.
     fn compare_bitmaps(&self, pass: MapPass, status: &mut ScrubStatus) -> Result<u32> {
+        let none = Refs::default();
         let chunks = self.state().alloc.chunk_count();
         let first = pass.window * WINDOW;
         let end = first.saturating_add(WINDOW).min(chunks);
         for chunk in first..end {
-            let (bits, touched) = loop {
+            let (bits, refs, touched) = loop {
                 self.load_chunk(chunk)?;
                 let state = self.state();
                 let since = state.touched.as_ref();
                 let mut touched = since.map_or([0; CHUNK_GRAINS / 64], |t| t.words(chunk));
                 state.open_grains(chunk, &mut touched);
-                if let Some(bits) = state.alloc.bits(chunk) {
-                    break (*bits, touched);
+                if let Some((bits, refs)) = state.alloc.bits(chunk).zip(state.alloc.references(chunk)) {
+                    break (*bits, refs.clone(), touched);
                 }
             };
             let used = pass.used.words(chunk);
             compare_chunk(chunk, &bits, &used, &touched, status);
-        }
-        let state = self.state();
-        let counted = |grain: &u64| state.touched.as_ref().is_none_or(|t| !t.contains(*grain));
-        let twice: Vec<_> = pass
-            .twice
-            .into_iter()
-            .filter(|(grain, _)| counted(grain))
-            .collect();
-        drop(state);
-        for (grain, place) in twice {
-            status.add(
-                ProblemKind::SharedGrain,
-                format!("{place}: grain {grain} is placed twice"),
-            );
+            let again = pass.again.get(&chunk).unwrap_or(&none);
+            compare_references(chunk, &refs, again, &touched, status);
         }
         Ok(chunks)
     }
@@ -247,14 +233,40 @@ impl Inner {
 impl State {
     /// Adds the grains of a chunk that the open group has taken or given back.
     fn open_grains(&self, chunk: u32, touched: &mut Bits) {
-        for grain in self.open.allocs.iter().chain(&self.open.releases) {
-            let (c, word, bit) = place(*grain);
+        for grain in self.open.grains() {
+            let (c, word, bit) = place(grain);
             if c == chunk
                 && let Some(word) = touched.get_mut(word)
             {
                 *word |= bit;
             }
         }
+    }
+}
+
+fn compare_references(chunk: u32, stated: &Refs, again: &Refs, touched: &Bits, status: &mut ScrubStatus) {
+    if stated.is_empty() && again.is_empty() {
+        return;
+    }
+    for index in 0..CHUNK_GRAINS {
+        let (says, placed) = (stated.get(index), again.get(index));
+        let is_touched = touched
+            .get(index / 64)
+            .is_some_and(|w| w & (1 << (index % 64)) != 0);
+        if says == placed || is_touched {
+            continue;
+        }
+        let grain = u64::from(chunk) * CHUNK_GRAINS as u64 + index as u64;
+        let kind = if placed > says {
+            ProblemKind::SharedGrain
+        } else {
+            ProblemKind::Leaked
+        };
+        let text = format!(
+            "grain {grain} is placed {} times and has {says} extra references",
+            placed + 1
+        );
+        status.add(kind, text);
     }
 }
 

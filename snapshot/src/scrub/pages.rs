@@ -277,6 +277,8 @@ pub(crate) fn verify(bytes: &[u8], value: &[u8]) -> Result<()> {
         Key::Page(k) => drop(record::decode_page(k, value)?),
         Key::Changed(_) => {}
         Key::Bitmap(chunk) => drop(record::decode_bitmap(chunk, value)?),
+        Key::References(chunk, part) => drop(record::decode_references(chunk, part, value)?),
+        Key::Spilled(chunk, index) => drop(record::decode_spilled(chunk, index, value)?),
         Key::Counts(block) => drop(record::decode_counts(block, value)?),
         Key::Journal(txg, seq) => drop(record::decode_journal(txg, seq, value)?),
         Key::Job(id) => drop(record::JobRecord::decode(id, value)?),

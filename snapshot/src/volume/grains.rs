@@ -13,11 +13,11 @@ use crate::{Error, Result};
 
 /// A part of an operation that lies in one map page.
 pub(super) struct Piece {
-    page: PageNo,
+    pub(super) page: PageNo,
     /// Bytes within the page.
     within: Range<u64>,
     /// Bytes within the operation's buffer.
-    buffer: Range<usize>,
+    pub(super) buffer: Range<usize>,
 }
 
 /// A place in the data file and the bytes of the buffer that go there.
@@ -144,14 +144,17 @@ impl Volume {
             let mut guard = self.pool.state();
             let state = &mut *guard;
             let held = state.write_hold(branch, piece.page)?;
-            let Some(version) = state.map.newest((branch, piece.page)) else {
+            let Some(page) = state.map.newest((branch, piece.page)).map(|v| v.page.clone()) else {
                 return Ok(None);
             };
             for (index, within, buffer) in self.grains(&piece) {
-                let grain = self.in_place(version.page.at(index), held);
+                let grain = self.in_place(page.at(index), held);
                 let Some(grain) = grain.filter(|g| !state.bad.contains(*g)) else {
                     return Ok(None);
                 };
+                if state.is_shared(grain) != Ok(false) {
+                    return Ok(None);
+                }
                 runs.add(Some(self.pool.place(grain) + within.start), buffer.clone(), 0);
             }
         }
@@ -228,6 +231,12 @@ impl Volume {
         for (index, _, _) in self.grains(piece).skip(steps.len()) {
             let old = page.at(index);
             let place = self.in_place(old, held).filter(|g| !state.bad.contains(*g));
+            // What is placed elsewhere too is not ours alone.
+            let place = match place.map(|g| state.is_shared(g).map(|shared| (g, shared))) {
+                Some(Err(need)) => return Ok(Some(need)),
+                Some(Ok((grain, false))) => Some(grain),
+                Some(Ok((_, true))) | None => None,
+            };
             let (grain, in_place) = match place {
                 Some(grain) => (grain, true),
                 None => match self.pool.reserve_in(state) {
