@@ -531,7 +531,7 @@ fn administer(daemon: &Daemon, time: Duration) -> Result<u32> {
             ])?;
         }
         // As fast as it can, from the start; finding anything is a failure.
-        daemon.text(&["store", "scrub", "--rate", "0", "--restart"])?;
+        daemon.text(&["store", "scrub", "--rate", "0B", "--restart"])?;
         for n in 0..3 {
             daemon.json(&["snapshot", "delete", &format!("disk@r{rounds}-{n}"), "--yes"])?;
         }
