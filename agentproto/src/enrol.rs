@@ -157,10 +157,24 @@ pub struct Grant {
     pub mac: [u8; 32],
 }
 
-/// The target's unused tokens. Kept in RAM only: a restart burns them all, and no secret is ever on disk.
+/// A token that waits, in a shape that its owner can keep over a restart. Has no `Debug`: the text is a secret.
+pub struct SavedToken {
+    /// The token itself ([`Token::reveal`]).
+    pub text: Zeroizing<String>,
+    /// The LUNs that it grants.
+    pub luns: Vec<LunId>,
+    /// How long it still lives.
+    pub left: Duration,
+    /// Wrong MACs so far.
+    pub failures: u8,
+}
+
+/// The target's unused tokens.
 #[derive(Default)]
 pub struct TokenBook {
     waiting: Vec<Waiting>,
+    /// Counts what `enrol` changed.
+    changes: u64,
 }
 
 /// Shows how many there are, nothing of them.
@@ -198,6 +212,38 @@ impl TokenBook {
         Ok(())
     }
 
+    /// Every token that waits, to be kept over a restart.
+    pub fn save(&mut self, now: Instant) -> Vec<SavedToken> {
+        self.expire(now);
+        let save = |waiting: &Waiting| SavedToken {
+            text: waiting.token.reveal(),
+            luns: waiting.luns.clone(),
+            left: waiting.expires.saturating_duration_since(now),
+            failures: waiting.failures,
+        };
+        self.waiting.iter().map(save).collect()
+    }
+
+    /// Counts what [`Self::enrol`] changed: a guess at a token that is not there changes nothing, and need not be kept.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+
+    /// Takes up what [`Self::save`] gave. What is no token, or has no time left, is left out.
+    pub fn restore(&mut self, now: Instant, saved: Vec<SavedToken>) {
+        let waiting = |saved: SavedToken| {
+            Some(Waiting {
+                token: Token::parse(&saved.text).ok()?,
+                luns: saved.luns,
+                expires: now + saved.left,
+                failures: saved.failures,
+            })
+        };
+        self.waiting = saved.into_iter().filter_map(waiting).take(MAX_TOKENS).collect();
+        self.expire(now);
+    }
+
     /// Tokens that can still be used.
     pub fn len(&mut self, now: Instant) -> usize {
         self.expire(now);
@@ -227,6 +273,7 @@ impl TokenBook {
             .position(|waiting| waiting.token.id() == token_id)
             .ok_or_else(refused)?;
         let waiting = self.waiting.get_mut(found).ok_or_else(refused)?;
+        self.changes += 1;
         if waiting.token.verify_agent(agent, exporter, mac) {
             let used = self.waiting.swap_remove(found);
             return Ok(Grant {
@@ -330,5 +377,38 @@ mod tests {
             ErrorCode::Busy
         );
         assert_eq!(book.len(now + TOKEN_TTL_DEFAULT), 0);
+    }
+
+    #[test]
+    fn tokens_outlive_a_restart_with_their_time_and_their_failures() {
+        let now = Instant::now();
+        let agent = AgentId([1; 16]);
+        let mut book = TokenBook::default();
+        let lun = LunId([3; 16]);
+        assert_eq!(book.add(now, token(), vec![lun], Duration::from_secs(60)), Ok(()));
+        let wrong = [0; 32];
+        for _ in 1..MAX_FAILURES {
+            assert!(book.enrol(now, agent, token().id(), &wrong, &EXPORTER).is_err());
+        }
+        let later = now + Duration::from_secs(20);
+        let saved = book.save(later);
+        assert_eq!(saved[0].left, Duration::from_secs(40));
+        let mut again = TokenBook::default();
+        again.restore(later, saved);
+        // The last failure of three burns it, wherever the others were counted.
+        assert!(
+            again
+                .enrol(later, agent, token().id(), &wrong, &EXPORTER)
+                .is_err()
+        );
+        let mac = token().agent_mac(agent, &EXPORTER);
+        assert!(again.enrol(later, agent, token().id(), &mac, &EXPORTER).is_err());
+        let mut third = TokenBook::default();
+        third.restore(later, book.save(later));
+        let grant = third.enrol(later, agent, token().id(), &mac, &EXPORTER);
+        assert_eq!(grant.map(|grant| grant.luns), Ok(vec![lun]));
+        let mut late = TokenBook::default();
+        late.restore(later, book.save(later));
+        assert_eq!(late.len(later + Duration::from_secs(40)), 0, "its time went on");
     }
 }

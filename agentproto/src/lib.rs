@@ -11,6 +11,7 @@
 //! | [`channel`] | one connection: Hello, request ids, deadlines, requests in flight |
 //! | [`registration`] | the agent-dialled connection: enrol, register with lease, heartbeat |
 //! | [`enrol`] | tokens and the MACs that bind one to a TLS session |
+//! | [`discovery`] | "which targets are there?", by UDP |
 //! | [`freeze`] | holds, cut windows and what may be claimed |
 //! | [`server`] | the coordinator: one machine per snapshot, on the target |
 //! | [`client`] | the agent's sessions: prepare, freeze, hold, thaw |
@@ -18,6 +19,7 @@
 
 pub mod channel;
 pub mod client;
+pub mod discovery;
 pub mod enrol;
 pub mod error;
 pub mod frame;
@@ -26,6 +28,8 @@ pub mod ident;
 pub mod message;
 pub mod registration;
 pub mod server;
+#[cfg(feature = "tls")]
+pub mod tls;
 mod wire;
 
 pub use error::{ErrorCode, Refusal};

@@ -1,6 +1,7 @@
 //! Both machines against each other: fake clock, a network that delays and drops connections, hosts that are slow,
 //! fail, or die, a store that is slow or fails, a target that dies. Many thousands of schedules; the seed is in the
-//! message of every failure (`SEED=n cargo test -p stillpoint-agentproto --test simulation` runs one).
+//! message of every failure (`SEED=n cargo test -p stillpoint-agentproto --test simulation` runs one; with
+//! `STILLPOINT_SOAK_SCHEDULES=100000` it runs so many instead of 12,000).
 //!
 //! What must hold in every one of them:
 //! - every freeze ends, at the latest a thaw's length after its hold;
@@ -977,8 +978,10 @@ fn no_schedule_leaves_anything_frozen_or_claims_what_is_not_proved() {
         run_one(seed.parse().unwrap());
         return;
     }
+    let soak = std::env::var("STILLPOINT_SOAK_SCHEDULES").ok();
+    let schedules = soak.map_or(SCHEDULES, |number| number.parse().unwrap());
     let mut reached: BTreeMap<Option<Level>, u64> = BTreeMap::new();
-    for seed in 0..SCHEDULES {
+    for seed in 0..schedules {
         let result = std::panic::catch_unwind(|| run_one(seed));
         let Ok(level) = result else { panic!("seed {seed}") };
         *reached.entry(level).or_default() += 1;
@@ -992,7 +995,7 @@ fn no_schedule_leaves_anything_frozen_or_claims_what_is_not_proved() {
     ] {
         let times = reached.get(&level).copied().unwrap_or_default();
         assert!(
-            times > SCHEDULES / 50,
+            times > schedules / 50,
             "only {times} schedules ended with {level:?}: {reached:?}"
         );
     }

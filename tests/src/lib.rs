@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+mod agent_host;
 mod cpio;
 mod daemon;
 mod database;
@@ -23,12 +24,13 @@ mod tgt;
 mod tools;
 pub mod windows;
 
+pub use agent_host::AgentHost;
 pub use daemon::Daemon;
 pub use database::{Database, Server, Writer};
 pub use export::Export;
 pub use guest::{Answer, Guest, GuestSpec, Payload};
 pub use process::{Finished, Running, run, wait_until};
-pub use proxy::Proxy;
+pub use proxy::{Fault, Proxy, Way};
 pub use qemu_img::{qemu_img, qemu_io, qemu_io_read_only, qemu_session};
 pub use scratch::{Scratch, free_port, story};
 pub use test_cu::{Lists, Outcome, Tally, suite, tests_of_suite};

@@ -4,83 +4,54 @@
 #![expect(clippy::indexing_slicing, reason = "reading a JSON value by key cannot panic")]
 
 use std::fs;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use serde_json::Value;
-use stillpoint_tests::{
-    Daemon, Database, Export, Proxy, Running, Scratch, Server, Writer, free_port, run, story, wait_until,
-};
+use stillpoint_tests::{AgentHost, Database, Running, Scratch, Server, Writer, run, story, wait_until};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_stillpoint-under-test");
 const AGENT: &str = env!("CARGO_BIN_EXE_stillpoint-agent-under-test");
 
-const IQN: &str = "iqn.2026-11.test:db";
-const INITIATOR: &str = "iqn.2026-11.test.host:db";
 const LIMIT: Duration = Duration::from_secs(60);
-const CONFIG: &str = r#"
-[[portal]]
-address = "127.0.0.1:$PORT"
-
-[[lun]]
-name = "db"
-size = "1GiB"
-
-[[target]]
-iqn = "iqn.2026-11.test:db"
-luns = ["db"]
-initiators = ["iqn.2026-11.test.host:db"]
-agents = true
-
-[agents]
-listen = "127.0.0.1:$AGENTS"
-"#;
 
 /// Gives the story time, between the arrival of Freeze and the helper's lock.
-const SLOW_HOOK: &str = "#!/bin/sh\n[ \"$1\" = freeze ] && [ -e DIR/slow ] || exit 0\ntouch DIR/freezing\nuntil [ ! -e DIR/freezing ]; do sleep 0.02; done\n";
+const SLOW_HOOK: &str = "#!/bin/sh\n[ \"$1\" = freeze ] && [ -e $DIR/slow ] || exit 0\ntouch $DIR/freezing\nuntil [ ! -e $DIR/freezing ]; do sleep 0.02; done\n";
 
 /// A server with its data on a LUN of a daemon, an agent that knows it, and a writer. The order is that of the end.
 struct Scene {
     writer: Option<Writer>,
     server: Option<Server>,
-    agent: Option<Running>,
-    lun: Export,
-    daemon: Daemon,
-    proxy: Proxy,
-    agent_port: u16,
+    host: AgentHost,
     database: Database,
-    dir: PathBuf,
 }
 
 impl Scene {
     fn open(scratch: &Scratch, database: Database) -> Result<Self> {
-        let daemon = Daemon::start(BINARY, scratch, CONFIG)?;
-        let dir = scratch.path().to_owned();
-        // The servers run as users of their own.
-        fs::set_permissions(&dir, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-        let lun = Export::mount(&dir, "lun", &daemon.portal(), IQN, INITIATOR, true)?;
-        let data = lun.point().join("data");
-        database.create(&dir, &data)?;
-        let server = Server::start(database, &dir, &data, "server")?;
+        let host = AgentHost::new(scratch, BINARY, AGENT)?;
+        let data = host.point().join("data");
+        database.create(host.dir(), &data)?;
+        let server = Server::start(database, host.dir(), &data, "server")?;
         let writer = Writer::start(&server)?;
+        host.hook("10-slow", SLOW_HOOK, None)?;
+        let application = format!(
+            "[[application]]\nkind = \"{}\"\nname = \"shop\"\ndata_dir = \"{}\"\nclient = \"{}\"\nrun_as = \"0\"\n\
+             socket = \"{}\"\nlock_s_max = 2\ncredentials = \"{}\"\n",
+            database.kind(),
+            data.display(),
+            database.client_script(host.dir())?.display(),
+            server.socket().display(),
+            host.dir().join("credentials").display(),
+        );
         let mut scene = Self {
             writer: Some(writer),
             server: Some(server),
-            agent: None,
-            lun,
-            daemon,
-            proxy: Proxy::start()?,
-            agent_port: free_port()?,
+            host,
             database,
-            dir,
         };
-        scene.proxy.lead_to(scene.agent_port);
-        scene.configure()?;
-        scene.enrol()?;
-        scene.start_agent()?;
+        scene.password("")?;
+        scene.host.enrol(&application)?;
         scene.writer()?.wait_for_more(50)?;
         Ok(scene)
     }
@@ -89,40 +60,13 @@ impl Scene {
         self.writer.as_ref().context("the writer has ended")
     }
 
-    fn configure(&self) -> Result<()> {
-        let server = self.server.as_ref().context("the server")?;
-        let naa = self.daemon.json(&["lun", "show", "db"])?["naa"].to_string();
-        let at = |name: &str| self.dir.join(name).display().to_string();
-        let hooks = self.dir.join("hooks.d");
-        fs::create_dir(&hooks)?;
-        let hook = hooks.join("10-slow");
-        fs::write(&hook, SLOW_HOOK.replace("DIR", &self.dir.display().to_string()))?;
-        fs::set_permissions(&hook, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-        let text = format!(
-            "listen = \"127.0.0.1:{}\"\nadvertise_port = {}\nstate_dir = \"{}\"\nrun_dir = \"{}\"\nhooks_dir = \"{}\"\n\
-             min_interval_s = 1\nlog = \"debug\"\ninitiators = [\"{INITIATOR}\"]\n\
-             [[application]]\nkind = \"{}\"\nname = \"shop\"\ndata_dir = \"{}\"\nclient = \"{}\"\nrun_as = \"0\"\n\
-             socket = \"{}\"\nlock_s_max = 2\ncredentials = \"{}\"\n\
-             [[test_lun]]\npath = \"{}\"\nnaa = {naa}\n",
-            self.agent_port,
-            self.proxy.port(),
-            at("agent-state"),
-            at("agent-run"),
-            hooks.display(),
-            self.database.kind(),
-            self.lun.point().join("data").display(),
-            self.database.client_script(&self.dir)?.display(),
-            server.socket().display(),
-            at("credentials"),
-            self.lun.image().display(),
-        );
-        fs::write(self.dir.join("agent.toml"), text)?;
-        self.password("")
+    fn server(&self) -> Result<&Server> {
+        self.server.as_ref().context("the server has ended")
     }
 
     /// What the agent's client will log in with.
     fn password(&self, password: &str) -> Result<()> {
-        let file = self.dir.join("credentials");
+        let file = self.host.dir().join("credentials");
         fs::write(&file, format!("[client]\npassword = \"{password}\"\n"))?;
         let user = self.database.user();
         std::os::unix::fs::chown(&file, Some(user), Some(user))?;
@@ -132,46 +76,10 @@ impl Scene {
         )?)
     }
 
-    fn agent_command(&self) -> Command {
-        let mut command = Command::new(AGENT);
-        command
-            .arg("--config")
-            .arg(self.dir.join("agent.toml"))
-            .env_remove("RUST_LOG");
-        command
-    }
-
-    fn enrol(&self) -> Result<()> {
-        let created = self.daemon.json(&["agent", "token", "create", "--lun", "db"])?;
-        let token = created["token"].as_str().context("a token")?;
-        let invitation = format!("{token}@127.0.0.1:{}", self.daemon.agent_port());
-        run(self.agent_command().args(["enrol", &invitation]), LIMIT)?
-            .success()
-            .map(drop)
-    }
-
-    fn start_agent(&mut self) -> Result<()> {
-        let log = self.dir.join("agent.log");
-        self.agent = Some(Running::start(
-            "stillpoint-agent",
-            self.agent_command().arg("run"),
-            &log,
-        )?);
-        wait_until("the agent to be connected", LIMIT, || {
-            let agents = self.daemon.json(&["agent", "list"])?;
-            Ok(agents[0]["state"] == "connected")
-        })
-    }
-
-    fn create(&self, name: &str, options: &[&str]) -> Result<Value> {
-        self.daemon
-            .json(&[&["snapshot", "create", "db", "--name", name], options].concat())
-    }
-
-    /// An application-consistent snapshot is refused for this reason, the preflight says so too, and the writer goes on.
+    /// An application-consistent snapshot is refused for this reason.
     fn ensure_refused(&self, reason: &str) -> Result<()> {
-        let create = ["snapshot", "create", "db", "--consistency", "application"];
-        let error = self.daemon.refused(3, &create)?;
+        let create = ["snapshot", "create", "app", "--consistency", "application"];
+        let error = self.host.daemon.refused(3, &create)?;
         println!("refused: {}", error["message"]);
         ensure!(error.to_string().contains(reason), "{reason:?} is not in {error}");
         Ok(())
@@ -179,14 +87,11 @@ impl Scene {
 
     /// Starts a server over a mounted snapshot: what it has of the writer's numbers, how long it took.
     fn look_into(&self, name: &str) -> Result<u64> {
-        let mount = self.daemon.json(&["snapshot", "mount", &format!("db@{name}")])?;
-        let iqn = mount["iqn"].as_str().context("its target")?;
-        let point = format!("look-{name}");
-        let export = Export::mount(&self.dir, &point, &self.daemon.portal(), iqn, INITIATOR, false)?;
+        let export = self.host.look_into(name)?;
         let data = export.point().join("data");
         // The first server runs beside it on this host, and PostgreSQL would take its process for an owner of the copy.
         fs::remove_file(data.join("postmaster.pid")).ok();
-        let server = Server::start(self.database, &self.dir, &data, &point)?;
+        let server = Server::start(self.database, self.host.dir(), &data, &format!("look-{name}"))?;
         let (count, last) = server.numbers()?;
         ensure!(
             count == last,
@@ -211,7 +116,7 @@ impl Scene {
 
 /// The main job: both kinds of snapshot under load.
 fn snapshots_under_load(scene: &Scene) -> Result<()> {
-    let ready = scene.daemon.json(&["lun", "preflight", "db"])?;
+    let ready = scene.host.daemon.json(&["lun", "preflight", "app"])?;
     ensure!(ready["ready"] == true, "{ready}");
     let app = &ready["agents"][0]["apps"][0];
     ensure!(
@@ -219,7 +124,7 @@ fn snapshots_under_load(scene: &Scene) -> Result<()> {
         "{ready}"
     );
     let before = scene.writer()?.acknowledged();
-    let created = scene.create("app", &["--consistency", "application"])?;
+    let created = scene.host.create("app", &["--consistency", "application"])?;
     let thawed = scene.writer()?.acknowledged();
     ensure!(created["consistency"] == "application", "{created}");
     let app = &created["agents"][0]["apps"][0];
@@ -236,7 +141,7 @@ fn snapshots_under_load(scene: &Scene) -> Result<()> {
     println!("held {} ms", created["agents"][0]["held_ms"]);
     scene.writer()?.wait_for_more(50)?;
     let before_crash = scene.writer()?.acknowledged();
-    scene.create("crash", &["--consistency", "crash"])?;
+    scene.host.create("crash", &["--consistency", "crash"])?;
     scene.writer()?.wait_for_more(20)?;
     let last = scene.look_into("app")?;
     ensure!(
@@ -257,45 +162,51 @@ fn snapshots_under_load(scene: &Scene) -> Result<()> {
 
 /// The agent is killed while the server is locked and its file system frozen, and the target's word does not come through.
 fn agent_killed_while_it_holds(scene: &mut Scene) -> Result<()> {
-    fs::write(scene.dir.join("slow"), "")?;
+    fs::write(scene.host.dir().join("slow"), "")?;
     let create = [
         "--json",
         "snapshot",
         "create",
-        "db",
+        "app",
         "--consistency",
         "application",
     ];
     let mut command = Command::new(BINARY);
-    command.arg("--config").arg(scene.daemon.config()).args(create);
-    let mut creating = Running::start("snapshot create", &mut command, &scene.dir.join("create.log"))?;
+    command
+        .arg("--config")
+        .arg(scene.host.daemon.config())
+        .args(create);
+    let mut creating = Running::start(
+        "snapshot create",
+        &mut command,
+        &scene.host.dir().join("create.log"),
+    )?;
     wait_until("the freeze hooks", LIMIT, || {
-        Ok(scene.dir.join("freezing").exists())
+        Ok(scene.host.dir().join("freezing").exists())
     })?;
-    scene.proxy.hold();
-    fs::remove_file(scene.dir.join("slow"))?;
-    fs::remove_file(scene.dir.join("freezing"))?;
-    let mark = scene.dir.join("agent-run/app-shop.frozen");
+    scene.host.proxy.hold();
+    fs::remove_file(scene.host.dir().join("slow"))?;
+    fs::remove_file(scene.host.dir().join("freezing"))?;
+    let mark = scene.host.dir().join("agent-run/app-shop.frozen");
     wait_until("the server to be locked", LIMIT, || Ok(mark.exists()))?;
-    scene.agent.as_ref().context("the agent")?.signal(Signal::KILL)?;
+    scene.host.agent()?.signal(Signal::KILL)?;
     scene.writer()?.wait_for_more(20)?;
     wait_until("the helper to be told to go on", LIMIT, || Ok(!mark.exists()))?;
-    scene.proxy.let_go();
+    scene.host.proxy.let_go();
     let code = creating.wait(LIMIT)?;
     ensure!(code == 3, "exit code {code}: {}", creating.output());
-    scene.agent = None;
-    scene.start_agent()
+    scene.host.start_agent()
 }
 
 /// A server that was stopped, in an orderly way, takes no part: refused, or `filesystem` with the exclusion named.
 fn server_stopped(scene: &mut Scene) -> Result<()> {
     let acknowledged = scene.writer.take().context("the writer")?.finish()?;
-    scene.server.take().context("the server")?.stop()?;
+    scene.server.take().context("the server has ended")?.stop()?;
     scene.ensure_refused("shop")?;
     let options = ["--consistency", "application", "--on-failure", "crash-consistent"];
-    let created = scene.create("stopped", &options)?;
+    let created = scene.host.create("stopped", &options)?;
     ensure!(created["consistency"] == "filesystem", "{created}");
-    let shown = scene.daemon.json(&["snapshot", "show", "db@stopped"])?;
+    let shown = scene.host.daemon.json(&["snapshot", "show", "app@stopped"])?;
     let exclusion = &shown["agents"][0]["exclusions"][0];
     ensure!(
         exclusion["kind"] == "application" && exclusion["subject"] == "shop",
@@ -315,7 +226,7 @@ fn postgresql() {
         let mut scene = Scene::open(scratch, Database::PostgreSql)?;
         snapshots_under_load(&scene)?;
         // It accepts connections (the kernel does) and never answers.
-        let server = scene.server.as_ref().context("the server")?;
+        let server = scene.server()?;
         server.signal(Signal::STOP)?;
         let refused = scene.ensure_refused("postgresql");
         server.signal(Signal::CONT)?;
@@ -354,7 +265,7 @@ fn mariadb() {
 
 /// Somebody else's `BACKUP STAGE`: ours waits for its time, and gives up.
 fn another_backup_holds_the_lock(scene: &Scene) -> Result<()> {
-    let server = scene.server.as_ref().context("the server")?;
+    let server = scene.server()?;
     let mut client = server
         .client()?
         .stdin(Stdio::piped())
@@ -370,7 +281,7 @@ fn another_backup_holds_the_lock(scene: &Scene) -> Result<()> {
     })?;
     scene.ensure_refused("Lock wait timeout")?;
     let options = ["--consistency", "application", "--on-failure", "crash-consistent"];
-    let created = scene.create("beside", &options)?;
+    let created = scene.host.create("beside", &options)?;
     ensure!(created["consistency"] == "filesystem", "{created}");
     let app = &created["agents"][0]["apps"][0];
     ensure!(
@@ -385,7 +296,7 @@ fn another_backup_holds_the_lock(scene: &Scene) -> Result<()> {
 /// A lock that nobody releases ends with its time, and with its process; its thaw then says that it did not last.
 fn locks_end_by_themselves(scene: &Scene) -> Result<()> {
     let helper = |verb: &str| {
-        let mut command = scene.agent_command();
+        let mut command = scene.host.agent_command();
         command.args(["application", "shop", verb]);
         command
     };
@@ -408,7 +319,8 @@ fn locks_end_by_themselves(scene: &Scene) -> Result<()> {
     let holder = fs::read_dir("/proc")?.flatten().find_map(|entry| {
         let line = fs::read(entry.path().join("cmdline")).ok()?;
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        let own = line.contains(&scene.dir.display().to_string()) && line.contains("application shop hold");
+        let own =
+            line.contains(&scene.host.dir().display().to_string()) && line.contains("application shop hold");
         entry.file_name().to_str().filter(|_| own)?.parse::<i32>().ok()
     });
     let holder = holder

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
@@ -14,7 +15,7 @@ use crate::journal::{self, Outcome};
 use crate::plan;
 use crate::state::{StateDir, Target};
 use crate::volumes::{Inventory, Root};
-use crate::{apps, guard, log, report, run};
+use crate::{apps, discover, guard, log, report, run};
 
 /// Refused by a rule (operator-interface.md §2).
 const REFUSED: u8 = 3;
@@ -38,6 +39,15 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
+    /// Ask the local network which targets there are (those with `discovery = true` answer)
+    Discover {
+        /// Ask these instead of everybody
+        #[arg(value_name = "HOST[:PORT]")]
+        places: Vec<String>,
+        /// Listen for answers for so long
+        #[arg(long, value_name = "SECONDS", default_value = "3", value_parser = clap::value_parser!(u64).range(1..=60))]
+        seconds: u64,
+    },
     /// Trust a target, and be trusted by it: `stillpoint agent token create` there prints TOKEN
     Enrol {
         /// One-time token, and where the target listens
@@ -97,6 +107,11 @@ fn carry_out(cli: &Cli) -> anyhow::Result<ExitCode> {
         config.state_dir = std::path::absolute(dir)?;
     }
     match &cli.verb {
+        Verb::Discover { places, seconds } => {
+            let found = discover::discover(places, Duration::from_secs(*seconds))?;
+            report::found(cli.json, &found)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Verb::Enrol { invitation } => enrol_verb(cli, &config, invitation),
         Verb::Unenrol { target } => unenrol(cli, &config, target.as_deref()),
         Verb::Run => {

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use rustls::pki_types::ServerName;
 use stillpoint_agentproto::Fingerprint;
 use stillpoint_agentproto::enrol::{EXPORTER_LABEL, EXPORTER_LEN};
 use tokio::net::TcpStream;
@@ -38,8 +37,7 @@ pub(crate) async fn dial(address: &str, identity: &Identity, pins: Arc<dyn Pins>
         .and_then(|result| Ok(result?))
         .with_context(|| format!("{address} cannot be reached"))?;
     stream.set_nodelay(true)?;
-    let name = ServerName::try_from("stillpoint").context("a fixed name")?;
-    let handshake = TlsConnector::from(Arc::new(config)).connect(name, stream);
+    let handshake = TlsConnector::from(config).connect(tls::server_name(), stream);
     let stream = tokio::time::timeout(HANDSHAKE_TIME_MAX, handshake).await;
     let stream =
         stream.map_err(|_| anyhow::anyhow!("no TLS answer within {} s", HANDSHAKE_TIME_MAX.as_secs()));

@@ -39,7 +39,8 @@ impl Invitation {
     }
 }
 
-fn place_of(place: &str) -> anyhow::Result<(String, u16)> {
+/// `HOST[:PORT]`; an IPv6 address with a port is written in brackets.
+pub(crate) fn place_of(place: &str) -> anyhow::Result<(String, u16)> {
     let (host, port) = match place.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
         Some((host, "")) => (host, None),
         Some((host, rest)) => (

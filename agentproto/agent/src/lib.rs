@@ -14,6 +14,7 @@ mod apps;
 mod cli;
 mod config;
 mod dial;
+mod discover;
 mod engine;
 mod enrol;
 mod freeze;

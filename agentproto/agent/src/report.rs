@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use stillpoint_agentproto::message::{Finding, LunVolumes, Severity};
 
 use crate::config::Config;
+use crate::discover::Found;
 use crate::journal::{Outcome, Recovered};
 use crate::state::StateDir;
 use crate::status::{self, Connection};
@@ -80,6 +81,28 @@ fn connection(connection: Option<&Connection>) -> String {
         Some(Connection::Connecting) => "connecting".to_owned(),
         None => "not connected".to_owned(),
     }
+}
+
+/// `discover`
+pub(crate) fn found(json: bool, found: &[Found]) -> io::Result<()> {
+    if json {
+        return print_json(&json!(found));
+    }
+    for Found {
+        name,
+        address,
+        fingerprint,
+        ..
+    } in found
+    {
+        print(&format!("{name}  {address}  key {fingerprint}"))?;
+    }
+    if found.is_empty() {
+        return print(
+            "no target answered: it needs `discovery = true`, and UDP port 11169 open; enrolling works without",
+        );
+    }
+    print("on the target, `stillpoint agent token create`; here, `stillpoint-agent enrol TOKEN@HOST`")
 }
 
 /// `list`

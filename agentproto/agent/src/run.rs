@@ -38,10 +38,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let state = StateDir::open(&config.state_dir)?;
     let identity = Arc::new(state.identity()?);
     let pins = Arc::new(Enrolled::default());
-    let acceptor = TlsAcceptor::from(Arc::new(tls::server(
-        &identity,
-        Arc::clone(&pins) as Arc<dyn tls::Pins>,
-    )?));
+    let acceptor = TlsAcceptor::from(tls::server(&identity, Arc::clone(&pins) as Arc<dyn tls::Pins>)?);
     let listener = TcpListener::bind(config.listen).await;
     let listener = listener.with_context(|| format!("{} cannot be listened on", config.listen))?;
     tracing::info!(agent_id = %identity.agent_id, listen = %config.listen, "stillpoint-agent {}", env!("CARGO_PKG_VERSION"));

@@ -1,25 +1,12 @@
-//! TLS 1.3, both ends with self-signed certificates, both ends pinned by the SHA-256 of the key (agent-protocol.md §2).
-//! No names, no authorities, no dates: the pin is all there is. No resumption and no early data: nothing to replay.
+//! Which targets this agent trusts; the TLS itself is `stillpoint_agentproto::tls`.
 
 use std::sync::{Arc, PoisonError, RwLock};
 
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, PeerIncompatible,
-    ServerConfig, SignatureScheme,
-};
+use rustls::{ClientConfig, Error, ServerConfig};
 use stillpoint_agentproto::Fingerprint;
+pub(crate) use stillpoint_agentproto::tls::{Exactly, Pins, fingerprint, server_name};
 
 use crate::state::Identity;
-
-/// Which keys are trusted.
-pub(crate) trait Pins: Send + Sync + std::fmt::Debug {
-    /// Is this one?
-    fn accepts(&self, fingerprint: Fingerprint) -> bool;
-}
 
 /// The enrolled targets; changes while the agent runs.
 #[derive(Debug, Default)]
@@ -34,163 +21,23 @@ impl Enrolled {
 
 impl Pins for Enrolled {
     fn accepts(&self, fingerprint: Fingerprint) -> bool {
-        self.0
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .contains(&fingerprint)
+        let pins = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let is_known = pins.contains(&fingerprint);
+        if !is_known {
+            tracing::debug!(%fingerprint, "a peer with a key that is not pinned here");
+        }
+        is_known
     }
-}
-
-/// Exactly one key.
-#[derive(Debug)]
-pub(crate) struct Exactly(pub(crate) Fingerprint);
-
-impl Pins for Exactly {
-    fn accepts(&self, fingerprint: Fingerprint) -> bool {
-        fingerprint == self.0
-    }
-}
-
-/// The fingerprint of a certificate's key; `None` when it is no certificate.
-pub(crate) fn fingerprint(certificate: &CertificateDer<'_>) -> Option<Fingerprint> {
-    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
-    Some(Fingerprint::of_spki(parsed.public_key().raw))
 }
 
 /// For the registration channel: this agent is the TLS client.
-pub(crate) fn client(identity: &Identity, pins: Arc<dyn Pins>) -> Result<ClientConfig, Error> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier = Arc::new(Verifier::new(&provider, pins));
-    let builder =
-        ClientConfig::builder_with_provider(provider).with_protocol_versions(&[&rustls::version::TLS13])?;
-    let builder = builder.dangerous().with_custom_certificate_verifier(verifier);
-    let mut config =
-        builder.with_client_auth_cert(vec![identity.certificate.clone()], identity.key.clone_key())?;
-    config.resumption = rustls::client::Resumption::disabled();
-    config.enable_sni = false;
-    Ok(config)
+pub(crate) fn client(identity: &Identity, pins: Arc<dyn Pins>) -> Result<Arc<ClientConfig>, Error> {
+    stillpoint_agentproto::tls::client(&identity.certificate, &identity.key, pins)
 }
 
 /// For snapshot channels: this agent is the TLS server.
-pub(crate) fn server(identity: &Identity, pins: Arc<dyn Pins>) -> Result<ServerConfig, Error> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier = Arc::new(Verifier::new(&provider, pins));
-    let builder =
-        ServerConfig::builder_with_provider(provider).with_protocol_versions(&[&rustls::version::TLS13])?;
-    let builder = builder.with_client_cert_verifier(verifier);
-    let mut config =
-        builder.with_single_cert(vec![identity.certificate.clone()], identity.key.clone_key())?;
-    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
-    config.send_tls13_tickets = 0;
-    Ok(config)
-}
-
-#[derive(Debug)]
-struct Verifier {
-    pins: Arc<dyn Pins>,
-    algorithms: WebPkiSupportedAlgorithms,
-}
-
-impl Verifier {
-    fn new(provider: &CryptoProvider, pins: Arc<dyn Pins>) -> Self {
-        Self {
-            pins,
-            algorithms: provider.signature_verification_algorithms,
-        }
-    }
-
-    fn check(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
-        let fingerprint =
-            fingerprint(certificate).ok_or(Error::InvalidCertificate(CertificateError::BadEncoding))?;
-        if self.pins.accepts(fingerprint) {
-            return Ok(());
-        }
-        tracing::debug!(%fingerprint, "a peer with a key that is not pinned here");
-        Err(Error::InvalidCertificate(
-            CertificateError::ApplicationVerificationFailure,
-        ))
-    }
-
-    fn signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signed, &self.algorithms)
-    }
-}
-
-impl ServerCertVerifier for Verifier {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        self.check(end_entity).map(|()| ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _certificate: &CertificateDer<'_>,
-        _signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::PeerIncompatible(PeerIncompatible::Tls12NotOffered))
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.signature(message, certificate, signed)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
-}
-
-impl ClientCertVerifier for Verifier {
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
-    }
-
-    fn verify_client_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _now: UnixTime,
-    ) -> Result<ClientCertVerified, Error> {
-        self.check(end_entity).map(|()| ClientCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _certificate: &CertificateDer<'_>,
-        _signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::PeerIncompatible(PeerIncompatible::Tls12NotOffered))
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.signature(message, certificate, signed)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
+pub(crate) fn server(identity: &Identity, pins: Arc<dyn Pins>) -> Result<Arc<ServerConfig>, Error> {
+    stillpoint_agentproto::tls::server(&identity.certificate, &identity.key, pins)
 }
 
 #[cfg(test)]
@@ -214,10 +61,9 @@ mod tests {
     }
 
     /// Runs a whole handshake in memory.
-    fn handshake(client: ClientConfig, server: ServerConfig) -> Result<(), Error> {
-        let name = ServerName::try_from("stillpoint").expect("a name");
-        let mut client = ClientConnection::new(Arc::new(client), name)?;
-        let mut server = ServerConnection::new(Arc::new(server))?;
+    fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Result<(), Error> {
+        let mut client = ClientConnection::new(client, server_name())?;
+        let mut server = ServerConnection::new(server)?;
         for _ in 0..10 {
             let mut wire = Vec::new();
             while client.wants_write() {

@@ -13,6 +13,7 @@ use crate::message::{
     Abort, Complete, CutOutcome, Freeze, ListVolumes, Mode, Preflight, Prepare, Release, Reply, Request,
     Require, SessionState, Status,
 };
+use crate::registration::LEASE;
 
 impl Coordinator {
     pub(super) fn position(&self, number: u64) -> Option<usize> {
@@ -148,13 +149,13 @@ impl Coordinator {
             Step::Freeze => self.fail(now, Phase::Freeze, Some(at), refusal),
             // A repeat over a new connection gets the stored answer, so a lost connection loses no proof.
             Step::Release | Step::Abort if unreached => {
-                let insist = if step == Step::Release {
-                    INSIST_RELEASE
-                } else {
-                    INSIST
+                let insist = match step {
+                    Step::Release if party.registered => LEASE,
+                    Step::Release => INSIST_RELEASE,
+                    _ => INSIST,
                 };
-                let give_up = *party.give_up.get_or_insert(now + insist);
-                if now + RETRY < give_up {
+                let since = *party.unreached_since.get_or_insert(now);
+                if now + RETRY < since + insist {
                     party.retry = Some((now + RETRY, step));
                 } else {
                     party.failed.get_or_insert(refusal);

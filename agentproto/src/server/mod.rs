@@ -42,8 +42,9 @@ const BUSY_WAIT_MAX: Duration = Duration::from_secs(15);
 const VERDICT_WAIT: Duration = Duration::from_secs(3);
 /// How long Abort is repeated for an agent that cannot be reached.
 const INSIST: Duration = Duration::from_secs(30);
-/// How long Release is: someone waits for the verdict, and an agent that lost us has thawed by itself long before. Abort
-/// follows.
+/// How long Release is repeated for an agent whose registration is gone, too: it was killed, or its host is. Abort follows. (While it
+/// is registered, Release is repeated to the end of its lease: it has thawed by itself long before, but keeps its answer, and with
+/// it the proof.)
 const INSIST_RELEASE: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,6 +167,13 @@ impl Coordinator {
                 Refusal::new(ErrorCode::Unreachable, text),
             );
             self.advance(now);
+        }
+    }
+
+    /// Whether an agent's registration lives now (it is taken to live until this says otherwise).
+    pub fn registered(&mut self, agent: AgentId, lives: bool) {
+        if let Some(party) = self.parties.iter_mut().find(|party| party.who.agent == agent) {
+            party.registered = lives;
         }
     }
 
@@ -396,7 +404,7 @@ impl Coordinator {
             };
             party.retry = None;
             party.call = None;
-            party.give_up = None;
+            party.unreached_since = None;
             if party.prepare_sent {
                 self.send(now, at, Step::Abort);
             }

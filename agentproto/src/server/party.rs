@@ -34,8 +34,10 @@ pub(super) struct Party {
     pub(super) who: Candidate,
     pub(super) call: Option<Call>,
     pub(super) retry: Option<(Instant, Step)>,
-    /// When retrying ends.
-    pub(super) give_up: Option<Instant>,
+    /// When the step that is repeated failed first.
+    pub(super) unreached_since: Option<Instant>,
+    /// Its registration lives.
+    pub(super) registered: bool,
     pub(super) volumes: Option<Volumes>,
     pub(super) findings: Vec<Finding>,
     pub(super) prepare_sent: bool,
@@ -53,7 +55,8 @@ impl Party {
             who,
             call: None,
             retry: None,
-            give_up: None,
+            unreached_since: None,
+            registered: true,
             volumes: None,
             findings: Vec::new(),
             prepare_sent: false,

@@ -252,6 +252,131 @@ fn a_cut_of_more_than_two_seconds_is_refused_and_what_it_made_is_discarded() {
     );
 }
 
+fn unreachable() -> Result<Reply, Refusal> {
+    Err(Refusal::new(ErrorCode::Unreachable, "the connection broke"))
+}
+
+/// Up to Release, which the Windows agent answers and the other one never hears; how long it is repeated.
+fn release_repeated_for(registered: bool) -> (Coordinator, Instant, Duration) {
+    let now = Instant::now();
+    let mut machine = begin(now, OnFailure::Fail, None);
+    to_cut(&mut machine, now);
+    machine.cut_made(now, Ok(1), &[]);
+    machine.cut_durable(now, Ok(()));
+    machine.registered(LINUX, registered);
+    let mut last = now;
+    let mut at = now;
+    loop {
+        let sent = sends(&mut machine);
+        if sent
+            .iter()
+            .any(|(_, _, request)| matches!(request, Request::Abort(_)))
+        {
+            return (machine, at, last - now);
+        }
+        for (call, agent, request) in sent {
+            match request {
+                Request::Release(_) if agent == WINDOWS => machine.replied(
+                    at,
+                    call,
+                    Ok(Reply::Release(Thawed {
+                        held_ms: 9,
+                        hold_ok: true,
+                        apps: vec![],
+                        reason: None,
+                    })),
+                ),
+                Request::Release(_) => {
+                    last = at;
+                    machine.replied(at, call, unreachable());
+                }
+                _ => machine.replied(at, call, unreachable()),
+            }
+        }
+        if machine.stage == Stage::Discarding {
+            machine.discarded(at, Ok(()));
+        }
+        at = machine.poll_timeout().unwrap_or(at).max(at);
+        machine.handle_timeout(at);
+        assert!(at < now + Duration::from_secs(300), "it never gives up");
+    }
+}
+
+#[test]
+fn release_is_repeated_to_the_end_of_the_lease_and_shorter_for_an_agent_that_is_gone() {
+    let (_, _, lasted) = release_repeated_for(true);
+    assert!(
+        lasted > Duration::from_secs(85) && lasted < Duration::from_secs(90),
+        "{lasted:?}"
+    );
+    let (_, _, lasted) = release_repeated_for(false);
+    assert!(
+        lasted > Duration::from_secs(9) && lasted < Duration::from_secs(10),
+        "{lasted:?}"
+    );
+}
+
+/// The proof comes late, over a new connection, and counts.
+#[test]
+fn a_release_that_is_answered_at_last_keeps_the_proof() {
+    let now = Instant::now();
+    let mut machine = begin(now, OnFailure::Fail, None);
+    to_cut(&mut machine, now);
+    machine.cut_made(now, Ok(1), &[]);
+    machine.cut_durable(now, Ok(()));
+    let releases = sends(&mut machine);
+    for (call, ..) in &releases {
+        machine.replied(now, *call, unreachable());
+    }
+    let late = now + Duration::from_secs(60);
+    machine.handle_timeout(late);
+    let again = sends(&mut machine);
+    let again: Vec<_> = again
+        .iter()
+        .filter(|(_, _, request)| matches!(request, Request::Release(_)))
+        .collect();
+    assert_eq!(again.len(), 2);
+    for (call, ..) in again {
+        let thawed = Thawed {
+            held_ms: 9,
+            hold_ok: true,
+            apps: vec![],
+            reason: None,
+        };
+        machine.replied(late, *call, Ok(Reply::Release(thawed)));
+    }
+    let Some(Action::Promote(verdict)) = machine.poll_action() else {
+        panic!("nothing was proved")
+    };
+    assert_eq!(verdict.lowest(), Level::Filesystem);
+}
+
+#[test]
+fn abort_is_repeated_until_it_is_answered_and_not_for_ever() {
+    let (mut machine, now, _) = release_repeated_for(false);
+    // Taken out by `release_repeated_for`, and lost: it is repeated.
+    let aborts = |machine: &mut Coordinator| {
+        let sent = sends(machine).into_iter();
+        sent.filter(|(_, _, request)| matches!(request, Request::Abort(_)))
+            .collect::<Vec<_>>()
+    };
+    let mut at = now;
+    let mut count = 0;
+    while let Some(next) = machine.poll_timeout() {
+        at = at.max(next);
+        machine.handle_timeout(at);
+        for (call, agent, _) in aborts(&mut machine) {
+            count += usize::from(agent == LINUX);
+            machine.replied(at, call, unreachable());
+        }
+    }
+    // Every 500 ms for 30 s, after the 36 s in which the first one went unanswered.
+    assert!((50..=61).contains(&count), "{count} times");
+    assert_eq!(machine.stage, Stage::Closed);
+    let lasted = at - now;
+    assert!(lasted < Duration::from_secs(120), "{lasted:?}");
+}
+
 #[test]
 fn another_disk_is_refused_but_one_that_was_not_rescanned_after_growing_is_not() {
     let now = Instant::now();

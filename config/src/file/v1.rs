@@ -348,9 +348,6 @@ fn read_agents(sink: &mut Sink, mut s: Section<'_, '_>) -> Agents {
         discovery: s.boolean(sink, "discovery"),
         on_failure: s.text(sink, "on_failure", str::parse),
     };
-    if let Some(discovery) = agents.discovery.as_ref().filter(|d| *d.get_ref()) {
-        sink.unserved(&discovery.span(), "agents.discovery");
-    }
     s.finish(sink);
     agents
 }

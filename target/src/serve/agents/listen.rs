@@ -275,10 +275,11 @@ impl Connection<'_> {
                 "Enrol and Hello name different agents",
             ));
         }
-        let grant =
-            self.shared
-                .tokens()
-                .enrol(Instant::now(), agent, enrol.token_id, &enrol.mac, &self.exporter);
+        let (token_id, mac, exporter) = (enrol.token_id, enrol.mac, self.exporter.clone());
+        let grant = self
+            .shared
+            .blocking(move |shared| Ok(shared.tokens.enrol(agent, token_id, &mac, &exporter)))
+            .await?;
         let grant = grant.inspect_err(|_| {
             let text = format!(
                 "an enrolment from {} ({}) was refused: wrong, used or expired token",

@@ -8,6 +8,7 @@
 //! snapshot: Coordinator ◀──▶ link (target ─▶ agent, one task each)   ◀──▶ Cutter (the store, on a blocking thread)
 //! ```
 
+mod discovery;
 mod link;
 mod listen;
 mod pipe;
@@ -19,6 +20,7 @@ mod snapshot;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod tokens;
 mod view;
 
 use std::net::SocketAddr;
@@ -42,6 +44,7 @@ use site::{LunFacts, limits};
 pub(crate) use snapshot::{Cutter, SnapshotAsk, refusal};
 pub(crate) use stillpoint_agentproto::message::{Level, Mode};
 pub(crate) use stillpoint_agentproto::server::{OnFailure, Verdict};
+pub(crate) use tokens::MAX_TTL;
 pub(crate) use view::{AgentView, PreflightView, TestView, TokenView};
 
 use super::Daemon;
@@ -56,10 +59,17 @@ pub(crate) struct Agents(Arc<Shared>);
 impl Agents {
     /// Reads key and records, and begins a new generation. Blocks.
     pub(crate) fn open(config: &Config, data_dir: &Path, pool: &Pool) -> anyhow::Result<Self> {
-        Self::open_at(config.agents.as_ref().map(|agents| agents.listen), data_dir, pool)
+        let agents = config.agents.as_ref();
+        let discovery = agents.is_some_and(|agents| agents.discovery);
+        Self::open_at(agents.map(|agents| agents.listen), discovery, data_dir, pool)
     }
 
-    fn open_at(listen: Option<SocketAddr>, data_dir: &Path, pool: &Pool) -> anyhow::Result<Self> {
+    fn open_at(
+        listen: Option<SocketAddr>,
+        discovery: bool,
+        data_dir: &Path,
+        pool: &Pool,
+    ) -> anyhow::Result<Self> {
         let identity =
             tls::Identity::open(&data_dir.join("agents")).context("the key for the snapshot agents")?;
         let generation = records::raise_generation(pool, 0)?;
@@ -67,7 +77,7 @@ impl Agents {
             identity,
             pool: pool.clone(),
             records: Records::open(pool)?,
-            tokens: Mutex::default(),
+            tokens: tokens::Tokens::open(&data_dir.join("agents"))?,
             live: Mutex::default(),
             last_freeze: Mutex::default(),
             locks: Mutex::default(),
@@ -76,6 +86,7 @@ impl Agents {
             seen_generation: AtomicU32::new(0),
             connections: AtomicU64::new(1),
             listen,
+            discovery,
             bound: OnceLock::new(),
             site: OnceLock::new(),
             tasks: OnceLock::new(),
@@ -102,6 +113,9 @@ impl Agents {
             .local_addr()
             .context("the agents' listener has no address")?;
         let config = tls::server(&self.0.identity)?;
+        if self.0.discovery {
+            discovery::start(&self.0, bound, &tracker, shutdown.clone()).await?;
+        }
         if self.0.bound.set(bound).is_ok() {
             tracker.spawn(listen::serve(Arc::clone(&self.0), listener, config, shutdown));
         }
@@ -177,8 +191,8 @@ impl Agents {
         let token = Token::new(*secret, &self.0.identity.fingerprint);
         let text = token.reveal();
         let expires = jiff::Timestamp::now() + ttl;
-        let added = self.0.tokens().add(Instant::now(), token, ids, ttl);
-        added.map_err(|refusal| Refusal::refused("limit", refusal.text, ""))?;
+        let added = self.0.tokens.add(token, ids, ttl);
+        added.map_err(|refusal| snapshot::wire_refusal(&refusal))?;
         let said = format!(
             "enrolment token made, good for {} s, LUNs: {}",
             ttl.as_secs(),

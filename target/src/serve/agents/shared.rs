@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
-use stillpoint_agentproto::enrol::TokenBook;
 use stillpoint_agentproto::message::{Heartbeat, LunIdentity, SessionState};
 use stillpoint_agentproto::registration::LEASE;
 use stillpoint_agentproto::{AgentId, ErrorCode, LunId, Refusal as WireRefusal};
@@ -15,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::records::{Record, Records};
+use super::tokens::Tokens;
 use super::view::{AgentState, AgentView, LastFreeze};
 use super::{Site, listen, tls};
 use crate::serve::events::{Code, DAEMON, code};
@@ -52,7 +52,7 @@ pub(super) struct Shared {
     pub(super) identity: tls::Identity,
     pub(super) pool: Pool,
     pub(super) records: Records,
-    pub(super) tokens: Mutex<TokenBook>,
+    pub(super) tokens: Tokens,
     pub(super) live: Mutex<BTreeMap<AgentId, Live>>,
     pub(super) last_freeze: Mutex<BTreeMap<AgentId, LastFreeze>>,
     /// Snapshots of one LUN wait for each other.
@@ -63,6 +63,8 @@ pub(super) struct Shared {
     pub(super) seen_generation: AtomicU32,
     pub(super) connections: AtomicU64,
     pub(super) listen: Option<SocketAddr>,
+    /// Answer agents that ask by UDP which targets there are.
+    pub(super) discovery: bool,
     pub(super) bound: OnceLock<SocketAddr>,
     pub(super) site: OnceLock<Weak<dyn Site>>,
     pub(super) tasks: OnceLock<(TaskTracker, CancellationToken)>,
@@ -75,10 +77,6 @@ impl Shared {
 
     pub(super) fn next_connection(&self) -> u64 {
         self.connections.fetch_add(1, Ordering::Relaxed)
-    }
-
-    pub(super) fn tokens(&self) -> MutexGuard<'_, TokenBook> {
-        self.tokens.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn live(&self) -> MutexGuard<'_, BTreeMap<AgentId, Live>> {

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use stillpoint_agentproto::freeze::HOLD_DEFAULT;
 use stillpoint_agentproto::message::{LunIdentity, Mode, Request};
+use stillpoint_agentproto::registration::LEASE;
 use stillpoint_agentproto::server::{
     Action, Candidate, Coordinator, IscsiSession, LunSpec, OnFailure, Phase, Spec, Verdict,
 };
@@ -337,9 +338,23 @@ impl Run {
     fn hear(&mut self, heard: Heard, progress: &impl Fn(String)) {
         let now = Instant::now();
         match heard {
-            Heard::Reply { call, result } => self.machine.replied(now, call, result),
+            Heard::Reply { call, result } => {
+                if result.is_err() {
+                    self.look_at_leases();
+                }
+                self.machine.replied(now, call, result);
+            }
             Heard::Progress(text) => progress(text),
             Heard::Lost(agent) => self.machine.channel_lost(now, agent),
+        }
+    }
+
+    /// Tells the machine who is registered: what it repeats, and for how long, depends on it.
+    fn look_at_leases(&mut self) {
+        let live = self.shared.live();
+        for agent in self.asks.keys() {
+            let lives = live.get(agent).is_some_and(|live| live.heard.elapsed() < LEASE);
+            self.machine.registered(*agent, lives);
         }
     }
 

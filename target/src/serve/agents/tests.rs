@@ -84,7 +84,7 @@ impl Daemonlet {
     async fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let pool = Pool::create(&dir.path().join("pool"), &PoolOptions::default()).unwrap();
-        let agents = Agents::open_at(Some("127.0.0.1:0".parse().unwrap()), dir.path(), &pool).unwrap();
+        let agents = Agents::open_at(Some("127.0.0.1:0".parse().unwrap()), true, dir.path(), &pool).unwrap();
         let site = Arc::new(FakeSite {
             sessions: Mutex::new(vec![INITIATOR.to_owned()]),
             ..FakeSite::default()
@@ -617,7 +617,7 @@ async fn an_agent_enrols_registers_and_is_dialled_back() {
     let test = daemon.agents.test("host1").await.unwrap();
     assert!(test.ready && test.findings.is_empty());
     // Everything is kept over a restart, except that nobody is connected, and the generation is higher.
-    let again = Agents::open_at(None, daemon.dir.path(), &daemon.pool).unwrap();
+    let again = Agents::open_at(None, false, daemon.dir.path(), &daemon.pool).unwrap();
     assert_eq!(again.0.generation(), daemon.agents.0.generation() + 1);
     assert_eq!(again.0.identity.fingerprint, daemon.agents.0.identity.fingerprint);
     assert_eq!(again.show("host1").unwrap().state, AgentState::Disconnected);
@@ -836,6 +836,78 @@ async fn a_preflight_names_all_that_stands_in_the_way() {
             .exit,
         1
     );
+    daemon.stop().await;
+}
+
+/// A token survives a restart with its LUNs; once used, it stays used, and it is in no file but the private one.
+#[tokio::test]
+async fn tokens_survive_a_restart_and_stay_used() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let daemon = Daemonlet::start().await;
+    let (token, reserve) = (daemon.token(), daemon.token());
+    let file = daemon.dir.path().join("agents/tokens.json");
+    let mode = std::fs::metadata(&file).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    assert!(
+        std::fs::read_to_string(&file)
+            .unwrap()
+            .contains(&**token.reveal())
+    );
+    let host = Host::new(&daemon, 1).await;
+    host.enrol(&token).await.unwrap();
+    assert!(
+        !std::fs::read_to_string(&file)
+            .unwrap()
+            .contains(&**token.reveal())
+    );
+    // The same data directory, read by the next daemon.
+    let again = Agents::open_at(None, false, daemon.dir.path(), &daemon.pool).unwrap();
+    let exporter = [1; EXPORTER_LEN];
+    let enrol = |token: &Token, id| {
+        again
+            .0
+            .tokens
+            .enrol(id, token.id(), &token.agent_mac(id, &exporter), &exporter)
+    };
+    assert!(enrol(&token, AgentId([8; 16])).is_err());
+    // Relayed: the MAC belongs to another TLS session.
+    let relayed = again.0.tokens.enrol(
+        AgentId([9; 16]),
+        reserve.id(),
+        &reserve.agent_mac(AgentId([9; 16]), &[2; EXPORTER_LEN]),
+        &exporter,
+    );
+    assert_eq!(relayed.unwrap_err().code, ErrorCode::NotEnrolled);
+    assert_eq!(enrol(&reserve, AgentId([9; 16])).unwrap().luns, [LUN]);
+    std::fs::write(&file, "[{").unwrap();
+    let damaged = Agents::open_at(None, false, daemon.dir.path(), &daemon.pool).unwrap_err();
+    assert!(
+        format!("{damaged:#}").contains("make new enrolment tokens"),
+        "{damaged:#}"
+    );
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn a_probe_is_answered_where_agents_register() {
+    use stillpoint_agentproto::discovery::{Answer, Probe};
+    let daemon = Daemonlet::start().await;
+    let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let probe = Probe {
+        min_version: 1,
+        max_version: 1,
+        nonce: [5; 8],
+    };
+    let mut buffer = [0; 512];
+    // Too short a probe gets nothing; the answer that comes is that of the whole one.
+    socket.send_to(b"SPD1", daemon.address()).await.unwrap();
+    socket.send_to(&probe.encode(), daemon.address()).await.unwrap();
+    let received = tokio::time::timeout(Duration::from_secs(5), socket.recv_from(&mut buffer)).await;
+    let (count, from) = received.expect("an answer").unwrap();
+    assert_eq!(from, daemon.address());
+    let answer = Answer::parse(&buffer[..count]).unwrap();
+    assert_eq!((answer.nonce, answer.port), ([5; 8], daemon.address().port()));
+    assert_eq!(answer.fingerprint, daemon.agents.0.identity.fingerprint);
     daemon.stop().await;
 }
 

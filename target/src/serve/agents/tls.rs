@@ -1,4 +1,4 @@
-//! TLS 1.3 of both agent connections: self-signed certificates, pinned keys, nothing else (agent-protocol.md §2).
+//! The target's own key, and what it trusts (agent-protocol.md §2); the TLS itself is `stillpoint_agentproto::tls`.
 //!
 //! There are no names and no authorities: a peer is its key. The listener lets any key in (an unknown one may enrol, nothing
 //! more); a dialled agent must show exactly the key that was pinned.
@@ -10,16 +10,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, PeerIncompatible,
-    ServerConfig, SignatureScheme,
-};
-use stillpoint_agentproto::Fingerprint;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ClientConfig, ServerConfig};
+pub(super) use stillpoint_agentproto::tls::{fingerprint, server_name};
+use stillpoint_agentproto::{Fingerprint, tls};
 use zeroize::Zeroizing;
 
 const FILE: &str = "identity.pem";
@@ -77,168 +72,38 @@ fn create(dir: &Path, path: &Path) -> anyhow::Result<Zeroizing<Vec<u8>>> {
     let certificate = rcgen::CertificateParams::new(vec!["stillpoint".to_owned()])?.self_signed(&key)?;
     let mut pem = Zeroizing::new(key.serialize_pem().into_bytes());
     pem.extend_from_slice(certificate.pem().as_bytes());
-    let side = dir.join("identity.pem.new");
-    let write = || -> std::io::Result<()> {
-        let mut file = File::options()
-            .create(true)
-            .truncate(true)
-            .write(true)
-            .mode(0o600)
-            .open(&side)?;
-        file.write_all(&pem)?;
-        file.sync_all()?;
-        fs::rename(&side, path)?;
-        File::open(dir)?.sync_all()
-    };
-    write().with_context(|| format!("{} cannot be written", path.display()))?;
+    replace(dir, path, &pem).with_context(|| format!("{} cannot be written", path.display()))?;
     Ok(pem)
 }
 
-/// The fingerprint of a certificate's key; `None` when it is no certificate.
-pub(super) fn fingerprint(certificate: &CertificateDer<'_>) -> Option<Fingerprint> {
-    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
-    Some(Fingerprint::of_spki(parsed.public_key().raw))
+/// Replaces a file of mode 0600 in `dir`; durable when it returns.
+pub(super) fn replace(dir: &Path, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let side = path.with_extension("new");
+    let mut file = File::options()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .mode(0o600)
+        .open(&side)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&side, path)?;
+    File::open(dir)?.sync_all()
 }
 
 /// For the registration listener: whoever proves to have a key comes in; what the key may do is decided above.
 pub(super) fn server(identity: &Identity) -> anyhow::Result<Arc<ServerConfig>> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier = Arc::new(Verifier::new(&provider, None));
-    let mut config = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_client_cert_verifier(verifier)
-        .with_single_cert(vec![identity.certificate.clone()], identity.key.clone_key())?;
-    // No resumption, no early data: nothing to replay.
-    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
-    config.send_tls13_tickets = 0;
-    Ok(Arc::new(config))
+    Ok(tls::server(
+        &identity.certificate,
+        &identity.key,
+        Arc::new(tls::Anyone),
+    )?)
 }
 
 /// For a snapshot channel: only the agent with this key.
 pub(super) fn client(identity: &Identity, pin: Fingerprint) -> anyhow::Result<Arc<ClientConfig>> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier = Arc::new(Verifier::new(&provider, Some(pin)));
-    let mut config = ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .dangerous()
-        .with_custom_certificate_verifier(verifier)
-        .with_client_auth_cert(vec![identity.certificate.clone()], identity.key.clone_key())?;
-    config.resumption = rustls::client::Resumption::disabled();
-    config.enable_sni = false;
-    Ok(Arc::new(config))
-}
-
-/// A name for the handshake; nobody looks at it.
-pub(super) fn server_name() -> ServerName<'static> {
-    ServerName::IpAddress(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST).into())
-}
-
-#[derive(Debug)]
-struct Verifier {
-    pin: Option<Fingerprint>,
-    algorithms: WebPkiSupportedAlgorithms,
-}
-
-impl Verifier {
-    fn new(provider: &CryptoProvider, pin: Option<Fingerprint>) -> Self {
-        Self {
-            pin,
-            algorithms: provider.signature_verification_algorithms,
-        }
-    }
-
-    fn check(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
-        let shown =
-            fingerprint(certificate).ok_or(Error::InvalidCertificate(CertificateError::BadEncoding))?;
-        match self.pin {
-            Some(pin) if pin != shown => Err(Error::InvalidCertificate(
-                CertificateError::ApplicationVerificationFailure,
-            )),
-            _ => Ok(()),
-        }
-    }
-
-    /// The proof that the peer has the key of the certificate that it shows.
-    fn signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signed, &self.algorithms)
-    }
-}
-
-impl ServerCertVerifier for Verifier {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        self.check(end_entity).map(|()| ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _certificate: &CertificateDer<'_>,
-        _signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::PeerIncompatible(PeerIncompatible::Tls12NotOffered))
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.signature(message, certificate, signed)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
-}
-
-impl ClientCertVerifier for Verifier {
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
-    }
-
-    fn verify_client_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _now: UnixTime,
-    ) -> Result<ClientCertVerified, Error> {
-        self.check(end_entity).map(|()| ClientCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _certificate: &CertificateDer<'_>,
-        _signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::PeerIncompatible(PeerIncompatible::Tls12NotOffered))
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.signature(message, certificate, signed)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
+    let pins = Arc::new(tls::Exactly(pin));
+    Ok(tls::client(&identity.certificate, &identity.key, pins)?)
 }
 
 #[cfg(test)]

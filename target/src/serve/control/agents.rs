@@ -9,9 +9,7 @@ use super::api::{Refusal, Request};
 use super::verbs::answer;
 use super::{Caller, blocking};
 use crate::serve::Daemon;
-
-/// A token that lives longer is a password.
-const MAX_TTL: Duration = Duration::from_secs(7 * 86_400);
+use crate::serve::agents::MAX_TTL;
 
 pub(super) async fn run(daemon: &Arc<Daemon>, request: Request, caller: &Caller) -> Result<Value, Refusal> {
     let who = caller.who.clone();
