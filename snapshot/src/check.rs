@@ -13,8 +13,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use self::data::Data;
-use self::records::Records;
-use self::walk::{Placements, Tally, Walk};
+pub(crate) use self::records::Records;
+pub(crate) use self::walk::{Placements, Tally, Walk};
 use crate::disk::Disk;
 use crate::meta::{MAX_VALUE_BYTES, MetaStore};
 use crate::offline::{self, Overlay, Pages, each};
@@ -188,7 +188,7 @@ pub fn check_media(disk: &dyn Disk, meta: &mut dyn MetaStore) -> Result<CheckRep
     check_parts(disk, meta, true)
 }
 
-fn check_parts(disk: &dyn Disk, meta: &mut dyn MetaStore, data: bool) -> Result<CheckReport> {
+pub(crate) fn check_parts(disk: &dyn Disk, meta: &mut dyn MetaStore, data: bool) -> Result<CheckReport> {
     let mut report = CheckReport::default();
     let system = match offline::system(meta) {
         Ok(system) => system,

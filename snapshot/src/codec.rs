@@ -88,6 +88,10 @@ impl<'a> Dec<'a> {
         let bytes = self.bytes()?;
         String::from_utf8(bytes).map_err(|_| self.bad("not UTF-8"))
     }
+    /// Bytes that have not been taken.
+    pub(crate) fn left(&self) -> usize {
+        self.rest.len()
+    }
     pub(crate) fn is_empty(&self) -> bool {
         self.rest.is_empty()
     }

@@ -42,6 +42,8 @@ pub(crate) struct Inner {
     pub(crate) data_syncs: AtomicU64,
     /// Grains known to be bad: what keeps reads from asking when there are none.
     pub(crate) bad_count: Arc<AtomicUsize>,
+    /// The warm log was damaged when the pool was opened.
+    pub(crate) recovery_incomplete: AtomicBool,
     /// One sealer at a time.
     pub(crate) sealing: Mutex<()>,
     pub(crate) scrubbing: Scrubbing,
@@ -128,6 +130,7 @@ impl Inner {
             unsynced_bytes: AtomicU64::new(0),
             data_syncs: AtomicU64::new(0),
             bad_count,
+            recovery_incomplete: AtomicBool::new(false),
             sealing: Mutex::new(()),
             scrubbing: Scrubbing::default(),
             unique: Mutex::default(),

@@ -102,6 +102,12 @@ impl Overlay {
         Ok(overlay)
     }
 
+    /// Entries of a version that the log has.
+    pub(crate) fn mask(&self, key: PageKey) -> u64 {
+        let deltas = self.deltas.get(&key).into_iter().flatten();
+        deltas.fold(0, |mask, delta| mask | delta.mask)
+    }
+
     /// Delta records.
     pub(crate) fn len(&self) -> u64 {
         self.deltas.values().map(|deltas| deltas.len() as u64).sum()

@@ -301,6 +301,7 @@ pub(crate) fn open_on(
         });
     }
     let state = load(&meta, &system, options)?;
+    check_data_size(disk.as_ref(), &meta, &state, system.grain_bytes)?;
     let inner = Inner::new(
         options.clone(),
         system.grain_bytes,
@@ -460,6 +461,37 @@ fn check_parents(
         )),
         None => Ok(()),
     }
+}
+
+/// What lies beyond the end of the data file would read as zeroes: grains in use must not. Known bad ones may, since nothing
+/// of them is given to anybody.
+fn check_data_size(disk: &dyn Disk, meta: &Meta, state: &State, grain_bytes: u32) -> Result<()> {
+    let size = disk.size().map_err(|e| Error::io("stat", "data file", e))?;
+    for chunk in (0..state.alloc.chunk_count()).rev() {
+        let Some(value) = meta.get(key::bitmap(chunk))? else {
+            continue;
+        };
+        let words = record::decode_bitmap(chunk, &value)?;
+        let used = (0u32..64).zip(words).rev().find_map(|(word, bits)| {
+            let first = u64::from(chunk) * CHUNK_GRAINS as u64 + u64::from(word) * 64;
+            let known_good = |bit: &u8| !state.bad.contains(first + u64::from(*bit));
+            let highest = record::indices(bits).filter(known_good).last();
+            highest.map(|bit| first + u64::from(bit))
+        });
+        // The superblocks count as used, and are there.
+        if let Some(grain) = used {
+            let least = (grain + 1).saturating_mul(u64::from(grain_bytes));
+            return if size >= least {
+                Ok(())
+            } else {
+                Err(Error::corrupt(
+                    "the data file",
+                    format!("it has {size} bytes, data in use needs {least}: it was cut off"),
+                ))
+            };
+        }
+    }
+    Ok(())
 }
 
 fn load_counts(meta: &Meta, system: &SystemRecord, options: &PoolOptions) -> Result<Allocator> {

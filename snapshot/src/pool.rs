@@ -321,6 +321,7 @@ impl Pool {
             jobs: state.jobs.len(),
             volumes: state.volumes.len(),
             snapshots: state.snapshots.len(),
+            recovery_incomplete: self.inner.recovery_incomplete.load(Ordering::Acquire),
             bad_grains: state.bad.len(),
             poisoned: self.inner.poison.reason(),
         }

@@ -347,6 +347,8 @@ pub struct PoolStats {
     pub volumes: usize,
     /// Snapshots, hidden and dying ones included.
     pub snapshots: usize,
+    /// At the last start, something that a killed process had acknowledged and not flushed could not be recovered.
+    pub recovery_incomplete: bool,
     /// Grains that are known to be bad.
     pub bad_grains: usize,
     /// Why the pool is poisoned, if it is.

@@ -227,6 +227,31 @@ impl Identity {
     }
 }
 
+impl Identity {
+    /// Whether a file of this pool and kernel has lost records in its middle: a kill tears the last one only. What is left of
+    /// an earlier group does not fit the key and is no loss.
+    fn is_damaged(&self, bytes: &[u8], durable: u64) -> bool {
+        let len = self.header(0).len();
+        let Some((txg, start)) = self.parse_header(bytes) else {
+            let whole = bytes.get(..len).map(|head| unseal(MAGIC, head));
+            return !bytes.is_empty() && !matches!(whole, Some(Ok(_)));
+        };
+        if !follows(txg, durable) {
+            return false;
+        }
+        let (key, rest) = (self.record_key(txg), bytes.get(start..).unwrap_or_default());
+        let mut d = Dec::new(rest, "warm log");
+        let mut at = 0;
+        while parse_record(&mut d, &key).is_ok() {
+            at = rest.len() - d.left();
+        }
+        let later = (at + 1..rest.len()).filter_map(|from| rest.get(from..));
+        later
+            .filter(|bytes| bytes.starts_with(&[0, 0]))
+            .any(|bytes| parse_record(&mut Dec::new(bytes, "warm log"), &key).is_ok())
+    }
+}
+
 fn parse_record(d: &mut Dec<'_>, key: &[u8]) -> Result<(u64, Delta)> {
     let len = d.u32()? as usize;
     if len > MAX_RECORD_BYTES {
@@ -258,6 +283,15 @@ impl WarmLog {
             }
         };
         [0, 1].into_iter().filter_map(file).collect()
+    }
+
+    /// Whether a file has lost something that was acknowledged.
+    fn is_damaged(&self, durable: u64) -> bool {
+        let damaged = |n| match self.medium.read(n) {
+            Ok(bytes) => self.identity.is_damaged(&bytes, durable),
+            Err(_) => true,
+        };
+        [0, 1].into_iter().any(damaged)
     }
 
     /// Remembers a change; `false` when it cannot, and the change must be committed before it is acknowledged.
@@ -371,6 +405,13 @@ impl Inner {
     pub(crate) fn replay_warm(&self) -> Result<()> {
         let Some(warm) = &self.warm else { return Ok(()) };
         let durable = self.state().durable;
+        if warm.is_damaged(durable) {
+            tracing::error!(
+                "the log of what a killed process had acknowledged is damaged: writes of its last second may be lost, \
+                 although the initiator did not see a loss of power; check the file systems on the LUNs"
+            );
+            self.recovery_incomplete.store(true, Ordering::Release);
+        }
         let mut logs = warm.read();
         logs.retain(|(txg, records)| follows(*txg, durable) && !records.is_empty());
         let newest = logs.iter().map(|(txg, _)| *txg).max();

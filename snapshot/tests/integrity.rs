@@ -558,3 +558,39 @@ fn dump_and_restore_keep_checksums_and_bad_grains() {
     stillpoint_snapshot::dump_meta(&mut b.world.meta(), &mut again).unwrap();
     assert_eq!(text, again);
 }
+
+#[test]
+fn a_data_file_that_was_cut_off_does_not_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pool");
+    let options = PoolOptions {
+        ballast_bytes: 0,
+        min_free_bytes: 0,
+        ..PoolOptions::default()
+    };
+    let pool = Pool::create(&path, &options).unwrap();
+    let spec = VolumeSpec {
+        name: "v".into(),
+        size_bytes: 1 << 20,
+        block_size: 512,
+        attributes: Vec::new(),
+    };
+    let v = pool.create_volume(&spec).unwrap();
+    v.write(0, &[7; 40 * 4096], true).unwrap();
+    v.unmap(&[(30 * 4096, 10 * 4096)]).unwrap();
+    pool.shutdown().unwrap();
+    let file = std::fs::File::options()
+        .write(true)
+        .open(path.join("data"))
+        .unwrap();
+    let whole = file.metadata().unwrap().len();
+    // What nothing uses may be missing: nobody reads it.
+    file.set_len(whole - 10 * 4096).unwrap();
+    Pool::open(&path, &options).unwrap().shutdown().unwrap();
+    file.set_len(whole - 11 * 4096).unwrap();
+    match Pool::open(&path, &options) {
+        Err(Error::Corrupt { what, where_ }) => assert!(where_.contains("cut off"), "{what}: {where_}"),
+        other => panic!("{other:?}"),
+    }
+    assert!(!stillpoint_snapshot::check(&path).unwrap().is_clean());
+}

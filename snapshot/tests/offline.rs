@@ -247,6 +247,7 @@ fn a_flipped_bit_of_the_metadata_is_an_error_and_never_other_data() {
     let world = furnished();
     let before = content(&open(&world.after_cut(Loss::Nothing, &mut Rng::new(0))).unwrap()).unwrap();
     let mut rng = Rng::new(5);
+    // All of them, as it happens: opening reads the last bitmap too.
     let (mut errors, mut harmless) = (0, 0);
     for (key, value) in world.pairs().into_iter().filter(|(_, value)| !value.is_empty()) {
         let mut flipped = value.clone();
@@ -263,7 +264,7 @@ fn a_flipped_bit_of_the_metadata_is_an_error_and_never_other_data() {
         }
     }
     assert!(
-        errors > 20 && harmless > 0,
+        errors > 20 && errors > harmless,
         "{errors} errors, {harmless} harmless"
     );
 }

@@ -154,14 +154,14 @@ fn bad_data_is_found_listed_and_forgotten_when_it_reads_right_again() {
 }
 
 /// Changes one bitmap, and its count.
-fn edit(world: &World, change: impl FnOnce(&mut record::Bits) -> i32) {
+fn edit(world: &World, change: impl FnOnce(&mut record::Bits) -> i16) {
     let mut meta = world.meta();
     let value = meta.get(&key::bitmap(0)).unwrap().unwrap();
     let mut bits = record::decode_bitmap(0, &value).unwrap();
     let by = change(&mut bits);
     let counts = meta.get(&key::counts(0)).unwrap().unwrap();
     let mut counts = record::decode_counts(0, &counts).unwrap();
-    let free = i32::from(counts[0].free) - by;
+    let free = i32::from(counts[0].free) - i32::from(by);
     counts[0].free = free.try_into().unwrap();
     let mut batch = Batch::default();
     batch.put(key::bitmap(0), record::encode_bitmap(0, &bits));

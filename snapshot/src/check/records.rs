@@ -9,22 +9,28 @@ use crate::types::{BranchId, Epoch, SnapshotId};
 
 /// The records that fit in RAM: everything but pages and bitmaps.
 #[derive(Default)]
-pub(super) struct Records {
-    pub(super) branches: BTreeMap<BranchId, BranchRecord>,
-    pub(super) snapshots: BTreeMap<SnapshotId, SnapshotRecord>,
-    pub(super) jobs: BTreeMap<u64, JobRecord>,
-    pub(super) bad: BTreeMap<u64, BadRecord>,
+pub(crate) struct Records {
+    pub(crate) branches: BTreeMap<BranchId, BranchRecord>,
+    pub(crate) snapshots: BTreeMap<SnapshotId, SnapshotRecord>,
+    pub(crate) jobs: BTreeMap<u64, JobRecord>,
+    pub(crate) bad: BTreeMap<u64, BadRecord>,
 }
 
 impl Records {
-    pub(super) fn children(&self, of: SnapshotId) -> usize {
+    pub(crate) fn children(&self, of: SnapshotId) -> usize {
         self.branches
             .values()
             .filter(|branch| branch.parent == Some(of))
             .count()
     }
 
-    pub(super) fn snapshots_of(
+    /// Branches that stand on any snapshot of a branch.
+    pub(crate) fn children_of(&self, branch: BranchId) -> usize {
+        let standing = self.branches.values().filter_map(|b| b.parent);
+        standing.filter(|parent| parent.branch == branch).count()
+    }
+
+    pub(crate) fn snapshots_of(
         &self,
         branch: BranchId,
     ) -> impl DoubleEndedIterator<Item = (&SnapshotId, &SnapshotRecord)> {
@@ -32,11 +38,11 @@ impl Records {
         self.snapshots.range(at(Epoch::ZERO)..=at(Epoch(u32::MAX)))
     }
 
-    pub(super) fn has_job(&self, test: impl Fn(JobKind) -> bool) -> bool {
+    pub(crate) fn has_job(&self, test: impl Fn(JobKind) -> bool) -> bool {
         self.jobs.values().any(|job| test(job.kind))
     }
 
-    pub(super) fn abandoned(&self) -> BTreeSet<BranchId> {
+    pub(crate) fn abandoned(&self) -> BTreeSet<BranchId> {
         let branch = |job: &JobRecord| match job.kind {
             JobKind::DropHead(branch) => Some(branch),
             JobKind::DropSnapshot(_) | JobKind::Collapse { .. } => None,
@@ -45,7 +51,7 @@ impl Records {
     }
 
     /// Parents that can be followed: known, and not in a ring.
-    pub(super) fn parents(&self) -> Parents {
+    pub(crate) fn parents(&self) -> Parents {
         let mut parents = Parents::new();
         for (&id, branch) in &self.branches {
             if let Some(parent) = branch
@@ -63,7 +69,7 @@ impl Records {
 }
 
 impl Records {
-    pub(super) fn take(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
+    pub(crate) fn take(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
         match Key::parse(key)? {
             Key::Branch(id) => drop(self.branches.insert(id, BranchRecord::decode(id, value)?)),
             Key::Snapshot(id) => drop(self.snapshots.insert(id, SnapshotRecord::decode(id, value)?)),
@@ -81,7 +87,7 @@ impl Records {
 
 impl JobKind {
     /// Branches whose page versions the job removes or moves.
-    pub(super) fn branches(self) -> Vec<BranchId> {
+    pub(crate) fn branches(self) -> Vec<BranchId> {
         match self {
             Self::DropHead(branch) => vec![branch],
             Self::DropSnapshot(snapshot) => vec![snapshot.branch],

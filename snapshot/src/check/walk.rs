@@ -11,22 +11,22 @@ use crate::types::{BranchId, Epoch, SnapshotId};
 
 /// Mapped entries that each snapshot and each head sees, relative to what it inherits.
 #[derive(Default)]
-pub(super) struct Tally {
-    pub(super) snapshots: BTreeMap<SnapshotId, i64>,
-    pub(super) heads: BTreeMap<BranchId, i64>,
+pub(crate) struct Tally {
+    pub(crate) snapshots: BTreeMap<SnapshotId, i64>,
+    pub(crate) heads: BTreeMap<BranchId, i64>,
 }
 
 /// A recorded checksum, where it was met first.
-pub(super) struct Recorded {
-    pub(super) grain: u64,
-    pub(super) crc: u32,
-    pub(super) branch: BranchId,
+pub(crate) struct Recorded {
+    pub(crate) grain: u64,
+    pub(crate) crc: u32,
+    pub(crate) branch: BranchId,
     /// First byte of the grain on the volume.
-    pub(super) offset: u64,
+    pub(crate) offset: u64,
 }
 
 /// Counts by grain, by chunk: only chunks that have any.
-pub(super) type Placements = BTreeMap<u32, Box<[u64; CHUNK_GRAINS]>>;
+pub(crate) type Placements = BTreeMap<u32, Box<[u64; CHUNK_GRAINS]>>;
 
 fn split(grain: u64) -> (u32, usize) {
     let chunk = u32::try_from(grain / CHUNK_GRAINS as u64).unwrap_or(u32::MAX);
@@ -34,25 +34,25 @@ fn split(grain: u64) -> (u32, usize) {
 }
 
 /// One pass over the map.
-pub(super) struct Walk<'a> {
-    pub(super) records: &'a Records,
-    pub(super) report: &'a mut CheckReport,
-    pub(super) used: &'a mut BTreeMap<u32, Box<Bits>>,
-    pub(super) tally: Tally,
-    pub(super) changed: BTreeSet<PageKey>,
+pub(crate) struct Walk<'a> {
+    pub(crate) records: &'a Records,
+    pub(crate) report: &'a mut CheckReport,
+    pub(crate) used: &'a mut BTreeMap<u32, Box<Bits>>,
+    pub(crate) tally: Tally,
+    pub(crate) changed: BTreeSet<PageKey>,
     /// Recorded checksums of the page that was passed last, each grain once.
-    pub(super) recorded: Vec<Recorded>,
+    pub(crate) recorded: Vec<Recorded>,
     /// Placements of grains beyond the first, by chunk.
-    pub(super) extra: Placements,
+    pub(crate) extra: Placements,
     /// Grains below this exist in the data file.
-    pub(super) limit: u64,
-    pub(super) grain_bytes: u64,
+    pub(crate) limit: u64,
+    pub(crate) grain_bytes: u64,
     /// Branches whose head a job is freeing.
-    pub(super) abandoned: BTreeSet<BranchId>,
+    pub(crate) abandoned: BTreeSet<BranchId>,
 }
 
 impl Walk<'_> {
-    pub(super) fn page(&mut self, page: &Versions) {
+    pub(crate) fn page(&mut self, page: &Versions) {
         let (id, no) = (page.branch, page.page);
         self.report.page_versions += page.versions.len() as u64;
         let Some(branch) = self.records.branches.get(&id) else {
@@ -115,7 +115,8 @@ impl Walk<'_> {
                 }
                 continue;
             }
-            if grain >= self.limit {
+            // A known bad one may stand for what is lost: there was never data.
+            if grain >= self.limit && !self.records.bad.contains_key(&grain) {
                 let text = format!("{}: grain {grain} lies beyond the data file", place());
                 self.report.add(ProblemKind::Inconsistent, text);
             }
@@ -130,7 +131,7 @@ impl Walk<'_> {
         }
     }
 
-    pub(super) fn mark(&mut self, grain: u64) -> bool {
+    pub(crate) fn mark(&mut self, grain: u64) -> bool {
         let (chunk, within) = split(grain);
         let bits = self
             .used

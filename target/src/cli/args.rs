@@ -353,6 +353,18 @@ pub(crate) enum StoreVerb {
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
     },
+    /// Make bitmaps, counts and lists anew, and give up what cannot be read; the daemon must be stopped
+    Repair {
+        /// Only say what would be done, and what would be lost
+        #[arg(long)]
+        plan: bool,
+        /// Go back to the newest commit that is there, when later ones are missing
+        #[arg(long)]
+        accept_lost_commits: bool,
+        /// The data directory, when no configuration names it
+        #[arg(long, value_name = "DIR")]
+        data_dir: Option<PathBuf>,
+    },
     /// Rebuild the metadata from a dump; the daemon must be stopped
     Restore {
         /// The dump; `-` is standard input

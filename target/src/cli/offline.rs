@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use stillpoint_config::{Config, DEFAULT_CONFIG_FILE, EMBEDDED_DATA_DIR};
+use stillpoint_snapshot::{RepairOptions, RepairPlan};
 
 use super::args::Global;
 use super::{config_refusal, out};
@@ -179,8 +180,59 @@ pub(crate) fn store_check(global: &Global, data_dir: Option<PathBuf>, data: bool
     Err(Refusal::failed(
         "store_damaged",
         format!("the store has {} problems", report.problem_count),
-        "keep a copy of the data directory, then dump and restore it, or restore a backup",
+        "`stillpoint store repair --plan` says what can be repaired; bad data is written anew, or taken from a snapshot or a backup",
     ))
+}
+
+/// `store repair`: says what it would do, asks, does it.
+pub(crate) fn store_repair(
+    global: &Global,
+    data_dir: Option<PathBuf>,
+    options: RepairOptions,
+) -> Result<(), Refusal> {
+    let (pool, _lock) = stopped_store(global, data_dir)?;
+    let look = RepairOptions {
+        plan: true,
+        ..options
+    };
+    let plan = stillpoint_snapshot::repair(&pool, look).map_err(store_error)?;
+    if options.plan || plan.is_empty() {
+        return super::print(global, &repair_view(&plan, &pool, false), super::show::details);
+    }
+    if let Some(commits) = plan.lost_commits.filter(|_| !options.accept_lost_commits) {
+        return Err(Refusal::refused(
+            "lost_commits",
+            format!(
+                "the metadata lacks {} that the data file has seen",
+                count(usize::try_from(commits).unwrap_or(usize::MAX), "commit")
+            ),
+            "restore a dump (`store restore`) or a backup; --accept-lost-commits goes back to before them: what was written since is lost, and blocks that were freed and used again since show foreign data where no checksum tells",
+        ));
+    }
+    if !global.json && !global.quiet {
+        super::err(&super::show::details(&repair_view(&plan, &pool, false)));
+    }
+    super::confirm(
+        global,
+        &format!(
+            "Repair the store in {}? The old metadata is kept beside the new.",
+            pool.display()
+        ),
+    )?;
+    let done = stillpoint_snapshot::repair(&pool, options).map_err(store_error)?;
+    super::print(global, &repair_view(&done, &pool, true), super::show::details)
+}
+
+fn repair_view(plan: &RepairPlan, pool: &Path, repaired: bool) -> Value {
+    let problems: Vec<&str> = plan
+        .problems
+        .iter()
+        .map(|problem| problem.text.as_str())
+        .collect();
+    json!({
+        "store": pool, "repaired": repaired, "needed": !plan.is_empty(), "lost_commits": plan.lost_commits,
+        "losses": plan.losses, "fixes": plan.fixes, "problem_count": problems.len(), "problems": problems,
+    })
 }
 
 /// `store dump`.

@@ -483,6 +483,17 @@ fn store(global: &Global, verb: StoreVerb) -> Result<(), Refusal> {
             },
         ),
         StoreVerb::Check { data, data_dir } => offline::store_check(global, data_dir, data),
+        StoreVerb::Repair {
+            plan,
+            accept_lost_commits,
+            data_dir,
+        } => {
+            let options = stillpoint_snapshot::RepairOptions {
+                plan,
+                accept_lost_commits,
+            };
+            offline::store_repair(global, data_dir, options)
+        }
         StoreVerb::Dump { data_dir, out } => offline::store_dump(global, data_dir, out),
         StoreVerb::Restore { file, data_dir } => offline::store_restore(global, data_dir, &file),
     }

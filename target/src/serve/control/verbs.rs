@@ -109,6 +109,12 @@ fn status(daemon: &Arc<Daemon>) -> Status {
                 .to_owned(),
         );
     }
+    if stats.recovery_incomplete {
+        errors.push(
+            "the daemon was killed, and its log of the last second is damaged: writes that were not flushed may be lost; check the file systems on the LUNs, then restart the daemon"
+                .to_owned(),
+        );
+    }
     if stats.bad_grains > 0 {
         errors.push(format!(
             "{} of data cannot be had: `stillpoint lun show` and `stillpoint store scrub` list them; write them anew, or take them from a snapshot or a backup",
