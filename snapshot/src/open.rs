@@ -67,16 +67,24 @@ pub(crate) fn create(dir: &Path, options: &PoolOptions) -> Result<Inner> {
     }
     std::fs::create_dir_all(dir).map_err(io("create directory", dir))?;
     let guard = lock_directory(dir)?;
-    // A data file appears only with `rename` below: what is left here is from a creation that was cut off.
-    let meta_dir = dir.join(META_DIR);
+    let (meta_dir, temporary) = (dir.join(META_DIR), dir.join("data.new"));
+    // A creation has `data.new` from before the first byte of metadata until both are whole. Metadata alone is that of a pool
+    // whose data file is gone, or not mounted: not to be touched.
+    if meta_dir.exists() && !temporary.exists() {
+        return Err(Error::refused(format!(
+            "{} is missing, but its metadata is there: mount or restore it; for a new, empty pool move {} away",
+            dir.join(DATA_FILE).display(),
+            meta_dir.display()
+        )));
+    }
     if meta_dir.exists() {
         std::fs::remove_dir_all(&meta_dir).map_err(io("remove", &meta_dir))?;
     }
-    let temporary = dir.join("data.new");
     if temporary.exists() {
         std::fs::remove_file(&temporary).map_err(io("remove", &temporary))?;
     }
     let disk = Arc::new(FileDisk::create(&temporary).map_err(io("create", &temporary))?);
+    sync_dir(dir)?;
     let path = meta_dir.clone();
     let meta = Meta::open(
         Box::new(move || boxed(SledMeta::open(&path)?)),
