@@ -176,6 +176,8 @@ fn wrong_bitmaps_and_damaged_records_are_found() {
     let world = World::new();
     let pool = lived_in(&world);
     pool.shutdown().unwrap();
+    // Within the file: data in use beyond its end would not open.
+    world.disk().write_at(4095 * GRAIN, &[0; GRAIN as usize]).unwrap();
     edit(&world, |bits| {
         bits[63] |= 1 << 60;
         1
