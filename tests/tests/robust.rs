@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
 use serde_json::Value;
 use stillpoint_tests::raw::{
     self, BHS_LEN, Came, Cdb, IMMEDIATE, Login, Nexus, Pdu, RESERVED, Raw, Reply, data_out, login_request, op,
@@ -1400,6 +1401,49 @@ fn a_session_is_dropped_with_a_word_and_without_an_answer() {
                 .any(|pdu| pdu.opcode() == op::ASYNC && pdu.at(36) == 1),
             "{last:?}"
         );
+        Ok(())
+    });
+}
+
+#[test]
+fn sessions_are_asked_to_log_out_when_what_they_use_goes_away() {
+    const TWO: &str = "[[portal]]\naddress = \"127.0.0.1:$PORT\"\n[[lun]]\nname = \"disk\"\nsize = \"16MiB\"\n\
+        [[lun]]\nname = \"second\"\nsize = \"16MiB\"\n[[lun]]\nname = \"gone\"\nsize = \"16MiB\"\n\
+        [[target]]\niqn = \"iqn.2026-11.test:disk\"\nluns = [\"disk\", \"second\"]\ninitiators = [\"*\"]\nmax_sessions = 8\n";
+    const GONE: &str =
+        "[[target]]\niqn = \"iqn.2026-11.test:gone\"\nluns = [\"gone\"]\ninitiators = [\"*\"]\n";
+    attack_on("logout requests", &format!("{TWO}{GONE}"), |daemon| {
+        let asked = |raw: &mut Raw| -> Result<()> {
+            let word = raw.expect("a logout request", |pdu| pdu.opcode() == op::ASYNC)?;
+            ensure!(word.at(36) == 1, "AsyncEvent {}", word.at(36));
+            raw.logout()
+        };
+        // A target that is no longer served.
+        let mut stays = log_in(daemon, ME)?;
+        let mut leaves =
+            Raw::login(address(daemon), &Nexus::new(OTHER, "iqn.2026-11.test:gone"))?.session()?;
+        leaves.ready(0)?;
+        daemon.write_config(TWO)?;
+        thread::scope(|scope| -> Result<()> {
+            let cli = scope.spawn(|| daemon.text(&["config", "apply", "--yes"]));
+            asked(&mut leaves)?;
+            cli.join().expect("no panic").map(drop)
+        })?;
+        stays.ready(0)?;
+        // One LUN of several: whoever may be using it is asked too, and finds the others when it comes back.
+        daemon.write_config(&TWO.replace("[\"disk\", \"second\"]", "[\"disk\"]"))?;
+        thread::scope(|scope| -> Result<()> {
+            let cli = scope.spawn(|| daemon.text(&["config", "apply", "--yes"]));
+            asked(&mut stays)?;
+            cli.join().expect("no panic").map(drop)
+        })?;
+        let absent = log_in(daemon, ME)?.run(&Cdb::none(1, &[0; 6]))?;
+        ensure!(absent.sense_code() == (5, 0x25, 0), "{absent:?}");
+        // The daemon stops.
+        let mut last = log_in(daemon, OTHER)?;
+        daemon.signal(Signal::TERM)?;
+        asked(&mut last)?;
+        ensure!(daemon.stop()? == 0, "the daemon did not end well");
         Ok(())
     });
 }
