@@ -43,6 +43,11 @@ pub(crate) const ALL: &[Target] = &[
         seeds: cdb_seeds,
     },
     Target {
+        name: "scsi_lists",
+        run: scsi_lists,
+        seeds: list_seeds,
+    },
+    Target {
         name: "agent_frames",
         run: agent_frames,
         seeds: frame_seeds,
@@ -268,11 +273,87 @@ fn session_seeds() -> Vec<Vec<u8>> {
 
 /// Input: length of the CDB, CDB, data-out. The same unit gets every command twice, from two I_T nexuses.
 fn scsi_cdb(data: &[u8]) {
-    const LUN: u64 = 1 << 30;
     let Some((&len, rest)) = data.split_first() else {
         return;
     };
     let (cdb, data_out) = rest.split_at(rest.len().min(usize::from(len)));
+    carry_out(cdb, data_out);
+}
+
+/// Commands with parameter lists: operation code, service action, byte of the CDB that starts the length, its bytes.
+const LISTED: &[(u8, u8, usize, usize)] = &[
+    (0x83, 0x00, 10, 4),
+    (0x83, 0x01, 10, 4),
+    (0x83, 0x10, 10, 4),
+    (0x83, 0x11, 10, 4),
+    (0x5f, 0x00, 5, 4),
+    (0x5f, 0x06, 5, 4),
+    (0x5f, 0x07, 5, 4),
+    (0x42, 0x00, 7, 2),
+    (0x55, 0x11, 7, 2),
+    (0x15, 0x11, 4, 1),
+];
+
+/// The first byte chooses the command, the second says how much longer (or shorter) than the list its length is.
+fn scsi_lists(data: &[u8]) {
+    let [which, longer, list @ ..] = data else { return };
+    let (opcode, action, at, bytes) = LISTED[usize::from(*which) % LISTED.len()];
+    let said = i64::try_from(list.len()).unwrap_or(0) + i64::from(i8::from_ne_bytes([*longer]));
+    let mut cdb = [0; 16];
+    (cdb[0], cdb[1]) = (opcode, action);
+    let said = u64::try_from(said.max(0)).unwrap_or(0).to_be_bytes();
+    cdb[at..at + bytes].copy_from_slice(&said[8 - bytes..]);
+    carry_out(&cdb, list);
+}
+
+fn list_seeds() -> Vec<Vec<u8>> {
+    let unit = [
+        &[0xe4, 0, 0, 0, 1, 3, 0, 16][..],
+        &[0x60; 16],
+        &[0, 0, 0, 0, 0, 0, 2, 0],
+    ]
+    .concat();
+    let segment = [&[2, 0, 0, 24, 0, 0, 0, 0, 0, 0, 0, 8][..], &[0; 15], &[64]].concat();
+    let lid1 = [
+        &[1, 0, 0, 32, 0, 0, 0, 0, 0, 0, 0, 28, 0, 0, 0, 0][..],
+        &unit,
+        &segment,
+    ]
+    .concat();
+    let mut lid4 = vec![0; 48];
+    (lid4[0], lid4[3], lid4[16], lid4[23], lid4[43], lid4[45]) = (1, 0x20, 0xff, 1, 32, 28);
+    lid4.extend([unit, segment].concat());
+    let range = [0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 16, 0, 0, 0, 0];
+    let populate = [&[0, 30, 0, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 16][..], &range].concat();
+    let mut write = vec![0; 536];
+    (write[0], write[1], write[535]) = (2, 38, 16);
+    write[16..24].copy_from_slice(&[0xff, 0xff, 0, 1, 0, 0, 1, 0xf8]);
+    write.extend(range);
+    let unmap = [
+        0, 22, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0, 0, 0,
+    ];
+    let caching = [&[0; 8][..], &[8, 18, 4], &[0; 17]].concat();
+    let lists = [
+        lid1,
+        lid4,
+        populate,
+        write,
+        register_others(),
+        [&[0; 15][..], &[5], &[0; 8]].concat(),
+        register_and_move(),
+        unmap.to_vec(),
+        caching.clone(),
+        caching[4..].to_vec(),
+    ];
+    (0..)
+        .zip(lists)
+        .map(|(which, list)| [&[which, 0][..], &list].concat())
+        .collect()
+}
+
+/// Carries one command out on units of both block sizes.
+fn carry_out(cdb: &[u8], data_out: &[u8]) {
+    const LUN: u64 = 1 << 30;
     let port = TargetPort {
         target: "iqn.2026-11.io.stillpoint:demo".to_owned(),
         portal_group: 1,
@@ -338,6 +419,7 @@ fn inside(op: &stillpoint_scsi::BlockOp, size: u64, sent: usize) {
         | Op::PreFetch { offset, len }
         | Op::LbaStatus { offset, len, .. } => (offset, len, 0),
         Op::WriteSame { offset, len, .. } => (offset, len, 512),
+        Op::Copy(ref request) => return inside_copy(&request.work, size),
         Op::Unmap { ref ranges } => {
             assert!(
                 ranges
@@ -353,6 +435,22 @@ fn inside(op: &stillpoint_scsi::BlockOp, size: u64, sent: usize) {
         "{op:?} ends behind the LUN"
     );
     assert!(data <= sent, "{op:?} needs more data than was sent");
+}
+
+fn inside_copy(work: &stillpoint_scsi::CopyWork, size: u64) {
+    use stillpoint_scsi::CopyWork as Work;
+    match work {
+        Work::Segments { units, segments } => {
+            assert!(segments.len() <= 256, "too many segments");
+            let known = |index: u16| usize::from(index) < units.len();
+            assert!(segments.iter().all(|s| known(s.source) && known(s.destination)));
+        }
+        Work::Populate { ranges, .. } | Work::WriteToken { ranges, .. } | Work::WriteZeroes { ranges } => {
+            assert!(ranges.len() <= 64, "too many ranges");
+            let fits = |(offset, len): &(u64, u64)| offset.checked_add(*len).is_some_and(|end| end <= size);
+            assert!(ranges.iter().all(fits), "{ranges:?} end behind the LUN");
+        }
+    }
 }
 
 /// TransportID of an initiator port, 36 bytes.

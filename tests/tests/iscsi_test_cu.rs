@@ -20,14 +20,6 @@ const FAILURES: &[(&str, &str)] = &[
 /// Skips on any LUN: functions that this version does not have, or that a disk with a fixed medium has not.
 const SKIPS: &[(&str, &str)] = &[
     (
-        "ExtendedCopy.",
-        "EXTENDED COPY comes with the next version of the target",
-    ),
-    (
-        "ReceiveCopyResults.",
-        "RECEIVE COPY RESULTS comes with EXTENDED COPY",
-    ),
-    (
         "Sanitize.",
         "SANITIZE is optional, and the suite wants a flag for it",
     ),

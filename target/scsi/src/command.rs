@@ -142,6 +142,19 @@ pub(crate) static COMMANDS: &[Command] = &[
     action(Persistent, &[op::PERSISTENT_RESERVE_OUT, 0x05, F, 0, 0, F, F, F, F, 0]),
     action(Persistent, &[op::PERSISTENT_RESERVE_OUT, 0x06, 0, 0, 0, F, F, F, F, 0]),
     action(Persistent, &[op::PERSISTENT_RESERVE_OUT, 0x07, 0, 0, 0, F, F, F, F, 0]),
+    // EXTENDED COPY(LID1) and (LID4), POPULATE TOKEN, WRITE USING TOKEN, COPY OPERATION ABORT.
+    action(Exclusive, &[op::THIRD_PARTY_COPY_OUT, 0x00, 0, 0, 0, 0, 0, 0, 0, 0, F, F, F, F, 0, 0]),
+    action(Exclusive, &[op::THIRD_PARTY_COPY_OUT, 0x01, 0, 0, 0, 0, 0, 0, 0, 0, F, F, F, F, 0, 0]),
+    action(Read, &[op::THIRD_PARTY_COPY_OUT, 0x10, 0, 0, 0, 0, F, F, F, F, F, F, F, F, 0, 0]),
+    action(Exclusive, &[op::THIRD_PARTY_COPY_OUT, 0x11, 0, 0, 0, 0, F, F, F, F, F, F, F, F, 0, 0]),
+    action(Free, &[op::THIRD_PARTY_COPY_OUT, 0x1c, F, F, F, F, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+    // COPY STATUS, OPERATING PARAMETERS, FAILED SEGMENT DETAILS, COPY STATUS(LID4), ROD TOKEN INFORMATION.
+    action(Exclusive, &[op::THIRD_PARTY_COPY_IN, 0x00, F, 0, 0, 0, 0, 0, 0, 0, F, F, F, F, 0, 0]),
+    action(Exclusive, &[op::THIRD_PARTY_COPY_IN, 0x03, 0, 0, 0, 0, 0, 0, 0, 0, F, F, F, F, 0, 0]),
+    action(Exclusive, &[op::THIRD_PARTY_COPY_IN, 0x04, F, 0, 0, 0, 0, 0, 0, 0, F, F, F, F, 0, 0]),
+    action(Exclusive, &[op::THIRD_PARTY_COPY_IN, 0x05, F, F, F, F, 0, 0, 0, 0, F, F, F, F, 0, 0]),
+    // Whoever may populate may ask for the token.
+    action(Read, &[op::THIRD_PARTY_COPY_IN, 0x07, F, F, F, F, 0, 0, 0, 0, F, F, F, F, 0, 0]),
     command(Read, &[op::READ_16, 0x18, F, F, F, F, F, F, F, F, F, F, F, F, 0, 0]),
     command(Exclusive, &[op::COMPARE_AND_WRITE, 0x18, F, F, F, F, F, F, F, F, 0, 0, 0, F, 0, 0]),
     command(Exclusive, &[op::WRITE_16, 0x18, F, F, F, F, F, F, F, F, F, F, F, F, 0, 0]),

@@ -2,7 +2,7 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use crate::{TargetPort, cdb::Cdb, plan::Reply, sense::Sense, unit::Unit};
+use crate::{TargetPort, cdb::Cdb, copy::limits, plan::Reply, sense::Sense, unit::Unit};
 
 /// T10 VENDOR IDENTIFICATION of every unit.
 pub const VENDOR: [u8; 8] = *b"STILLPNT";
@@ -22,17 +22,19 @@ const UNIT_SERIAL_NUMBER: u8 = 0x80;
 const DEVICE_IDENTIFICATION: u8 = 0x83;
 const EXTENDED_INQUIRY: u8 = 0x86;
 const MODE_PAGE_POLICY: u8 = 0x87;
+const THIRD_PARTY_COPY: u8 = 0x8f;
 const BLOCK_LIMITS: u8 = 0xb0;
 const BLOCK_CHARACTERISTICS: u8 = 0xb1;
 const LOGICAL_BLOCK_PROVISIONING: u8 = 0xb2;
 
 /// Every page of VPD page 00h; each one is readable, and they ascend.
-const PAGES: [u8; 8] = [
+const PAGES: [u8; 9] = [
     SUPPORTED_PAGES,
     UNIT_SERIAL_NUMBER,
     DEVICE_IDENTIFICATION,
     EXTENDED_INQUIRY,
     MODE_PAGE_POLICY,
+    THIRD_PARTY_COPY,
     BLOCK_LIMITS,
     BLOCK_CHARACTERISTICS,
     LOGICAL_BLOCK_PROVISIONING,
@@ -61,6 +63,7 @@ pub(crate) fn inquiry(unit: &Unit, port: &TargetPort, cdb: &Cdb) -> Result<Reply
         EXTENDED_INQUIRY => extended_inquiry(),
         // All pages and subpages are shared by all I_T nexuses.
         MODE_PAGE_POLICY => Bytes::from_static(&[0x3f, 0xff, 0, 0]),
+        THIRD_PARTY_COPY => limits::page(unit),
         BLOCK_LIMITS => block_limits(unit),
         BLOCK_CHARACTERISTICS => block_characteristics(),
         LOGICAL_BLOCK_PROVISIONING => provisioning(unit),
@@ -78,8 +81,8 @@ fn standard(unit: &Unit) -> Bytes {
     data[2] = VERSION;
     data[3] = FORMAT;
     data[4] = 96 - 5;
-    // TPGS: implicit asymmetric access, which is one group that is always active.
-    data[5] = 0x10;
+    // TPGS: implicit asymmetric access, which is one group that is always active; 3PC.
+    data[5] = 0x10 | 0x08;
     // MULTIP.
     data[6] = if unit.spec.ports.len() > 1 { 0x10 } else { 0 };
     // CMDQUE.

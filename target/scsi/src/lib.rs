@@ -9,6 +9,7 @@ mod attention;
 mod block;
 mod cdb;
 mod command;
+mod copy;
 mod inquiry;
 mod log;
 mod lun;
@@ -21,6 +22,9 @@ mod unit;
 
 pub use attention::UnitAttention;
 pub use cdb::opcode;
+pub use copy::{
+    CopyEnd, CopyError, CopyOutcome, CopyRequest, CopySegment, CopyTicket, CopyUnit, CopyWork, RodToken,
+};
 pub use inquiry::{PRODUCT, VENDOR};
 pub use lun::absent_lun;
 pub use mode::{MAX_THIN_THRESHOLDS, SavedModePages};

@@ -3,7 +3,12 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use crate::{NexusId, mode::SavedModePages, sense::Sense, sense::SenseKey};
+use crate::{
+    NexusId,
+    copy::{CopyOutcome, CopyRequest, Kind},
+    mode::SavedModePages,
+    sense::{Sense, SenseKey},
+};
 
 /// SAM-5 status codes.
 pub mod status {
@@ -44,6 +49,10 @@ impl Reply {
 
     pub(crate) const fn good() -> Self {
         Self::status(status::GOOD)
+    }
+
+    pub(crate) const fn busy() -> Self {
+        Self::status(status::BUSY)
     }
 
     /// GOOD for a command that took (or would have taken) `transfer_len` bytes of data-out.
@@ -154,6 +163,8 @@ pub enum BlockOp {
     ThinFigures,
     /// Keep the saved mode pages over restarts.
     SaveModePages(SavedModePages),
+    /// Copy, or make a token; ends with [`crate::Unit::copy_ended`] and [`BlockResult::Copied`].
+    Copy(CopyRequest),
     /// Persist and enforce a change of reservations before the answer.
     Reservations(ReservationChange),
 }
@@ -202,6 +213,8 @@ pub enum BlockResult {
     Extents(Vec<LbaExtent>),
     /// The answer to [`BlockOp::ThinFigures`].
     Thin(ThinFigures),
+    /// How a copy ended, well or not.
+    Copied(CopyOutcome),
     /// It failed.
     Failed(BlockError),
 }
@@ -250,6 +263,8 @@ pub(crate) enum Answer {
     Good,
     /// CONDITION MET without data.
     Met,
+    /// GOOD, or why the copy failed.
+    Copy(Kind),
     /// GET LBA STATUS parameter data.
     LbaStatus { lba: u64, allocation: u64 },
     /// LOG SENSE, logical block provisioning page.
@@ -293,6 +308,13 @@ impl Planned {
             },
             (Answer::Good, BlockResult::Done) => Reply::took(self.transfer_len),
             (Answer::Met, BlockResult::Done) => Reply::status(status::CONDITION_MET),
+            (Answer::Copy(kind), BlockResult::Copied(outcome)) => match outcome.sense(kind) {
+                None => Reply::took(self.transfer_len),
+                Some(sense) => Reply {
+                    transfer_len: self.transfer_len,
+                    ..Reply::check(sense, self.descriptor_sense)
+                },
+            },
             (Answer::LbaStatus { lba, allocation }, BlockResult::Extents(extents)) => {
                 Reply::parameter_data(lba_status(lba, &extents, self.block_size), allocation)
             }

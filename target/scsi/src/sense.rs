@@ -82,6 +82,22 @@ impl Sense {
     pub const DATA_OUT_LENGTH: Self = Self::new(SenseKey::ILLEGAL_REQUEST, 0x0e, 0x03);
     /// INVALID RELEASE OF PERSISTENT RESERVATION.
     pub const INVALID_RELEASE: Self = Self::new(SenseKey::ILLEGAL_REQUEST, 0x26, 0x04);
+    /// OPERATION IN PROGRESS: this list identifier names a copy that runs.
+    pub const OPERATION_IN_PROGRESS: Self = Self::new(SenseKey::ILLEGAL_REQUEST, 0x00, 0x16);
+    /// TOO MANY TARGET DESCRIPTORS.
+    pub const TOO_MANY_TARGETS: Self = Self::new(SenseKey::ILLEGAL_REQUEST, 0x26, 0x06);
+    /// UNSUPPORTED TARGET DESCRIPTOR TYPE CODE.
+    pub const UNSUPPORTED_TARGET: Self = Self::new(SenseKey::ILLEGAL_REQUEST, 0x26, 0x07);
+    /// TOO MANY SEGMENT DESCRIPTORS.
+    pub const TOO_MANY_SEGMENTS: Self = Self::new(SenseKey::ILLEGAL_REQUEST, 0x26, 0x08);
+    /// UNSUPPORTED SEGMENT DESCRIPTOR TYPE CODE.
+    pub const UNSUPPORTED_SEGMENT: Self = Self::new(SenseKey::ILLEGAL_REQUEST, 0x26, 0x09);
+    /// INLINE DATA LENGTH EXCEEDED: there is none.
+    pub const INLINE_DATA: Self = Self::new(SenseKey::ILLEGAL_REQUEST, 0x26, 0x0b);
+    /// INVALID TOKEN OPERATION, UNSUPPORTED TOKEN TYPE.
+    pub const TOKEN_TYPE: Self = Self::new(SenseKey::ILLEGAL_REQUEST, 0x23, 0x01);
+    /// INVALID TOKEN OPERATION, INVALID TOKEN LENGTH.
+    pub const TOKEN_LENGTH: Self = Self::new(SenseKey::ILLEGAL_REQUEST, 0x23, 0x0a);
     /// INSUFFICIENT REGISTRATION RESOURCES.
     pub const NO_REGISTRATION_RESOURCES: Self = Self::new(SenseKey::ILLEGAL_REQUEST, 0x55, 0x04);
     /// WRITE PROTECTED.
@@ -118,6 +134,16 @@ impl Sense {
             information: Some(offset),
             ..Self::new(SenseKey::MISCOMPARE, 0x1d, 0x00)
         }
+    }
+
+    /// The same condition with a field pointer to this byte of the parameter list.
+    #[must_use]
+    pub(crate) fn pointing(mut self, byte: usize) -> Self {
+        self.field = Some(FieldPointer {
+            in_cdb: false,
+            byte: u16::try_from(byte).unwrap_or(u16::MAX),
+        });
+        self
     }
 
     /// The same condition with an INFORMATION field.

@@ -10,6 +10,7 @@ use crate::{
     block,
     cdb::{Cdb, opcode as op},
     command::{Lookup, lookup},
+    copy::{self, Copies},
     inquiry, log, lun, mode,
     plan::{Answer, BlockOp, Plan, Planned, Reply, status},
     report,
@@ -141,6 +142,7 @@ pub struct Unit {
     pub(crate) modes: mode::ModePages,
     pub(crate) nexuses: BTreeMap<NexusId, Nexus>,
     pub(crate) reservations: Reservations,
+    pub(crate) copies: Copies,
 }
 
 impl Unit {
@@ -169,6 +171,7 @@ impl Unit {
             modes,
             nexuses: BTreeMap::new(),
             reservations: Reservations::default(),
+            copies: Copies::default(),
         }
     }
 
@@ -184,6 +187,7 @@ impl Unit {
     pub fn detach(&mut self, nexus: NexusId) {
         self.nexuses.remove(&nexus);
         self.reservations.nexus_lost(nexus);
+        self.copies.nexus_lost(nexus);
     }
 
     /// Plans one command. `data_out` is all that came of the data-out, however much the CDB speaks of.
@@ -258,6 +262,7 @@ impl Unit {
             op::ORWRITE_16 => block::or_write(self, cdb, data_out),
             op::MODE_SELECT_6 | op::MODE_SELECT_10 => mode::select(self, context.nexus, cdb, data_out),
             op::LOG_SENSE => log::sense(self, cdb),
+            op::THIRD_PARTY_COPY_OUT => copy::out(self, context, cdb, data_out),
             op::PERSISTENT_RESERVE_OUT => reservation::out(self, context.nexus, cdb, data_out),
             op::RESERVE_6 | op::RESERVE_10 | op::RELEASE_6 | op::RELEASE_10 => {
                 reservation::reserve_or_release(self, context.nexus, cdb).map(Ready::Reply)
@@ -285,6 +290,7 @@ impl Unit {
             (op::MAINTENANCE_IN, 0x0c) => report::operation_codes(cdb),
             (op::MAINTENANCE_IN, 0x0d) => Ok(report::task_management(cdb)),
             (op::PERSISTENT_RESERVE_IN, _) => Ok(reservation::read(self, cdb)),
+            (op::THIRD_PARTY_COPY_IN, _) => copy::receive(self, context.nexus, cdb),
             (op::SEND_DIAGNOSTIC, _) => send_diagnostic(cdb),
             // The medium cannot be removed: to prevent that is always granted.
             (op::PREVENT_ALLOW_MEDIUM_REMOVAL, _) if cdb.byte(4) & 0x02 == 0 => Ok(Reply::good()),
@@ -298,6 +304,7 @@ impl Unit {
     pub fn lun_reset(&mut self) {
         self.reservations.reset();
         self.modes.reset();
+        self.copies.reset();
         self.raise(UnitAttention::DeviceReset);
     }
 

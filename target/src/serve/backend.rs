@@ -4,9 +4,11 @@
 //! `try_` form answers in place when nothing would block; the other blocks the calling thread and belongs on a worker.
 //! Nothing above this file names the store's data path.
 
+use std::sync::Arc;
+
 use bytes::{Bytes, BytesMut};
 use stillpoint_scsi::{BlockError, BlockOp, BlockResult, Compare, LbaExtent, ThinFigures};
-use stillpoint_snapshot::{Caw, Error as StoreError, ExtentKind, Volume};
+use stillpoint_snapshot::{Caw, CopySource, Error as StoreError, ExtentKind, Pin, Volume};
 
 /// Long operations (VERIFY, WRITE SAME) go through the store in steps of this many bytes: the memory they take is bounded, and
 /// other commands get their turn in between.
@@ -22,7 +24,60 @@ pub(crate) enum LunBackend {
     Local(Volume),
 }
 
+/// A point in time of a LUN's storage: what is written later is not seen in it. It keeps the space of what it shows until it is
+/// dropped, which may wait for the store: that belongs on a worker.
+#[derive(Clone, Debug)]
+pub(crate) enum Pinned {
+    /// Of a volume of the local store.
+    Local(Arc<Pin>),
+}
+
 impl LunBackend {
+    /// A point in time of all of it, now; takes no longer for a large LUN than for a small one.
+    ///
+    /// # Errors
+    /// When the store is out of order.
+    pub(crate) fn pin(&self) -> Result<Pinned, BlockError> {
+        let Self::Local(volume) = self;
+        match volume.pin() {
+            Ok(pin) => Ok(Pinned::Local(Arc::new(pin))),
+            Err(error) => Err(failure(&error)),
+        }
+    }
+
+    /// Copies `len` bytes at `from` of a point in time to `to`, by reference where both have the same place in their grain;
+    /// blocks until they are durable.
+    ///
+    /// # Errors
+    /// As of a write, and a medium error of the source; a part may have been copied then.
+    pub(crate) fn copy_from(&self, point: &Pinned, from: u64, to: u64, len: u64) -> Result<(), BlockError> {
+        let (Self::Local(volume), Pinned::Local(pin)) = (self, point);
+        let copied = volume.copy(to, &CopySource::Pin(pin), from, len);
+        copied.map(drop).map_err(|error| failure(&error))
+    }
+
+    /// Copies as [`Self::copy_from`] does, from a LUN's storage as it is now. A short range needs no point in time: it is locked
+    /// for a moment.
+    ///
+    /// # Errors
+    /// As [`Self::copy_from`].
+    pub(crate) fn copy_now(&self, source: &Self, from: u64, to: u64, len: u64) -> Result<(), BlockError> {
+        let (Self::Local(volume), Self::Local(other)) = (self, source);
+        let copied = volume.copy(to, &CopySource::Volume(other), from, len);
+        copied.map(drop).map_err(|error| failure(&error))
+    }
+
+    /// Carries out an operation that gives nothing back; blocks.
+    ///
+    /// # Errors
+    /// Why it failed.
+    pub(crate) fn carry_out(&self, op: &BlockOp, data: &[u8], block_size: u32) -> Result<(), BlockError> {
+        match self.execute(op, data, block_size) {
+            BlockResult::Failed(error) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Bytes that the LUN offers now.
     pub(crate) fn size_bytes(&self) -> u64 {
         let Self::Local(volume) = self;
@@ -57,85 +112,86 @@ impl LunBackend {
     pub(crate) fn execute(&self, op: &BlockOp, data: &[u8], block_size: u32) -> BlockResult {
         let Self::Local(volume) = self;
         let pattern = data.get(..block_size as usize);
-        let done =
-            match *op {
-                BlockOp::Read { offset, len, .. } => {
-                    let mut buffer = BytesMut::zeroed(len as usize);
-                    return match volume.read(offset, &mut buffer) {
-                        Ok(()) => BlockResult::Data(buffer.freeze()),
-                        Err(error) => BlockResult::Failed(failure(&error)),
-                    };
+        let done = match *op {
+            BlockOp::Read { offset, len, .. } => {
+                let mut buffer = BytesMut::zeroed(len as usize);
+                return match volume.read(offset, &mut buffer) {
+                    Ok(()) => BlockResult::Data(buffer.freeze()),
+                    Err(error) => BlockResult::Failed(failure(&error)),
+                };
+            }
+            BlockOp::Write { offset, len, fua } => {
+                whole(data, len).and_then(|data| write(volume, offset, data, fua))
+            }
+            BlockOp::WriteAndVerify { offset, len, compare } => whole(data, len).and_then(|data| {
+                write(volume, offset, data, true)?;
+                if compare {
+                    verify(volume, offset, data.len() as u64, &Expect::Data(data))
+                } else {
+                    Ok(())
                 }
-                BlockOp::Write { offset, len, fua } => {
-                    whole(data, len).and_then(|data| write(volume, offset, data, fua))
+            }),
+            BlockOp::Verify { offset, len, compare } => match compare {
+                Compare::None => verify(volume, offset, len.into(), &Expect::Anything),
+                Compare::Data => {
+                    whole(data, len).and_then(|data| verify(volume, offset, len.into(), &Expect::Data(data)))
                 }
-                BlockOp::WriteAndVerify { offset, len, compare } => whole(data, len).and_then(|data| {
-                    write(volume, offset, data, true)?;
-                    if compare {
-                        verify(volume, offset, data.len() as u64, &Expect::Data(data))
-                    } else {
-                        Ok(())
-                    }
-                }),
-                BlockOp::Verify { offset, len, compare } => match compare {
-                    Compare::None => verify(volume, offset, len.into(), &Expect::Anything),
-                    Compare::Data => whole(data, len)
-                        .and_then(|data| verify(volume, offset, len.into(), &Expect::Data(data))),
-                    Compare::OneBlock => pattern
-                        .ok_or(BlockError::Fault)
-                        .and_then(|block| verify(volume, offset, len.into(), &Expect::Block(block))),
-                },
-                BlockOp::WriteZeroes {
-                    offset,
-                    len,
-                    unmap,
-                    fua,
-                } => volume
-                    .write_zeroes(offset, len, unmap)
-                    .map_err(|e| failure(&e))
-                    .and_then(|()| flush_if(volume, fua)),
-                BlockOp::WriteSame { offset, len, fua } => pattern
+                Compare::OneBlock => pattern
                     .ok_or(BlockError::Fault)
-                    .and_then(|block| write_same(volume, offset, len, block, fua)),
-                BlockOp::Unmap { ref ranges } => volume.unmap(ranges).map_err(|e| failure(&e)),
-                BlockOp::CompareAndWrite { offset, len, fua } => {
-                    compare_and_write(volume, offset, data, len, fua)
-                }
-                BlockOp::OrWrite { offset, len, fua } => whole(data, len)
-                    .and_then(|data| volume.or_write(offset, data, fua).map_err(|e| failure(&e))),
-                BlockOp::Flush => volume.flush().map_err(|e| failure(&e)),
-                // What is read once is in the page cache.
-                BlockOp::PreFetch { offset, len } => verify(volume, offset, len, &Expect::Anything),
-                BlockOp::LbaStatus {
-                    offset,
-                    len,
-                    max_descriptors,
-                } => {
-                    return match volume.lba_status(offset, len, max_descriptors) {
-                        Ok(extents) => BlockResult::Extents(
-                            extents
-                                .iter()
-                                .map(|e| LbaExtent {
-                                    offset: e.offset,
-                                    len: e.len,
-                                    mapped: e.kind != ExtentKind::Hole,
-                                })
-                                .collect(),
-                        ),
-                        Err(error) => BlockResult::Failed(failure(&error)),
-                    };
-                }
-                BlockOp::ThinFigures => {
-                    return match volume.space() {
-                        Ok(space) => BlockResult::Thin(ThinFigures {
-                            available_bytes: space.available_bytes,
-                            used_bytes: space.used_bytes,
-                        }),
-                        Err(error) => BlockResult::Failed(failure(&error)),
-                    };
-                }
-                BlockOp::SaveModePages(_) | BlockOp::Reservations(_) => Err(BlockError::Fault),
-            };
+                    .and_then(|block| verify(volume, offset, len.into(), &Expect::Block(block))),
+            },
+            BlockOp::WriteZeroes {
+                offset,
+                len,
+                unmap,
+                fua,
+            } => volume
+                .write_zeroes(offset, len, unmap)
+                .map_err(|e| failure(&e))
+                .and_then(|()| flush_if(volume, fua)),
+            BlockOp::WriteSame { offset, len, fua } => pattern
+                .ok_or(BlockError::Fault)
+                .and_then(|block| write_same(volume, offset, len, block, fua)),
+            BlockOp::Unmap { ref ranges } => volume.unmap(ranges).map_err(|e| failure(&e)),
+            BlockOp::CompareAndWrite { offset, len, fua } => {
+                compare_and_write(volume, offset, data, len, fua)
+            }
+            BlockOp::OrWrite { offset, len, fua } => {
+                whole(data, len).and_then(|data| volume.or_write(offset, data, fua).map_err(|e| failure(&e)))
+            }
+            BlockOp::Flush => volume.flush().map_err(|e| failure(&e)),
+            // What is read once is in the page cache.
+            BlockOp::PreFetch { offset, len } => verify(volume, offset, len, &Expect::Anything),
+            BlockOp::LbaStatus {
+                offset,
+                len,
+                max_descriptors,
+            } => {
+                return match volume.lba_status(offset, len, max_descriptors) {
+                    Ok(extents) => BlockResult::Extents(
+                        extents
+                            .iter()
+                            .map(|e| LbaExtent {
+                                offset: e.offset,
+                                len: e.len,
+                                mapped: e.kind != ExtentKind::Hole,
+                            })
+                            .collect(),
+                    ),
+                    Err(error) => BlockResult::Failed(failure(&error)),
+                };
+            }
+            BlockOp::ThinFigures => {
+                return match volume.space() {
+                    Ok(space) => BlockResult::Thin(ThinFigures {
+                        available_bytes: space.available_bytes,
+                        used_bytes: space.used_bytes,
+                    }),
+                    Err(error) => BlockResult::Failed(failure(&error)),
+                };
+            }
+            BlockOp::SaveModePages(_) | BlockOp::Reservations(_) | BlockOp::Copy(_) => Err(BlockError::Fault),
+        };
         match done {
             Ok(()) => BlockResult::Done,
             Err(error) => BlockResult::Failed(error),

@@ -9,13 +9,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use bytes::Bytes;
 use stillpoint_iscsi::{Command, Outcome};
 use stillpoint_scsi::{
-    BlockError, BlockOp, BlockResult, Context, NexusId, NexusName, Plan, Reply, ReservationChange,
-    TargetPort, Unit, UnitSpec,
+    BlockError, BlockOp, BlockResult, Context, CopyError, CopyOutcome, CopyTicket, NexusId, NexusName, Plan,
+    Reply, ReservationChange, RodToken, TargetPort, Unit, UnitSpec,
 };
-use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::backend::LunBackend;
-use super::operations::Operations;
+use super::copy::Job;
+use super::operations::{Operations, Running};
 use super::registry::{Control, Registry, Session, TargetRules};
 use super::state::{Identity, State};
 
@@ -195,8 +195,13 @@ impl Lun {
 
     /// A command of a session is about to run. Whoever ends the session and then drains the LUN has waited for it, or it sees
     /// that the session is ending: so this comes first, then that look, then [`Self::plan`].
-    pub(crate) fn begin(&self) -> TaskTrackerToken {
+    pub(crate) fn begin(&self) -> Running {
         self.operations.begin()
+    }
+
+    /// Whether somebody waits for this operation of the LUN.
+    pub(crate) fn is_waited_for(&self, running: &Running) -> bool {
+        self.operations.is_waited_for(running)
     }
 
     /// A session's I_T nexus uses the LUN.
@@ -235,7 +240,7 @@ impl Lun {
         session: &Session,
         rules: &TargetRules,
         command: &Command,
-        token: TaskTrackerToken,
+        token: Running,
     ) -> Step {
         self.counters.commands.fetch_add(1, Relaxed);
         self.counters
@@ -271,6 +276,34 @@ impl Lun {
 
     fn unit(&self) -> MutexGuard<'_, Unit> {
         self.unit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a session's I_T nexus may read the LUN, or write it, as part of a copy.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) fn copy_admits(&self, session: &Session, writes: bool) -> Result<(), CopyError> {
+        self.unit().copy_admits(NexusId(session.id), writes)
+    }
+
+    /// How far a copy is; `false` when it is to end.
+    pub(crate) fn copy_progress(&self, ticket: CopyTicket, segments: u16, bytes: u64) -> bool {
+        self.unit().copy_progress(ticket, segments, bytes)
+    }
+
+    /// A copy is over; what became of it is kept for RECEIVE COPY RESULTS.
+    pub(crate) fn copy_ended(&self, ticket: CopyTicket, outcome: &CopyOutcome) {
+        self.unit().copy_ended(ticket, outcome);
+    }
+
+    /// Makes a token of a point in time of this LUN.
+    pub(crate) fn rod_token(
+        &self,
+        bytes: u64,
+        identifier: u64,
+        secret: &[u8; RodToken::SECRET_LEN],
+    ) -> RodToken {
+        self.unit().rod_token(bytes, identifier, secret)
     }
 
     /// PERSISTENT RESERVE OUT: what must survive is durable, and what was preempted has ended, before the answer.
@@ -328,14 +361,18 @@ pub(crate) enum Step {
 pub(crate) struct Trailing {
     op: BlockOp,
     /// Counts the operation as running.
-    token: TaskTrackerToken,
+    token: Running,
 }
 
 impl Trailing {
     /// Carries it out; blocks. A failure is logged by the backend, and meets the next command that needs what failed.
-    pub(crate) fn execute(self, lun: &Lun) {
-        let Self { op, token: _running } = self;
-        drop(lun.backend().execute(&op, &[], lun.settings.block_size));
+    pub(crate) fn execute(self, job: &Job<'_>) {
+        let Self { op, token } = self;
+        if let BlockOp::Copy(request) = &op {
+            drop(job.run(request, &token));
+        } else {
+            drop(job.lun.backend().execute(&op, &[], job.lun.settings.block_size));
+        }
     }
 }
 
@@ -345,7 +382,7 @@ pub(crate) struct Planned {
     planned: stillpoint_scsi::Planned,
     data: Bytes,
     /// Counts the operation as running.
-    token: TaskTrackerToken,
+    token: Running,
 }
 
 impl Planned {
@@ -376,13 +413,14 @@ impl Planned {
     }
 
     /// Carries the command out; blocks.
-    pub(crate) fn execute(self, lun: &Lun) -> Outcome {
-        let Self {
-            planned,
-            data,
-            token: _running,
-        } = self;
+    pub(crate) fn execute(self, job: &Job<'_>) -> Outcome {
+        let lun = job.lun;
+        let Self { planned, data, token } = self;
         let result = match planned.op() {
+            BlockOp::Copy(request) => match job.run(request, &token) {
+                Some(outcome) => BlockResult::Copied(outcome),
+                None => BlockResult::Failed(BlockError::Busy),
+            },
             BlockOp::SaveModePages(pages) => {
                 let flushed = if pages.flush {
                     lun.backend()

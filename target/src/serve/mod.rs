@@ -9,6 +9,7 @@ pub(crate) mod agents;
 pub(crate) mod apply;
 mod backend;
 pub(crate) mod control;
+mod copy;
 pub(crate) mod events;
 mod fingerprint;
 mod lun;
@@ -73,6 +74,7 @@ pub(crate) struct Daemon {
     pub(crate) agents: agents::Agents,
     pub(crate) events: events::Events,
     pub(crate) state: state::State,
+    pub(crate) copies: copy::Copies,
     /// Connections that have not logged in.
     pending: Arc<net::Pending>,
     /// The threads that serve connections.
@@ -181,6 +183,7 @@ async fn run(options: &ServeOptions) -> anyhow::Result<ExitCode> {
             .tracker
             .spawn(net::serve(Arc::clone(&daemon), listener, view));
     }
+    daemon.tracker.spawn(copy::expire(Arc::clone(&daemon)));
     ready(&daemon, &data_dir);
     loop {
         tokio::select! {
@@ -244,6 +247,7 @@ fn open(config: Config, control_socket: Option<PathBuf>) -> anyhow::Result<(File
         agents,
         events,
         state,
+        copies: copy::Copies::default(),
         pending: Arc::default(),
         reactors: reactor::Reactors::start().context("the network threads cannot be started")?,
         workers: tokio::runtime::Handle::current(),

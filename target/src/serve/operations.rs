@@ -8,9 +8,19 @@ use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
 #[derive(Debug, Default)]
 pub(super) struct Operations(Mutex<Generations>);
 
+/// An operation that runs, as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Running {
+    _token: TaskTrackerToken,
+    /// How many waits there had been when it began.
+    waits: u64,
+}
+
 #[derive(Debug, Default)]
 struct Generations {
     newest: TaskTracker,
+    /// Waits so far.
+    waits: u64,
     /// Generations that are waited for: whoever comes later must wait for them as well.
     older: Vec<TaskTracker>,
 }
@@ -20,14 +30,24 @@ impl Operations {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An operation begins; it runs as long as the token lives.
-    pub(super) fn begin(&self) -> TaskTrackerToken {
-        self.lock().newest.token()
+    /// An operation begins.
+    pub(super) fn begin(&self) -> Running {
+        let generations = self.lock();
+        Running {
+            _token: generations.newest.token(),
+            waits: generations.waits,
+        }
+    }
+
+    /// Whether somebody waits for this operation: a long one that can end early does.
+    pub(super) fn is_waited_for(&self, running: &Running) -> bool {
+        self.lock().waits != running.waits
     }
 
     /// Waits for the operations that began before the call; later ones do not hold it up.
     pub(super) fn drain(&self) -> impl Future<Output = ()> + use<> {
         let mut generations = self.lock();
+        generations.waits += 1;
         let newest = std::mem::take(&mut generations.newest);
         newest.close();
         generations.older.push(newest);
@@ -58,8 +78,9 @@ mod tests {
         let operations = Operations::default();
         let before = operations.begin();
         let mut wait = pin!(operations.drain());
-        let _after = operations.begin();
+        let after = operations.begin();
         assert!(!is_over(wait.as_mut()));
+        assert!(operations.is_waited_for(&before) && !operations.is_waited_for(&after));
         drop(before);
         assert!(is_over(wait.as_mut()), "a later operation holds it up");
     }

@@ -193,6 +193,11 @@ impl Session {
             && self.portal_group == portal_group
     }
 
+    /// Whether its login is complete: before, the initiator has proved nothing.
+    pub(crate) fn is_active(&self) -> bool {
+        self.figures.active.load(Ordering::Relaxed)
+    }
+
     /// Asks the session's task for something. One that does not take its messages is ended: what it was asked may be what a
     /// reset by another host waits for.
     pub(crate) fn tell(&self, what: Control) {

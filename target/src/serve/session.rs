@@ -7,7 +7,7 @@
 mod reset;
 mod socket;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -25,6 +25,7 @@ use tracing::Instrument as _;
 use super::Daemon;
 use super::access::{Portal, connection_config};
 use super::admit::admit;
+use super::copy::{Cancel, Job};
 use super::lun::{Lun, Planned, Step, absent};
 use super::net::{DiscoveryName, DiscoveryPlace, PendingSeat};
 use super::registry::{Control, Entering, NotNow, Session};
@@ -58,7 +59,8 @@ pub(crate) async fn run(
 /// A command that a worker has finished.
 struct Finished {
     task: TaskId,
-    outcome: Outcome,
+    /// `None`: it has been answered before.
+    outcome: Option<Outcome>,
 }
 
 /// Why the loop ends.
@@ -93,8 +95,9 @@ struct Task {
     finish: mpsc::UnboundedSender<Finished>,
     tmf_done: mpsc::UnboundedReceiver<(TmfId, TmfResponse)>,
     tmf_finish: mpsc::UnboundedSender<(TmfId, TmfResponse)>,
-    /// Commands that workers have; the protocol layer bounds their number and their bytes.
-    running: usize,
+    /// Commands that workers have, those that are answered already among them; the protocol layer bounds their number and their
+    /// bytes.
+    running: BTreeMap<TaskId, Cancel>,
     probes: Vec<oneshot::Sender<()>>,
     /// When the session is ended whatever the initiator does.
     deadline: Option<(Instant, String)>,
@@ -138,7 +141,7 @@ impl Task {
             finish,
             tmf_done,
             tmf_finish,
-            running: 0,
+            running: BTreeMap::new(),
             probes: Vec::new(),
             deadline: None,
             ahead: vec![0; AHEAD],
@@ -263,12 +266,21 @@ impl Task {
                 Event::LoggedIn => self.logged_in(),
                 Event::Command(command) => self.command(command),
                 Event::TaskManagement {
-                    tmf, function, lun, ..
-                } => self.task_management(tmf, function, lun),
+                    tmf,
+                    function,
+                    lun,
+                    affected,
+                } => {
+                    self.cancel(&affected);
+                    self.task_management(tmf, function, lun);
+                }
                 Event::Pong => self.probes.drain(..).for_each(|probe| {
                     let _ = probe.send(());
                 }),
-                Event::LoggedOut { reason } => tracing::info!(?reason, "initiator logged out"),
+                Event::LoggedOut { reason } => {
+                    tracing::info!(?reason, "initiator logged out");
+                    self.running.values().for_each(Cancel::cancel);
+                }
                 other => tracing::debug!(?other, "event without a meaning for the daemon"),
             }
         }
@@ -412,8 +424,10 @@ impl Task {
             Step::Answer(outcome) => self.answer(command.task, outcome),
             Step::Early(outcome, trailing) => {
                 self.answer(command.task, outcome);
-                let lun = Arc::clone(lun);
-                tokio::task::spawn_blocking(move || trailing.execute(&lun));
+                self.work(command.task, lun, |job| {
+                    trailing.execute(job);
+                    None
+                });
             }
             Step::Work(planned) => self.start(command.task, lun, planned),
         }
@@ -431,27 +445,62 @@ impl Task {
 
     /// Hands a command to a worker thread, or to a task of its own when it waits for other sessions.
     fn start(&mut self, task: TaskId, lun: &Arc<Lun>, planned: Planned) {
-        let (daemon, lun, finish) = (Arc::clone(&self.daemon), Arc::clone(lun), self.finish.clone());
-        self.running += 1;
-        let span = tracing::debug_span!("task", task = task.get(), lun = lun.name());
-        // The connection may be gone meanwhile: then nobody waits for the outcome.
-        if planned.waits_for_others() {
-            let reserve = async move {
-                let outcome = planned.reserve(&lun, &daemon.registry).await;
-                drop(finish.send(Finished { task, outcome }));
-            };
-            self.daemon.tracker.spawn(reserve.instrument(span));
+        if !planned.waits_for_others() {
+            self.work(task, lun, move |job| Some(planned.execute(job)));
             return;
         }
+        let (daemon, lun, finish) = (Arc::clone(&self.daemon), Arc::clone(lun), self.finish.clone());
+        self.running.insert(task, Cancel::default());
+        let span = tracing::debug_span!("task", task = task.get(), lun = lun.name());
+        let reserve = async move {
+            let outcome = Some(planned.reserve(&lun, &daemon.registry).await);
+            // The connection may be gone meanwhile: then nobody waits for the outcome.
+            drop(finish.send(Finished { task, outcome }));
+        };
+        self.daemon.tracker.spawn(reserve.instrument(span));
+    }
+
+    /// Has a worker thread do something for a command.
+    fn work(
+        &mut self,
+        task: TaskId,
+        lun: &Arc<Lun>,
+        what: impl FnOnce(&Job<'_>) -> Option<Outcome> + Send + 'static,
+    ) {
+        // Commands come within a session.
+        let Some(session) = self.session.clone() else {
+            return;
+        };
+        let (daemon, lun, finish) = (Arc::clone(&self.daemon), Arc::clone(lun), self.finish.clone());
+        let cancel = Cancel::default();
+        self.running.insert(task, cancel.clone());
+        let span = tracing::debug_span!("task", task = task.get(), lun = lun.name());
         self.daemon.workers.spawn_blocking(move || {
-            let outcome = span.in_scope(|| planned.execute(&lun));
+            let job = Job {
+                daemon: &daemon,
+                session: &session,
+                lun: &lun,
+                cancel: &cancel,
+            };
+            let outcome = span.in_scope(|| what(&job));
             drop(finish.send(Finished { task, outcome }));
         });
     }
 
     fn finished(&mut self, finished: Finished) {
-        self.running -= 1;
-        self.answer(finished.task, finished.outcome);
+        self.running.remove(&finished.task);
+        if let Some(outcome) = finished.outcome {
+            self.answer(finished.task, outcome);
+        }
+    }
+
+    /// These commands are aborted: those that can end early do.
+    fn cancel(&self, tasks: &[TaskId]) {
+        for task in tasks {
+            if let Some(cancel) = self.running.get(task) {
+                cancel.cancel();
+            }
+        }
     }
 
     fn control(&mut self, control: Control) {
@@ -472,7 +521,8 @@ impl Task {
             Control::AbortTasks { luns, done } => {
                 // Tasks that run end without a trace; the sender waits for them by draining the LUN.
                 for lun in luns.into_iter().filter_map(LunField::from_number) {
-                    self.conn.abort_lun_tasks(Some(lun));
+                    let aborted = self.conn.abort_lun_tasks(Some(lun));
+                    self.cancel(&aborted);
                 }
                 let _ = done.send(());
             }
@@ -506,9 +556,12 @@ impl Task {
         while self.controls.try_recv().is_ok() {}
         self.conn.close();
         // A command that runs may still write. Whoever replaces this session waits for `gone`.
-        while self.running > 0 {
-            let Some(_) = self.done.recv().await else { break };
-            self.running -= 1;
+        self.running.values().for_each(Cancel::cancel);
+        while !self.running.is_empty() {
+            let Some(finished) = self.done.recv().await else {
+                break;
+            };
+            self.running.remove(&finished.task);
         }
         if let Some(session) = self.session.take() {
             for (_, lun) in self.attached.drain(..) {

@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use stillpoint_scsi::{
-    BlockError, BlockOp, BlockResult, BlockSize, Compare, Context, LbaExtent, Limits, NexusId, NexusName,
-    Plan, Reply, ReservationChange, TargetPort, ThinFigures, Unit, UnitSpec,
+    BlockError, BlockOp, BlockResult, BlockSize, Compare, Context, CopyEnd, CopyError, CopyOutcome,
+    CopyRequest, CopySegment, CopyUnit, CopyWork, LbaExtent, Limits, NexusId, NexusName, Plan, Reply,
+    ReservationChange, RodToken, TargetPort, ThinFigures, Unit, UnitSpec,
 };
 
 pub(crate) const GRAIN: u64 = 4096;
@@ -166,6 +167,7 @@ impl Disk {
                 self.saved_write_cache = Some(saved.write_cache);
                 self.flushes += usize::from(saved.flush);
             }
+            BlockOp::Copy(_) => panic!("the bench copies"),
             BlockOp::Reservations(ReservationChange {
                 save,
                 sequence,
@@ -185,6 +187,10 @@ pub(crate) struct Bench {
     pub(crate) disk: Disk,
     pub(crate) block: usize,
     pub(crate) blocks: u64,
+    /// The tokens that were made, with their data.
+    pub(crate) tokens: Vec<(RodToken, Vec<u8>)>,
+    /// Fails every copy with this.
+    pub(crate) copy_failure: Option<CopyError>,
 }
 
 pub(crate) fn spec(block_size: BlockSize, blocks: u64) -> UnitSpec {
@@ -233,6 +239,8 @@ impl Bench {
             disk,
             block,
             blocks,
+            tokens: Vec::new(),
+            copy_failure: None,
         };
         (0..3).for_each(|n| {
             bench.attention(n);
@@ -267,11 +275,11 @@ impl Bench {
         let reply = match self.unit.plan(&context, cdb, data_out) {
             Plan::Done(reply) => reply,
             Plan::Early(reply, op) => {
-                self.disk.run(&op, data_out, self.block);
+                self.run(&op, data_out);
                 reply
             }
             Plan::Op(planned) => {
-                let result = self.disk.run(planned.op(), data_out, self.block);
+                let result = self.run(planned.op(), data_out);
                 planned.finish(result)
             }
         };
@@ -281,6 +289,107 @@ impl Bench {
             "{cdb:02x?}: {reply:?}"
         );
         reply
+    }
+
+    fn run(&mut self, op: &BlockOp, data_out: &[u8]) -> BlockResult {
+        match op {
+            BlockOp::Copy(request) => BlockResult::Copied(self.copy(request)),
+            op => self.disk.run(op, data_out, self.block),
+        }
+    }
+
+    /// Carries a copy out, as far as it concerns this unit alone.
+    pub(crate) fn copy(&mut self, request: &CopyRequest) -> CopyOutcome {
+        let mut outcome = CopyOutcome {
+            segments: 0,
+            bytes: 0,
+            end: CopyEnd::Done,
+        };
+        let failure = self
+            .copy_failure
+            .or_else(|| self.disk.failure.map(CopyError::Block));
+        let done = match (&request.work, failure) {
+            (_, Some(error)) => Err(error),
+            (CopyWork::Segments { units, segments }, _) => segments.iter().try_for_each(|segment| {
+                outcome.bytes += self.copy_segment(units, segment)?;
+                outcome.segments += 1;
+                Ok(())
+            }),
+            (CopyWork::Populate { ranges, .. }, _) => {
+                let data: Vec<u8> = ranges
+                    .iter()
+                    .flat_map(|(offset, len)| self.disk.at(*offset, *len).to_vec())
+                    .collect();
+                outcome.bytes = data.len() as u64;
+                let number = self.tokens.len() as u64;
+                let token =
+                    self.unit
+                        .rod_token(outcome.bytes, number, &[number as u8 + 1; RodToken::SECRET_LEN]);
+                self.tokens.push((token.clone(), data));
+                outcome.end = CopyEnd::Token(token);
+                Ok(())
+            }
+            (CopyWork::WriteToken { token, skip, ranges }, _) => {
+                let found = self.tokens.iter().find(|(known, _)| known == token);
+                match found.map(|(_, data)| data.clone()) {
+                    None => Err(CopyError::TokenUnknown),
+                    Some(data) => {
+                        let rest = data
+                            .get(usize::try_from(*skip).unwrap_or(usize::MAX)..)
+                            .unwrap_or_default();
+                        let wanted: u64 = ranges.iter().map(|(_, len)| len).sum();
+                        if wanted > rest.len() as u64 {
+                            Err(CopyError::TokenTooShort)
+                        } else {
+                            let mut at = 0;
+                            for (offset, len) in ranges {
+                                let end = at + *len as usize;
+                                self.disk.write(*offset, &rest[at..end], false);
+                                at = end;
+                            }
+                            outcome.bytes = wanted;
+                            Ok(())
+                        }
+                    }
+                }
+            }
+            (CopyWork::WriteZeroes { ranges }, _) => {
+                for (offset, len) in ranges {
+                    self.disk.zero(*offset, *len, false);
+                    outcome.bytes += len;
+                }
+                Ok(())
+            }
+        };
+        if let Err(error) = done {
+            outcome.end = CopyEnd::Failed(error);
+        }
+        self.unit.copy_ended(request.ticket, &outcome);
+        outcome
+    }
+
+    fn copy_segment(&mut self, units: &[CopyUnit], segment: &CopySegment) -> Result<u64, CopyError> {
+        for index in [segment.source, segment.destination] {
+            let unit = units[usize::from(index)];
+            if unit.naa != Some([0x62, 0x53, 0x50, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]) {
+                return Err(CopyError::Unreachable);
+            }
+            if ![0, self.block as u32].contains(&unit.block_len) {
+                return Err(CopyError::BlockLength);
+            }
+        }
+        self.unit.copy_admits(NexusId(0), true)?;
+        let block = self.block as u64;
+        let count = u64::from(segment.blocks);
+        let fits = |lba: u64| lba.checked_add(count).is_some_and(|end| end <= self.blocks);
+        if !fits(segment.source_lba) || !fits(segment.destination_lba) {
+            return Err(CopyError::OutOfRange);
+        }
+        if count > 0 {
+            let data = self.disk.at(segment.source_lba * block, count * block).to_vec();
+            self.disk.write(segment.destination_lba * block, &data, false);
+        }
+        Ok(count * block)
     }
 
     /// A command of nexus 0 without data-out and with all the room that it wants.

@@ -21,7 +21,7 @@ fn standard_data_is_what_windows_calls_a_proper_disk() {
         "HiSup and data format 2, neither AERC nor TrmTsk nor NormACA"
     );
     assert_eq!(usize::from(data[4]), data.len() - 5);
-    assert_eq!(data[5] & 0x09, 0, "neither 3PC nor PROTECT");
+    assert_eq!(data[5] & 0x09, 0x08, "3PC, no PROTECT");
     assert_eq!(data[7] & 0x02, 0x02, "CmdQue");
     assert_eq!(data[8..16], *b"STILLPNT");
     assert_eq!(data[16..32], *b"VIRTUAL DISK    ");
@@ -42,7 +42,7 @@ fn truncation_is_no_error_and_changes_nothing_else() {
         bench.data(&[0x12, 0, 0, 0x01, 0xff, 0]),
         bench.data(&[0x12, 0, 0, 0x02, 0x00, 0])
     );
-    for page in [0x00, 0x80, 0x83, 0x86, 0x87, 0xb0, 0xb1, 0xb2] {
+    for page in [0x00, 0x80, 0x83, 0x86, 0x87, 0x8f, 0xb0, 0xb1, 0xb2] {
         let whole = vpd(&mut bench, page);
         assert_eq!(bench.data(&[0x12, 1, page, 0, 4, 0])[..], whole[..4]);
     }
@@ -60,7 +60,7 @@ fn a_page_code_needs_evpd_and_cmddt_is_gone() {
 fn every_listed_page_is_readable_and_says_its_own_length() {
     for mut bench in Bench::both() {
         let pages = vpd(&mut bench, 0x00)[4..].to_vec();
-        assert_eq!(pages, [0x00, 0x80, 0x83, 0x86, 0x87, 0xb0, 0xb1, 0xb2]);
+        assert_eq!(pages, [0x00, 0x80, 0x83, 0x86, 0x87, 0x8f, 0xb0, 0xb1, 0xb2]);
         for page in pages {
             let data = vpd(&mut bench, page);
             assert_eq!((data[0], data[1]), (0, page));

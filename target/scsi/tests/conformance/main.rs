@@ -7,6 +7,7 @@
 
 mod any_cdb;
 mod bench;
+mod copy;
 mod initiators;
 mod inquiry;
 mod mode;
