@@ -558,7 +558,7 @@ impl Raw {
             let mut buffer = vec![0; 64 << 10];
             match self.stream.read(&mut buffer) {
                 Ok(0) => return Ok(Came::End),
-                Ok(n) => self.inbox.extend(buffer.iter().take(n)),
+                Ok(n) => self.inbox.extend_from_slice(buffer.get(..n).unwrap_or_default()),
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                     return Ok(Came::Nothing);
                 }

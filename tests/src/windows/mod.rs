@@ -14,6 +14,7 @@ mod odx;
 mod thin;
 
 use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
@@ -86,6 +87,8 @@ pub struct Score {
     pub failed: Vec<(&'static str, String)>,
     /// Checks of a function that the disk does not declare.
     pub not_declared: usize,
+    /// The check that took longest.
+    pub slowest: (Duration, &'static str),
 }
 
 impl Score {
@@ -109,7 +112,10 @@ pub fn score(place: &Place) -> Result<Score> {
             score.not_declared += 1;
             continue;
         }
-        match Disk::open(place, "first").and_then(|mut disk| (check.run)(&mut disk)) {
+        let started = Instant::now();
+        let outcome = Disk::open(place, "first").and_then(|mut disk| (check.run)(&mut disk));
+        score.slowest = score.slowest.max((started.elapsed(), check.name));
+        match outcome {
             Ok(()) => score.passed += 1,
             Err(error) => {
                 score.failed.push((check.name, format!("{error:#}")));
