@@ -612,6 +612,8 @@ fn store_records(data: &[u8]) {
             Key::Bitmap(chunk) => drop(record::decode_bitmap(*chunk, value)),
             Key::Counts(block) => drop(record::decode_counts(*block, value)),
             Key::Journal(txg, sequence) => drop(record::decode_journal(*txg, *sequence, value)),
+            Key::References(chunk, part) => drop(record::decode_references(*chunk, *part, value)),
+            Key::Spilled(chunk, index) => drop(record::decode_spilled(*chunk, *index, value)),
             Key::Job(id) => drop(record::JobRecord::decode(*id, value)),
             Key::Value(name) => drop(record::decode_value(name, value)),
         }
