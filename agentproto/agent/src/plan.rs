@@ -15,7 +15,7 @@ use stillpoint_agentproto::{ErrorCode, LunId, Refusal};
 
 use crate::apps::Application;
 use crate::freeze::{self, Settings};
-use crate::hooks::{self, Call, Hook, Verb};
+use crate::hooks::{self, Call, Hook, HookError, Verb};
 use crate::volumes::{self, DeviceNumber, Disk, Inventory, Volume};
 
 /// A server that does not answer its helper within this is not there.
@@ -370,8 +370,22 @@ impl Survey {
         }
         // After the hooks: what holds a lock holds it shortest.
         let helpers = apps.iter().map(|app| app.hook(&settings.root));
-        for helper in helpers.filter(|helper| helper.concerns(&points)) {
-            self.helper(helper, &points);
+        let helpers: Vec<Hook> = helpers.filter(|helper| helper.concerns(&points)).collect();
+        // All at once: several servers that hang must not add up beyond the target's patience.
+        let checked: Vec<_> = std::thread::scope(|scope| {
+            let points = &points;
+            let check = |helper: Hook| scope.spawn(move || (check(&helper, points), helper));
+            let running: Vec<_> = helpers.into_iter().map(check).collect();
+            running
+                .into_iter()
+                .map(std::thread::ScopedJoinHandle::join)
+                .collect()
+        });
+        for checked in checked {
+            match checked {
+                Ok((result, helper)) => self.helper(helper, result),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
         }
         let declared = self.hooks.iter().any(|hook| hook.application.is_some())
             || self
@@ -389,13 +403,8 @@ impl Survey {
     }
 
     /// A helper that would fail is left out, or stops the snapshot before anything is frozen.
-    fn helper(&mut self, mut helper: Hook, points: &[PathBuf]) {
-        let call = Call {
-            verb: Verb::Check,
-            allowed: CHECK_TIME_MAX,
-            freeze: Some((points, Duration::ZERO)),
-        };
-        match helper.run(&call, &mut |_| {}, &|| false) {
+    fn helper(&mut self, mut helper: Hook, checked: Result<String, HookError>) {
+        match checked {
             Ok(version) => {
                 helper.version = Some(version).filter(|version| !version.is_empty());
                 self.hooks.push(helper);
@@ -417,6 +426,16 @@ impl Survey {
             part: None,
         });
     }
+}
+
+/// Would this helper's freeze work? Its application's version.
+fn check(helper: &Hook, points: &[PathBuf]) -> Result<String, HookError> {
+    let call = Call {
+        verb: Verb::Check,
+        allowed: CHECK_TIME_MAX,
+        freeze: Some((points, Duration::ZERO)),
+    };
+    helper.run(&call, &mut |_| {}, &|| false)
 }
 
 /// Every hook and helper, in the order of freezing.
