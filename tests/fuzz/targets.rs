@@ -615,8 +615,6 @@ fn store_records(data: &[u8]) {
             Key::References(chunk, part) => drop(record::decode_references(*chunk, *part, value)),
             Key::Spilled(chunk, index) => drop(record::decode_spilled(*chunk, *index, value)),
             Key::Job(id) => drop(record::JobRecord::decode(*id, value)),
-            Key::References(chunk, part) => drop(record::decode_references(*chunk, *part, value)),
-            Key::Spilled(chunk, index) => drop(record::decode_spilled(*chunk, *index, value)),
             Key::Value(name) => drop(record::decode_value(name, value)),
         }
     }
