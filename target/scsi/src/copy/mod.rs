@@ -245,6 +245,8 @@ struct Record {
     nexus: NexusId,
     /// `None`: the initiator does not want to hear of it (LIST ID USAGE 11b).
     list: Option<ListId>,
+    /// The service action that began it.
+    action: u8,
     kind: Kind,
     /// IMMED: it runs behind an answer that has been given.
     background: bool,
@@ -280,7 +282,7 @@ impl Copies {
         &mut self,
         nexus: NexusId,
         list: Option<ListId>,
-        kind: Kind,
+        (action, kind): (u8, Kind),
         background: bool,
     ) -> Result<CopyTicket, Refusal> {
         let running = |record: &&Record| matches!(record.state, State::Running { .. });
@@ -299,6 +301,7 @@ impl Copies {
             ticket,
             nexus,
             list,
+            action,
             kind,
             background,
             segments: 0,
@@ -428,7 +431,10 @@ pub(crate) fn out(
         transfer_len,
     } = parsed;
     let kind = work.kind();
-    let ticket = match unit.copies.begin(context.nexus, list, kind, immediate) {
+    let ticket = match unit
+        .copies
+        .begin(context.nexus, list, (cdb.service_action(), kind), immediate)
+    {
         Ok(ticket) => ticket,
         Err(Refusal::Check(sense)) => return Err(sense),
         Err(Refusal::Busy) => return Ok(Ready::Reply(Reply::busy())),

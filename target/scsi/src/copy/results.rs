@@ -41,7 +41,7 @@ pub(crate) fn receive(unit: &Unit, nexus: NexusId, cdb: &Cdb) -> Result<Reply, S
         COPY_STATUS_LID1 => copy_status(find(short)?),
         OPERATING_PARAMETERS => limits::operating_parameters(unit),
         FAILED_SEGMENT_DETAILS => failed_segment(find(short)?),
-        COPY_STATUS_LID4 => information(find(long)?, COPY_STATUS_LID4, unit.block_size()),
+        COPY_STATUS_LID4 => information(find(long)?, unit.block_size()),
         ROD_TOKEN_INFORMATION => token_information(find(long)?, unit.block_size()),
         _ => return Err(Sense::invalid_cdb(1)),
     };
@@ -87,7 +87,7 @@ fn failed_segment(record: &Record) -> Bytes {
 }
 
 /// What RECEIVE COPY STATUS(LID4) and RECEIVE ROD TOKEN INFORMATION have in common. AVAILABLE DATA is of the former.
-fn information(record: &Record, action: u8, block_size: u32) -> Bytes {
+fn information(record: &Record, block_size: u32) -> Bytes {
     let (operation, completion, sense) = match &record.state {
         State::Running { .. } if record.background => (IN_BACKGROUND, 0, None),
         State::Running { .. } => (IN_FOREGROUND, 0, None),
@@ -106,7 +106,8 @@ fn information(record: &Record, action: u8, block_size: u32) -> Bytes {
     };
     let mut data = BytesMut::with_capacity(64);
     data.put_u32(28 + u32::from(sense_len));
-    data.put_slice(&[action, operation]);
+    // RESPONSE TO SERVICE ACTION: of the command that began the copy; Windows compares it.
+    data.put_slice(&[record.action, operation]);
     // OPERATION COUNTER.
     data.put_u16(record.segments);
     // ESTIMATED STATUS UPDATE DELAY in milliseconds; FFFFFFFEh: nothing more will change.
@@ -121,7 +122,7 @@ fn information(record: &Record, action: u8, block_size: u32) -> Bytes {
 
 /// RECEIVE ROD TOKEN INFORMATION: the token of a POPULATE TOKEN that succeeded behind the common part.
 fn token_information(record: &Record, block_size: u32) -> Bytes {
-    let mut data = BytesMut::from(information(record, ROD_TOKEN_INFORMATION, block_size));
+    let mut data = BytesMut::from(information(record, block_size));
     match &record.state {
         State::Ended {
             token: Some(token), ..

@@ -124,7 +124,7 @@ fn write_using(bench: &mut Bench, list: u32, token: &[u8], skip: u64, ranges: &[
 fn token_of(bench: &mut Bench, list: u32) -> Vec<u8> {
     let data = receive(bench, 7, list).data;
     assert_eq!(u32_at(&data, 0) as usize, data.len() - 4);
-    assert_eq!((data[4], data[5], data[12], data[15]), (7, 1, 0, 0xf1));
+    assert_eq!((data[4], data[5], data[12], data[15]), (0x10, 1, 0, 0xf1));
     assert_eq!((data[13], u32_at(&data, 32), u16_at(&data, 36)), (0, 514, 0));
     data[38..].to_vec()
 }
@@ -168,7 +168,7 @@ fn extended_copy_copies_and_reports() {
         let list = lid4(0x1234_5678, 0, &units, &segments);
         assert_eq!(extended_copy(&mut bench, 1, &list).status, GOOD);
         let data = receive(&mut bench, 5, 0x1234_5678).data;
-        assert_eq!((u32_at(&data, 0), data.len(), data[4], data[5]), (28, 32, 5, 1));
+        assert_eq!((u32_at(&data, 0), data.len(), data[4], data[5]), (28, 32, 1, 1));
         assert_eq!((u64_at(&data, 16), u16_at(&data, 24)), (4 * u64::from(size), 2));
     }
 }
@@ -462,6 +462,7 @@ fn a_token_is_a_point_in_time() {
         );
         assert_eq!([20, 30, 31].map(|lba| block(&bench, lba)[0]), [11, 12, 3]);
         let data = receive(&mut bench, 7, 8).data;
+        assert_eq!(data[4], 0x11, "of WRITE USING TOKEN");
         assert_eq!(
             (data[5], u64_at(&data, 16), u32_at(&data, 32), data.len()),
             (1, 3, 0, 36)
