@@ -23,8 +23,8 @@ use std::process::Command;
 
 use stillpoint_snapshot::sim::Rng;
 use stillpoint_snapshot::{
-    CloneSpec, Consistency, Pool, PoolOptions, SnapshotId, SnapshotSpec, Volume, VolumeSpec, check, dump,
-    restore,
+    Checksums, CloneSpec, Consistency, Pool, PoolOptions, SnapshotId, SnapshotSpec, Volume, VolumeSpec,
+    check, dump, restore,
 };
 
 const SECTOR: u64 = 512;
@@ -102,6 +102,10 @@ fn content(pool: &Pool) -> BTreeSet<String> {
                 "extent {:?} {:012} {:?} {}",
                 info.name, extent.offset, extent.kind, extent.len
             ));
+        }
+        // Not in the older ones, which have the default everywhere.
+        if info.checksums != Checksums::default() {
+            all.insert(format!("checksums {:?} {:?}", info.name, info.checksums));
         }
         all.insert(format!(
             "volume {:?} id {} block {} read-only {} attributes {:?} created {}:{}",
@@ -215,7 +219,7 @@ fn opens(archive: &Path) {
     let opened = Pool::open(&pool, &options(BOOT)).unwrap();
     assert_same(name, &content(&opened), &expected);
     assert!(opened.stats().jobs > 0, "{name}: jobs were in flight");
-    while opened.run_jobs(8).unwrap() > 0 {}
+    while opened.run_jobs(8).unwrap() + opened.run_sealing(8).unwrap() > 0 {}
     assert_same(name, &content(&opened), &expected);
     opened.shutdown().unwrap();
     assert_clean(&pool);
@@ -302,6 +306,16 @@ fn furnish(pool: &Pool) {
     let data = volume("data", 3 * PAGE + 3 * GRAIN + 512, 512);
     let log = volume("log \"é\"", 2 * PAGE, 4096);
     let undone = volume("undone", 2 * PAGE, 512);
+    let summed = volume("summed", 2 * PAGE, 4096);
+    summed.set_checksums(Checksums::Always).unwrap();
+    let plain = volume("plain", PAGE, 512);
+    plain.set_checksums(Checksums::Off).unwrap();
+    for round in 1..=2 {
+        fill(&summed, 3, 5, round);
+        patch(&summed, 70 * 8, 8, round + 10);
+        fill(&plain, 0, 2, round);
+        snapshot(pool, &[&summed, &plain], &format!("sum {round}"));
+    }
     let mut rng = Rng::new(1);
     let mut cuts = Vec::new();
     for round in 1..=4 {
@@ -343,6 +357,8 @@ fn furnish(pool: &Pool) {
     while pool.run_jobs(8).unwrap() > 0 {}
     fill(&undone, 1, 1, 32);
     pool.delete_snapshot(base).unwrap();
+    // Some of what snapshots hold has its checksum, some has not yet.
+    pool.run_sealing(3).unwrap();
     pool.revert(log.id(), cuts[2][1]).unwrap();
     patch(&log, 64 * 8, 8, 33);
     pool.delete_snapshot(cuts[2][0]).unwrap();

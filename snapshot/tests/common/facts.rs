@@ -119,6 +119,10 @@ pub(crate) enum What {
         volume: String,
         sectors: u64,
     },
+    /// Another mode of checksums: changes no content.
+    Checksums {
+        volume: String,
+    },
     /// The metadata was made anew from its own dump, while nobody had the pool open.
     Restore,
     /// Seen after a restart: what each sector holds from now on.
@@ -150,6 +154,7 @@ impl What {
             Self::DeleteSnapshot { volume, snapshot } => format!("unsnap {volume} {snapshot}"),
             Self::DeleteVolume { volume } => format!("delete {volume}"),
             Self::Grow { volume, sectors } => format!("grow {volume} {sectors}"),
+            Self::Checksums { volume } => format!("checksums {volume}"),
             Self::Restore => "restore pool".to_owned(),
             Self::Observed { volume, stamps } => {
                 // Runs, because most sectors of a test volume are alike: stamp*count.
@@ -208,6 +213,7 @@ impl What {
                 volume,
                 sectors: number(0)?,
             },
+            "checksums" => Self::Checksums { volume },
             "restore" => Self::Restore,
             "observed" => {
                 let run = |text: &&str| {
@@ -552,6 +558,7 @@ impl History {
                 What::Flush { .. }
                 | What::DeleteSnapshot { .. }
                 | What::DeleteVolume { .. }
+                | What::Checksums { .. }
                 | What::Restore => continue,
             };
             let known = volumes

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use stillpoint_snapshot::sim::Rng;
 use stillpoint_snapshot::{
-    CloneSpec, Error, Hooks, Point, Pool, PoolOptions, Result, SnapshotSpec, Volume, VolumeSpec,
+    Checksums, CloneSpec, Error, Hooks, Point, Pool, PoolOptions, Result, SnapshotSpec, Volume, VolumeSpec,
 };
 
 use super::facts::{Crash, Facts, Found, SECTOR, Stamp, What, stamped_run, stamps};
@@ -68,6 +68,8 @@ pub(crate) fn options() -> PoolOptions {
         commit_ms: 15,
         checkpoint_txgs: 6,
         job_pages: 2,
+        seal_after_ms: 0,
+        seal_rate: 1 << 30,
         ..PoolOptions::default()
     }
 }
@@ -161,7 +163,11 @@ fn create(pool: &Pool, name: &str) -> Result<Volume> {
         block_size: 512,
         attributes: b"test".to_vec(),
     };
-    pool.create_volume(&spec)
+    let volume = pool.create_volume(&spec)?;
+    if name == "b" {
+        volume.set_checksums(Checksums::Always)?;
+    }
+    Ok(volume)
 }
 
 pub(crate) fn read_all(volume: &Volume) -> std::result::Result<Vec<u8>, String> {
@@ -272,7 +278,8 @@ impl Coordinator<'_> {
                 73..84 => self.delete_snapshot(),
                 84..90 => self.revert(),
                 90..93 => self.clone(),
-                93..97 => self.grow(),
+                93..96 => self.grow(),
+                96..98 => self.checksums(),
                 _ => self.delete_clone(),
             };
             go_on(done)?;
@@ -319,6 +326,17 @@ impl Coordinator<'_> {
                 handle.write(sector * SECTOR as u64, &stamped_run(sector, count, op), false)
             })
         }
+    }
+
+    fn checksums(&mut self) -> Result<()> {
+        let own = self.own();
+        let volume = self.rng.pick(&own).expect("p is always there").clone();
+        let handle = self.pool.volume(&volume).expect("listed");
+        let modes = [Checksums::Off, Checksums::Sealed, Checksums::Always];
+        let mode = *self.rng.pick(&modes).expect("three");
+        step(self.facts, 0, &What::Checksums { volume }, |_| {
+            handle.set_checksums(mode)
+        })
     }
 
     fn grow(&mut self) -> Result<()> {
