@@ -119,6 +119,14 @@ pub(crate) enum What {
         volume: String,
         sectors: u64,
     },
+    /// Sectors of another volume (or of a snapshot of it) at the same place, by reference where grains are whole.
+    Copy {
+        volume: String,
+        sector: u64,
+        count: u64,
+        source: String,
+        snapshot: Option<String>,
+    },
     /// Another mode of checksums: changes no content.
     Checksums {
         volume: String,
@@ -154,6 +162,16 @@ impl What {
             Self::DeleteSnapshot { volume, snapshot } => format!("unsnap {volume} {snapshot}"),
             Self::DeleteVolume { volume } => format!("delete {volume}"),
             Self::Grow { volume, sectors } => format!("grow {volume} {sectors}"),
+            Self::Copy {
+                volume,
+                sector,
+                count,
+                source,
+                snapshot,
+            } => {
+                let snapshot = snapshot.as_deref().unwrap_or("-");
+                format!("copy {volume} {sector} {count} {source} {snapshot}")
+            }
             Self::Checksums { volume } => format!("checksums {volume}"),
             Self::Restore => "restore pool".to_owned(),
             Self::Observed { volume, stamps } => {
@@ -212,6 +230,13 @@ impl What {
             "grow" => Self::Grow {
                 volume,
                 sectors: number(0)?,
+            },
+            "copy" => Self::Copy {
+                volume,
+                sector: number(0)?,
+                count: number(1)?,
+                source: name(2)?,
+                snapshot: name(3).filter(|name| name != "-"),
             },
             "checksums" => Self::Checksums { volume },
             "restore" => Self::Restore,
@@ -484,6 +509,7 @@ impl History {
             | What::Create { .. }
             | What::Clone { .. }
             | What::Grow { .. }
+            | What::Copy { .. }
             | What::Revert { .. } => true,
             _ if self.crash == Crash::Kill => true,
             _ => self.flushes(volume).any(|flush| flush.began > *done),
@@ -541,6 +567,24 @@ impl History {
                     // Only clones and reverts look here: their volumes have one thread, so this is exact.
                     for member in members {
                         cuts.insert((member.clone(), name.clone()), volumes[member].now().collect());
+                    }
+                    continue;
+                }
+                What::Copy {
+                    volume,
+                    sector,
+                    count,
+                    source,
+                    snapshot,
+                } => {
+                    let (first, count) = (*sector as usize, *count as usize);
+                    let from: Vec<Stamp> = match snapshot {
+                        Some(name) => cuts[&(source.clone(), name.clone())].clone(),
+                        None => volumes[source].now().collect(),
+                    };
+                    let known = volumes.get_mut(volume).expect("the volume exists");
+                    for (sector, value) in from.into_iter().enumerate().skip(first).take(count) {
+                        known.push(sector, stamp, value);
                     }
                     continue;
                 }

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use stillpoint_snapshot::sim::Rng;
 use stillpoint_snapshot::{
-    Checksums, CloneSpec, Error, Hooks, Point, Pool, PoolOptions, Result, SnapshotSpec, Volume, VolumeSpec,
+    Checksums, CloneSpec, CopySource, Error, Hooks, Point, Pool, PoolOptions, Result, SnapshotSpec, Volume,
+    VolumeSpec,
 };
 
 use super::facts::{Crash, Facts, Found, SECTOR, Stamp, What, stamped_run, stamps};
@@ -272,7 +273,8 @@ impl Coordinator<'_> {
     fn run(&mut self, steps: u64) -> Result<()> {
         for _ in 0..steps {
             let done = match self.rng.below(100) {
-                0..48 => self.write(),
+                0..43 => self.write(),
+                43..48 => self.copy(),
                 48..58 => self.flush(),
                 58..73 => self.snapshot(),
                 73..84 => self.delete_snapshot(),
@@ -326,6 +328,48 @@ impl Coordinator<'_> {
                 handle.write(sector * SECTOR as u64, &stamped_run(sector, count, op), false)
             })
         }
+    }
+
+    /// Between its own volumes, whose content at any time is known; at the same place, since sectors carry their number.
+    fn copy(&mut self) -> Result<()> {
+        let own = self.own();
+        let volume = self.rng.pick(&own).expect("p is always there").clone();
+        let handle = self.pool.volume(&volume).expect("listed");
+        let snapshots = self.own_snapshots();
+        let snapshot = self
+            .rng
+            .pick(&snapshots)
+            .filter(|_| self.rng.clone().chance(60))
+            .cloned();
+        let (source, size, snapshot) = match snapshot {
+            Some((source, info)) => (source, info.size_bytes, Some(info)),
+            None => {
+                let source = self.rng.pick(&own).expect("p is always there").clone();
+                let size = self.pool.volume(&source).expect("listed").size_bytes();
+                (source, size, None)
+            }
+        };
+        let sectors = size.min(handle.size_bytes()) / SECTOR as u64;
+        let (mut sector, mut count) = (self.rng.below(sectors), 1 + self.rng.below(600));
+        if self.rng.chance(70) {
+            sector -= sector % GRAIN_SECTORS;
+            count = count.next_multiple_of(GRAIN_SECTORS);
+        }
+        let count = count.min(sectors - sector);
+        let what = What::Copy {
+            volume,
+            sector,
+            count,
+            source: source.clone(),
+            snapshot: snapshot.as_ref().map(|info| info.name.clone()),
+        };
+        let from = self.pool.volume(&source);
+        let (offset, len) = (sector * SECTOR as u64, count * SECTOR as u64);
+        step(self.facts, 0, &what, |_| match (&snapshot, &from) {
+            (Some(info), _) => handle.copy(offset, &CopySource::Snapshot(info.id), offset, len),
+            (None, Some(from)) => handle.copy(offset, &CopySource::Volume(from), offset, len),
+            (None, None) => unreachable!("picked from the list"),
+        })
     }
 
     fn checksums(&mut self) -> Result<()> {
