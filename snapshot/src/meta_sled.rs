@@ -2,6 +2,7 @@
 //! flushed batches).
 
 use std::fs::File;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,6 +16,7 @@ use crate::{Error, Result};
 /// Our page cache is the real one.
 const CACHE_BYTES: u64 = 64 << 20;
 const FLUSH_EVERY_MS: u64 = 500;
+const READ_THROUGH_BYTES: usize = 1 << 20;
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 
 /// The metadata store of a pool on a local file system.
@@ -45,6 +47,7 @@ impl SledMeta {
     /// `Io`, `NoSpace`, or `Corrupt` as sled says.
     pub fn open(dir: &Path) -> Result<Self> {
         remove_unfinished(dir)?;
+        read_through(&dir.join("db"))?;
         let db = open_unlocked(dir)?;
         let path = dir.join("db");
         let file = File::open(&path).map_err(|e| Error::io("open", path.display().to_string(), e))?;
@@ -101,6 +104,26 @@ fn remove_unfinished(dir: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Reads the whole log once, so that a device that cannot give it is found before sled is. sled takes a read error while it
+/// opens for the end of its log and begins a new one over the old (seen with failing reads: one error at the first block, and
+/// the store was empty for good). What was read stays in the page cache, where sled finds it a moment later.
+fn read_through(path: &Path) -> Result<()> {
+    let io = |e| Error::io("read", path.display().to_string(), e);
+    let mut file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(io(e)),
+    };
+    let mut buffer = vec![0; READ_THROUGH_BYTES];
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Err(e) if e.kind() != std::io::ErrorKind::Interrupted => return Err(io(e)),
+            _ => {}
+        }
+    }
 }
 
 /// Opens sled, waiting a moment for its lock: when a store is dropped, sled's own threads keep the file a little longer

@@ -123,23 +123,26 @@ fn work(pool: &Pool, facts: &Facts, orders: &Orders, rng: Rng) -> Result<()> {
             step(facts, 0, &what, |_| create(pool, name))?;
         }
     }
-    for info in pool.volumes() {
-        let volume = pool.volume(&info.name).expect("listed");
-        let mut bytes = vec![0xee; info.size_bytes as usize];
-        volume.read(0, &mut bytes)?;
-        let stamps = stamps(&bytes).expect("whole sectors");
-        let what = What::Observed {
-            volume: info.name,
-            stamps,
-        };
-        facts.done(facts.begin(0, &what));
-    }
+    observe(pool, facts, pool.volumes().into_iter().map(|info| info.name))?;
     std::thread::scope(|scope| {
         let writers = [1, 2].map(|thread| scope.spawn(move || write(pool, facts, thread, orders)));
         let coordinator = Coordinator { pool, facts, rng }.run(orders.steps);
         let ended = writers.map(|writer| writer.join().expect("no panic"));
         ended.into_iter().fold(coordinator, Result::and)
     })
+}
+
+/// Notes what volumes hold now; nobody may write to them meanwhile.
+fn observe(pool: &Pool, facts: &Facts, names: impl IntoIterator<Item = String>) -> Result<()> {
+    for name in names {
+        let volume = pool.volume(&name).expect("listed");
+        let mut bytes = vec![0xee; volume.size_bytes() as usize];
+        volume.read(0, &mut bytes)?;
+        let stamps = stamps(&bytes).expect("whole sectors");
+        let what = What::Observed { volume: name, stamps };
+        facts.done(facts.begin(0, &what));
+    }
+    Ok(())
 }
 
 /// Makes the metadata anew from its dump, as `store dump` and `store restore` do.
@@ -284,7 +287,11 @@ impl Coordinator<'_> {
                 96..98 => self.checksums(),
                 _ => self.delete_clone(),
             };
-            go_on(done)?;
+            if done.is_err() {
+                go_on(done)?;
+                // What a failed write left is copied, cut and reverted to later: it has to be known.
+                go_on(observe(self.pool, self.facts, self.own()))?;
+            }
         }
         Ok(())
     }
