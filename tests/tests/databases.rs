@@ -16,6 +16,9 @@ const AGENT: &str = env!("CARGO_BIN_EXE_stillpoint-agent-under-test");
 
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// A password that the server does not know.
+const WRONG: &str = "correct-horse-battery";
+
 /// Gives the story time, between the arrival of Freeze and the helper's lock.
 const SLOW_HOOK: &str = "#!/bin/sh\n[ \"$1\" = freeze ] && [ -e $DIR/slow ] || exit 0\ntouch $DIR/freezing\nuntil [ ! -e $DIR/freezing ]; do sleep 0.02; done\n";
 
@@ -254,8 +257,20 @@ fn mariadb() {
         let mut scene = Scene::open(scratch, Database::MariaDb)?;
         snapshots_under_load(&scene)?;
         agent_killed_while_it_holds(&mut scene)?;
-        scene.password("wrong")?;
+        scene.password(WRONG)?;
         scene.ensure_refused("Access denied")?;
+        // The password went from its file to the client, and nowhere else.
+        let events = scene.host.daemon.text(&["events", "--json"])?;
+        for (what, text) in [
+            ("the agent's log", scene.host.agent()?.output()),
+            ("the daemon's log", scene.host.daemon.log()),
+            ("events", events),
+        ] {
+            ensure!(
+                !text.contains(WRONG) && !text.is_empty(),
+                "the password is in {what}"
+            );
+        }
         scene.password("")?;
         another_backup_holds_the_lock(&scene)?;
         locks_end_by_themselves(&scene)?;
