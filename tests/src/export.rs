@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use rustix::process::Signal;
 
 use crate::process::{Running, run, wait_until};
 use crate::tools::tool;
@@ -14,13 +15,16 @@ use crate::tools::tool;
 /// mkfs, mount and the export's start.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// The export's end.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
 /// One LUN, mounted. It is unmounted, and its session ended, when this is dropped.
 #[derive(Debug)]
 pub struct Export {
     image: PathBuf,
     point: PathBuf,
     is_mounted: bool,
-    _session: Running,
+    session: Running,
 }
 
 impl Export {
@@ -66,7 +70,7 @@ impl Export {
             image,
             point,
             is_mounted: false,
-            _session: session,
+            session,
         };
         let mut mount = Command::new("mount");
         mount.args(["-o", "loop"]).arg(&export.image).arg(&export.point);
@@ -95,5 +99,9 @@ impl Drop for Export {
             run(Command::new("fsfreeze").arg("-u").arg(&self.point), LIMIT).ok();
             run(Command::new("umount").arg("-l").arg(&self.point), LIMIT).ok();
         }
+        // Told to end, it takes its FUSE mount along; killed, it leaves a dead one.
+        self.session.signal(Signal::TERM).ok();
+        self.session.wait(END_LIMIT).ok();
+        run(Command::new("umount").args(["-q", "-l"]).arg(&self.image), LIMIT).ok();
     }
 }
