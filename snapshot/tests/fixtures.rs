@@ -23,8 +23,8 @@ use std::process::Command;
 
 use stillpoint_snapshot::sim::Rng;
 use stillpoint_snapshot::{
-    Checksums, CloneSpec, Consistency, Pool, PoolOptions, SnapshotId, SnapshotSpec, Volume, VolumeSpec,
-    check, dump, restore,
+    Checksums, CloneSpec, Consistency, CopySource, Pool, PoolOptions, SnapshotId, SnapshotSpec, Volume,
+    VolumeSpec, check, dump, restore,
 };
 
 const SECTOR: u64 = 512;
@@ -357,6 +357,14 @@ fn furnish(pool: &Pool) {
     while pool.run_jobs(8).unwrap() > 0 {}
     fill(&undone, 1, 1, 32);
     pool.delete_snapshot(base).unwrap();
+    // Grains placed twice and more, in heads and below snapshots; sectors carry their place, so at the same place only.
+    let twin = volume("twin", 3 * PAGE, 512);
+    let of = |volume: &Volume, id| volume.copy(0, &CopySource::Snapshot(id), 0, 2 * PAGE).unwrap();
+    of(&twin, cuts[1][0]);
+    snapshot(pool, &[&twin], "with references");
+    of(&twin, cuts[3][0]);
+    let again = volume("again", 2 * PAGE, 512);
+    again.copy(0, &CopySource::Volume(&twin), 0, PAGE).unwrap();
     // Some of what snapshots hold has its checksum, some has not yet.
     pool.run_sealing(3).unwrap();
     pool.revert(log.id(), cuts[2][1]).unwrap();

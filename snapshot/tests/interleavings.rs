@@ -1,6 +1,22 @@
 //! The interleavings that break a naive redirect-on-write store, each by name (snapshot-store.md §8.0), forced with
-//! pause points and followed by power cuts. The letters are those of that list; g (sealing) is in integrity.rs, i (XCOPY)
-//! in copy.rs.
+//! pause points and followed by power cuts. The letters are those of that list, and begin the names of the tests:
+//!
+//! | | what | where |
+//! |---|---|---|
+//! | a | a snapshot deleted in the open group, its grain overwritten, a cut to the group before | here |
+//! | b | UNMAP of a grain while the delete job of its snapshot runs | here; shared grains: `b2` in copy.rs |
+//! | c | a lonely old page version | here |
+//! | d, d2 | a flush, and an overwrite in place, while the group of the write closes | here |
+//! | e | pages changed by the next group while one is written | here |
+//! | f, f2, f3 | a slow read of a grain that is released and used again: by UNMAP, delete, revert | here |
+//! | g | sealing against delete and overwrite | `what_was_sealed_is_not_overwritten_after_its_snapshot_went` in integrity.rs |
+//! | h | two writes to different sectors of one held grain | here |
+//! | i, i2 | a copy against an in-place write already chosen; a reference that is dropped | copy.rs |
+//! | j | WRITE SAME of a tebibyte, snapshot, mount | here |
+//! | k | revert, delete, a hundred times | here |
+//! | l, l2 | what a cut waits for; a cut over several volumes | here |
+//! | m | mount and revert after a grow | here |
+//! | n | free and allocate within one group (§8.7) | here |
 
 #![expect(
     clippy::unwrap_used,
