@@ -9,7 +9,7 @@
 //! | d, d2 | a flush, and an overwrite in place, while the group of the write closes | here |
 //! | e | pages changed by the next group while one is written | here |
 //! | f, f2, f3 | a slow read of a grain that is released and used again: by UNMAP, delete, revert | here |
-//! | g | sealing against delete and overwrite | `what_was_sealed_is_not_overwritten_after_its_snapshot_went` in integrity.rs |
+//! | g | sealing against delete and overwrite | `sealing_that_races_delete_and_overwrite_gives_no_false_error` in integrity.rs |
 //! | h | two writes to different sectors of one held grain | here |
 //! | i, i2 | a copy against an in-place write already chosen; a reference that is dropped | copy.rs |
 //! | j | WRITE SAME of a tebibyte, snapshot, mount | here |
