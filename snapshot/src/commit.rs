@@ -16,6 +16,9 @@ use crate::{Error, Result};
 const ENTRIES_DUE: u64 = 4096;
 /// Changed entries beyond which writers wait for a commit: what bounds the RAM of a transaction group.
 const ENTRIES_MAX: u64 = 65_536;
+/// New page versions beyond which writers wait too: their `E` keys all go with the batch that closes the group, behind
+/// which map misses wait.
+const CREATED_MAX: usize = 8192;
 /// Bytes written after which a sync of the data file is due, so that the next flush finds little.
 const BYTES_DUE: u64 = 64 << 20;
 /// `J` values per batch that goes ahead of the closing one: map misses are served between.
@@ -56,6 +59,7 @@ impl State {
     /// Closes the open transaction group (step 1): everything is encoded as it is now, later changes are the next
     /// group's.
     fn close(&mut self, pool_id: [u8; 16], grain_bytes: u32) -> Closing {
+        self.handled(self.open.changed.len().max(self.open.created.len()));
         let next = Txg::new(self.open.id + 1);
         let mut txg = std::mem::replace(&mut self.open, next);
         self.touch_closing(&txg);
@@ -247,6 +251,8 @@ impl Inner {
     /// Steps 1 to 6 for one transaction group. Any error leaves the pool to be poisoned by the caller.
     fn commit_one(&self) -> Result<()> {
         let mut closing = self.state().close(self.pool_id, self.grain_bytes);
+        // Writers that wait for room in the open group have it now.
+        self.changed.notify_all();
         self.hook("commit.closed");
         // Entries are published after their data was written: all data of this group is in the file by now.
         self.sync_data()?;
@@ -334,6 +340,7 @@ impl Inner {
         state.committing = true;
         let durable = state.durable;
         let keys = state.map.oldest_dirty(through.min(durable), CHECKPOINT_SLICE);
+        state.handled(keys.len());
         let mut batch = Batch::default();
         for k in &keys {
             if let Some(page) = state.as_of_durable(*k) {
@@ -381,12 +388,20 @@ impl Inner {
     /// # Errors
     /// `Poisoned`.
     pub(crate) fn throttle(&self) -> Result<()> {
-        self.poison.check()?;
-        let txg = {
-            let state = self.state();
-            (state.open.entries >= ENTRIES_MAX).then_some(state.open.id)
-        };
-        txg.map_or(Ok(()), |t| self.commit_through(t))
+        let mut state = self.state();
+        loop {
+            self.poison.check()?;
+            if state.open.entries < ENTRIES_MAX && state.open.created.len() < CREATED_MAX {
+                return Ok(());
+            }
+            if !state.committing {
+                let txg = state.open.id;
+                drop(state);
+                return self.commit_through(txg);
+            }
+            // Not until it is durable: room is made when it closes, which is when the commit before it ends.
+            state = self.wait(state);
+        }
     }
 
     /// Counts data that was written; wakes the keeper when a sync is due.

@@ -124,6 +124,7 @@ impl Inner {
                 continue;
             }
             let neighbours = state.neighbours(branch, upto);
+            state.handled(candidates.len());
             candidates
                 .iter()
                 .for_each(|c| state.drop_page(branch, &neighbours, c));

@@ -1,7 +1,7 @@
 //! What runs without being asked: commits by the clock, checkpoints, jobs, punching, and the look for space.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::Result;
 use crate::inner::Inner;
@@ -9,6 +9,9 @@ use crate::types::StoreEvent;
 
 /// The keeper looks at least this often, whatever it was told.
 const KEEPER_TURN: Duration = Duration::from_secs(1);
+
+/// A pause between two steps of a job is as long as the step was, up to this.
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
 /// Commits when it is time, checkpoints after, until the pool stops or is poisoned.
 pub(crate) fn keep(inner: &Inner) {
@@ -46,9 +49,12 @@ pub(crate) fn keep(inner: &Inner) {
 /// Runs jobs and punches, until the pool stops or is poisoned.
 pub(crate) fn work(inner: &Inner) {
     loop {
+        let begun = Instant::now();
         let did = inner.job_step().and_then(|job| Ok(inner.punch_one()? || job));
         match did {
-            Ok(true) => {}
+            // Half of the time is the initiators', unless they wait for the space.
+            Ok(true) if inner.state().space.out => {}
+            Ok(true) => std::thread::sleep(begun.elapsed().min(LONGEST_PAUSE)),
             Ok(false) => {
                 let state = inner.state();
                 if state.stopping {

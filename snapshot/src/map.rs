@@ -14,6 +14,9 @@ pub(crate) type PageAt = (BranchId, PageNo);
 /// checksums of 4 bytes.
 const VERSION_BYTES: usize = 912;
 
+/// Pages that one insertion looks at to make room: it holds the pool's lock.
+const EVICT_TURNS: usize = 256;
+
 /// One version of a page.
 pub(crate) struct Version {
     /// Epoch of its key; `None` = the branch has no version of its own, this was found below or nowhere.
@@ -333,9 +336,10 @@ impl PageMap {
         }
     }
 
-    /// Second chance, in the order of arrival. Dirty pages stay: the checkpoint bounds them.
+    /// Second chance, in the order of arrival. Dirty pages stay: the checkpoint bounds them. Among many of them the hand
+    /// goes on with the next page that comes in, and the cache is a little larger until then.
     fn evict(&mut self, room: usize) {
-        let mut turns = self.clock.len() * 2;
+        let mut turns = (self.clock.len() * 2).min(EVICT_TURNS);
         while self.versions + room > self.capacity && turns > 0 {
             turns -= 1;
             let Some(at) = self.clock.pop_front() else { return };

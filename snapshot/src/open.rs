@@ -444,6 +444,7 @@ fn load(meta: &Meta, system: &SystemRecord, options: &PoolOptions) -> Result<Sta
         publications: 0,
         stopping: false,
         commits: 0,
+        most_pages: 0,
         branches,
     })
 }

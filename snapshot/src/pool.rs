@@ -318,6 +318,7 @@ impl Pool {
             page_hits: state.map.hits,
             page_misses: state.map.misses,
             journal_bytes: state.journal_bytes(),
+            most_pages_per_hold: state.most_pages,
             jobs: state.jobs.len(),
             volumes: state.volumes.len(),
             snapshots: state.snapshots.len(),

@@ -1,6 +1,6 @@
 //! Snapshots: cut, list, change, delete, clone, revert. All of them O(1); what they free is freed by jobs.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::inner::Inner;
@@ -113,12 +113,21 @@ impl Pool {
     #[must_use]
     pub fn snapshots(&self, volume: Option<VolumeId>) -> Vec<SnapshotInfo> {
         let state = self.inner.state();
+        // Counted once: asking each snapshot for its children would hold the lock for as long as both lists multiplied.
+        let mut children: HashMap<SnapshotId, usize> = HashMap::new();
+        for parent in state.branches.values().filter_map(|b| b.record.parent) {
+            *children.entry(parent).or_default() += 1;
+        }
+        let of = |id: &SnapshotId| state.branches.get(&id.branch).map(|b| b.record.volume);
         let live = state
             .snapshots
             .iter()
-            .filter(|(_, n)| n.state == SnapshotState::Live);
-        let mut list: Vec<_> = live.filter_map(|(id, _)| state.info(*id, &self.inner)).collect();
-        list.retain(|s| volume.is_none_or(|v| s.volume == v));
+            .filter(|(id, n)| n.state == SnapshotState::Live && volume.is_none_or(|v| of(id) == Some(v)));
+        let info = |id: &SnapshotId| {
+            let children = children.get(id).copied().unwrap_or(0);
+            state.info_with(*id, &self.inner, children)
+        };
+        let mut list: Vec<_> = live.filter_map(|(id, _)| info(id)).collect();
         list.sort_by_key(|s| (s.volume, s.id.epoch));
         list
     }
@@ -242,6 +251,8 @@ impl Pool {
             .shared_of(&[volume])?
             .try_into()
             .map_err(|_| not_a_snapshot(&id.to_string()))?;
+        // Writers are held until the revert is durable: little should be left to sync by then.
+        self.inner.flush()?;
         let whole = shared.locks.lock_all(Mode::Exclusive);
         shared.alive()?;
         let txg = {
@@ -466,6 +477,10 @@ impl State {
     }
 
     fn info(&self, id: SnapshotId, inner: &Inner) -> Option<SnapshotInfo> {
+        self.info_with(id, inner, self.children(id).count())
+    }
+
+    fn info_with(&self, id: SnapshotId, inner: &Inner, children: usize) -> Option<SnapshotInfo> {
         let n = self.snapshots.get(&id)?;
         let volume = self.branches.get(&id.branch)?.record.volume;
         let head = self
@@ -486,7 +501,7 @@ impl State {
             hold: n.hold,
             sealed: n.sealed,
             lock_until_ms: n.lock_until_ms,
-            children: self.children(id).count(),
+            children,
             meta: n.meta.clone(),
         })
     }

@@ -213,9 +213,16 @@ pub(crate) struct State {
     pub(crate) publications: u64,
     pub(crate) stopping: bool,
     pub(crate) commits: u64,
+    /// Most pages that were handled while the lock was held once.
+    pub(crate) most_pages: usize,
 }
 
 impl State {
+    /// Counts pages that are handled under one hold of the lock: everybody else waits for them.
+    pub(crate) fn handled(&mut self, pages: usize) {
+        self.most_pages = self.most_pages.max(pages);
+    }
+
     pub(crate) fn branch(&self, id: BranchId) -> Result<&Branch> {
         self.branches.get(&id).ok_or_else(|| Error::NotFound {
             what: "the volume".into(),

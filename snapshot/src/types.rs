@@ -341,6 +341,8 @@ pub struct PoolStats {
     pub page_misses: u64,
     /// Bytes of delta log not yet checkpointed.
     pub journal_bytes: u64,
+    /// Most map pages that were handled while everybody else waited, since the pool was opened.
+    pub most_pages_per_hold: usize,
     /// Background jobs waiting or running.
     pub jobs: usize,
     /// Volumes.

@@ -17,7 +17,7 @@ use runs::part;
 pub(crate) use runs::{Extents, Runs, kind_of};
 
 /// Largest span whose range is locked at once by a zeroing command: others get their turn in between.
-const ZERO_SLICE_BYTES: u64 = 1 << 30;
+const ZERO_SLICE_BYTES: u64 = 64 << 20;
 /// Up to here explicit zeroes are recorded grain by grain; of longer ranges what was never written stays unmapped.
 const EXPLICIT_ZERO_BYTES: u64 = 64 << 20;
 /// Largest transfer that the non-blocking calls try.
@@ -358,6 +358,8 @@ impl Volume {
     /// # Errors
     /// `Refused` when it would shrink or is no multiple of the block size, `Limit`, `Poisoned`.
     pub fn grow(&self, new_size: u64) -> Result<()> {
+        // Writers are held until the growth is durable: little should be left to sync by then.
+        self.pool.flush()?;
         // Until it is durable no write passes the old end: a kill would take it back, and growing again reads zeroes.
         let _writers = self.shared.locks.lock_all(Mode::Shared);
         self.shared.alive()?;

@@ -363,3 +363,56 @@ fn clone_story(scratch: &Scratch) -> Result<()> {
     );
     Ok(())
 }
+
+#[test]
+fn what_snapshots_hold() {
+    story("space of snapshots", |scratch| {
+        const MIB: u64 = 1 << 20;
+        let daemon = Daemon::start(BINARY, scratch, CONFIG)?;
+        let disk = daemon.url(DISK, 0);
+        qemu_io(&disk, &["write -P 1 0 8M", "flush"])?.success()?;
+        daemon.json(&["snapshot", "create", "disk", "--name", "a"])?;
+        daemon.json(&["snapshot", "create", "disk", "--name", "b"])?;
+        qemu_io(&disk, &["write -P 2 0 4M", "flush"])?.success()?;
+        daemon.json(&["snapshot", "create", "disk", "--name", "c"])?;
+        qemu_io(&disk, &["write -P 3 7M 1M", "flush"])?.success()?;
+        let used = || -> Result<u64> {
+            let status = daemon.json(&["status"])?;
+            status["pool"]["used_bytes"].as_u64().context("no figure")
+        };
+        let list = daemon.json(&["snapshot", "list", "disk"])?;
+        let figures = |i: usize| {
+            (
+                list[i]["referenced_bytes"].as_u64(),
+                list[i]["unique_bytes"].as_u64(),
+            )
+        };
+        let same = Some(8 * MIB);
+        ensure!(
+            [figures(0), figures(1), figures(2)] == [(same, Some(0)), (same, Some(0)), (same, Some(0))],
+            "{list}"
+        );
+
+        // `a` and `b` share 4 MiB with nobody else; all three also the MiB that was overwritten last.
+        let plan = daemon.json(&["snapshot", "delete", "disk@a", "disk@b", "--plan"])?;
+        ensure!(plan["frees_bytes"] == 4 * MIB, "{plan}");
+        let plan = daemon.json(&["snapshot", "delete", "disk@c", "disk@a", "disk@b", "--plan"])?;
+        ensure!(plan["frees_bytes"] == 5 * MIB, "{plan}");
+        ensure!(names(&daemon, "disk")?.len() == 3, "a plan deleted something");
+        daemon.refused(1, &["snapshot", "delete", "disk@a", "disk@none", "--yes"])?;
+        ensure!(names(&daemon, "disk")?.len() == 3, "all or none");
+
+        let before = used()?;
+        let deleted = daemon.json(&["snapshot", "delete", "disk@a", "disk@b", "--yes"])?;
+        ensure!(
+            deleted.as_array().is_some_and(|list| list.len() == 2),
+            "{deleted}"
+        );
+        wait_until("the space to be free", LIMIT, || Ok(before - used()? == 4 * MIB))?;
+        let shown = daemon.json(&["snapshot", "show", "disk@c"])?;
+        ensure!(shown["unique_bytes"] == MIB, "{shown}");
+        let before = used()?;
+        daemon.json(&["snapshot", "delete", "disk@c", "--yes"])?;
+        wait_until("the space to be free", LIMIT, || Ok(before - used()? == MIB))
+    });
+}

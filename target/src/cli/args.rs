@@ -176,10 +176,14 @@ pub(crate) enum SnapshotVerb {
         /// LUN@NAME
         snapshot: SnapshotRef,
     },
-    /// Delete a snapshot
+    /// Delete snapshots: all that are named, or none
     Delete {
-        /// LUN@NAME
-        snapshot: SnapshotRef,
+        /// LUN@NAME …
+        #[arg(required = true, value_name = "SNAPSHOT")]
+        snapshots: Vec<SnapshotRef>,
+        /// Only show how much space that would give back
+        #[arg(long)]
+        plan: bool,
     },
     /// Protect a snapshot from deletion until it is released
     Hold {
@@ -459,6 +463,7 @@ mod tests {
             "snapshot list a",
             "snapshot show a@b",
             "snapshot delete a@b",
+            "snapshot delete a@b a@c --plan",
             "snapshot hold a@b",
             "snapshot release a@b",
             "snapshot diff a@b",

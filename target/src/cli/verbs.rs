@@ -76,6 +76,8 @@ const SNAPSHOTS: &[Column] = &[
     Column("CONSISTENCY", "consistency", Kind::Text),
     Column("CREATED", "created_at", Kind::Time),
     Column("SIZE", "size_bytes", Kind::Bytes),
+    Column("REFERENCED", "referenced_bytes", Kind::Bytes),
+    Column("UNIQUE", "unique_bytes", Kind::Bytes),
     Column("HELD", "hold", Kind::Flag),
     Column("LOCKED UNTIL", "locked_until", Kind::Time),
     Column("USED BY", "used_by", Kind::List),
@@ -87,6 +89,12 @@ const CREATED: &[Column] = &[
     Column("CONSISTENCY", "consistency", Kind::Text),
     Column("ASKED", "requested", Kind::Text),
     Column("CUT MS", "cut_ms", Kind::Number),
+];
+const DELETED: &[Column] = &[
+    Column("LUN", "lun", Kind::Text),
+    Column("NAME", "name", Kind::Text),
+    Column("DELETED", "deleted", Kind::Flag),
+    Column("KEPT BY CLONES", "kept_by_clones", Kind::List),
 ];
 const EXTENTS: &[Column] = &[
     Column("OFFSET", "offset_bytes", Kind::Number),
@@ -351,9 +359,33 @@ fn snapshot(global: &Global, verb: SnapshotVerb) -> Result<(), Refusal> {
         }
         SnapshotVerb::List { lun } => list(global, &Request::SnapshotList { lun }, "snapshots", SNAPSHOTS),
         SnapshotVerb::Show { snapshot } => show(global, &Request::SnapshotShow { snapshot }),
-        SnapshotVerb::Delete { snapshot } => {
-            confirm(global, &format!("Delete snapshot {snapshot}?"))?;
-            show(global, &Request::SnapshotDelete { snapshot })
+        SnapshotVerb::Delete {
+            snapshots,
+            plan: true,
+        } => show(
+            global,
+            &Request::SnapshotDelete {
+                snapshots,
+                plan: true,
+            },
+        ),
+        SnapshotVerb::Delete {
+            snapshots,
+            plan: false,
+        } => {
+            let names: Vec<String> = snapshots.iter().map(ToString::to_string).collect();
+            confirm(global, &format!("Delete snapshot {}?", names.join(", ")))?;
+            let value = ask(
+                global,
+                &Request::SnapshotDelete {
+                    snapshots,
+                    plan: false,
+                },
+            )?;
+            print(global, &value, |value| match value {
+                Value::Array(_) => rows(value, DELETED),
+                one => details(one),
+            })
         }
         SnapshotVerb::Hold { snapshot } => show(global, &Request::SnapshotHold { snapshot, hold: true }),
         SnapshotVerb::Release { snapshot } => show(

@@ -284,8 +284,9 @@ fn lock(data_dir: &Path) -> anyhow::Result<File> {
 }
 
 fn open_pool(config: &Config, dir: &Path) -> anyhow::Result<Pool> {
+    let size = config.pool.max_size.or_else(|| file_system_size(dir));
     let options = PoolOptions {
-        grain_bytes: config.pool.grain.bytes(config.pool.max_size),
+        grain_bytes: config.pool.grain.bytes(size),
         cache_bytes: usize::try_from(config.pool.cache.bytes())
             .context("[pool] cache is larger than this machine can address")?,
         max_bytes: config.pool.max_size.map_or(0, stillpoint_config::Size::bytes),
@@ -308,7 +309,22 @@ fn open_pool(config: &Config, dir: &Path) -> anyhow::Result<Pool> {
             stillpoint_config::Size(grain.into())
         );
     }
+    let suits = stillpoint_config::Grain::Auto.bytes(size);
+    if let (Some(size), true) = (size, grain < suits) {
+        tracing::warn!(
+            "the pool can hold {size}, and was made with grains of {}: its map may become large ({} grains suit it). The grain is fixed at creation; bound the pool with [pool] max_size, or move the volumes to a new data_dir",
+            stillpoint_config::Size(grain.into()),
+            stillpoint_config::Size(suits.into())
+        );
+    }
     Ok(pool)
+}
+
+/// What the file system of the pool can hold, when the operator sets no bound.
+fn file_system_size(dir: &Path) -> Option<stillpoint_config::Size> {
+    let there = dir.ancestors().find(|path| path.exists())?;
+    let fs = rustix::fs::statvfs(there).ok()?;
+    Some(stillpoint_config::Size(fs.f_blocks.saturating_mul(fs.f_frsize)))
 }
 
 /// Tells systemd and the person at the terminal that initiators can connect.

@@ -103,7 +103,9 @@ pub(crate) enum Request {
         snapshot: SnapshotRef,
     },
     SnapshotDelete {
-        snapshot: SnapshotRef,
+        snapshots: Vec<SnapshotRef>,
+        /// Only say what it would free.
+        plan: bool,
     },
     SnapshotHold {
         snapshot: SnapshotRef,
@@ -570,7 +572,10 @@ pub(crate) struct SnapshotRow {
     pub(crate) group_id: Option<String>,
     pub(crate) size_bytes: u64,
     /// Bytes that were in use at the cut; most are shared with other snapshots.
-    pub(crate) used_bytes: u64,
+    pub(crate) referenced_bytes: u64,
+    /// Bytes that nothing else uses: what deleting it alone gives back. None = not counted yet, since a long list is
+    /// counted a part at a time.
+    pub(crate) unique_bytes: Option<u64>,
     pub(crate) hold: bool,
     pub(crate) locked_until: Option<String>,
     pub(crate) note: Option<String>,
@@ -583,6 +588,16 @@ pub(crate) struct SnapshotRow {
     pub(crate) reasons: Vec<String>,
     /// When the agents prepared, froze and thawed, in milliseconds from the beginning.
     pub(crate) times: Option<Value>,
+}
+
+/// `snapshot delete --plan`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct SnapshotDeletePlan {
+    pub(crate) snapshots: Vec<SnapshotRef>,
+    /// What deleting all of them together gives back.
+    pub(crate) frees_bytes: u64,
+    /// Those whose data stays, since clones stand on them.
+    pub(crate) kept_by_clones: Vec<SnapshotRef>,
 }
 
 /// `snapshot diff`.

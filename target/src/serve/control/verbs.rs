@@ -38,7 +38,14 @@ pub(super) async fn run(daemon: &Arc<Daemon>, request: Request, caller: &Caller)
         Request::SnapshotShow { snapshot } => {
             answer(&blocking(daemon, move |daemon| snapshots::show(daemon, &snapshot)).await?)
         }
-        Request::SnapshotDelete { snapshot } => snapshots::delete(daemon, snapshot, &caller.who).await,
+        Request::SnapshotDelete {
+            snapshots,
+            plan: true,
+        } => answer(&blocking(daemon, move |daemon| snapshots::plan_delete(daemon, snapshots)).await?),
+        Request::SnapshotDelete {
+            snapshots,
+            plan: false,
+        } => snapshots::delete(daemon, snapshots, &caller.who).await,
         Request::SnapshotHold { snapshot, hold } => {
             answer(&snapshots::hold(daemon, snapshot, hold, &caller.who).await?)
         }

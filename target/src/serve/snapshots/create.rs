@@ -219,7 +219,7 @@ fn milliseconds(since: Instant) -> u64 {
 /// The rows of new snapshots.
 fn rows(daemon: &Daemon, snapshots: &[SnapshotInfo]) -> Result<Vec<Value>, Refusal> {
     let row = |snapshot: &SnapshotInfo| {
-        serde_json::to_value(row(daemon, snapshot))
+        serde_json::to_value(row(daemon, snapshot, None))
             .map_err(|e| Refusal::failed("internal", e.to_string(), "report this"))
     };
     snapshots.iter().map(row).collect()

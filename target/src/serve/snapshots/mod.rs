@@ -5,6 +5,7 @@ mod mount;
 mod revert;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -13,7 +14,8 @@ use stillpoint_snapshot::{DiffTo, SnapshotChange, SnapshotId, SnapshotInfo};
 
 use super::Daemon;
 use super::control::api::{
-    BadRange, Diff, DiffExtent, Refusal, SnapshotDetail, SnapshotRef, SnapshotRow, done, time_text,
+    BadRange, Diff, DiffExtent, Refusal, SnapshotDeletePlan, SnapshotDetail, SnapshotRef, SnapshotRow, done,
+    time_text,
 };
 use super::control::{blocking, luns};
 use super::events::code;
@@ -22,6 +24,9 @@ use super::state::State;
 pub(crate) use create::{close_interrupted, create};
 pub(crate) use mount::{mount, serve_mounts, unmount};
 pub(crate) use revert::revert;
+
+/// How long `snapshot list` counts what each snapshot alone holds. What is known between two snapshots stays known.
+const COUNTING: Duration = Duration::from_secs(3);
 
 /// Extents of one `snapshot diff`: more would not fit an answer, and nobody reads them.
 const MAX_EXTENTS: usize = 200_000;
@@ -117,7 +122,7 @@ pub(crate) fn find(daemon: &Daemon, snapshot: &SnapshotRef) -> Result<SnapshotIn
     ))
 }
 
-fn row(daemon: &Daemon, snapshot: &SnapshotInfo) -> SnapshotRow {
+fn row(daemon: &Daemon, snapshot: &SnapshotInfo, unique_bytes: Option<u64>) -> SnapshotRow {
     let meta = Meta::of(snapshot);
     let proof = meta.proof(&daemon.state, snapshot.id);
     let now = jiff::Timestamp::now().as_millisecond();
@@ -131,7 +136,8 @@ fn row(daemon: &Daemon, snapshot: &SnapshotInfo) -> SnapshotRow {
         cut_ms: meta.cut_ms,
         group_id: meta.group_id,
         size_bytes: snapshot.size_bytes,
-        used_bytes: snapshot.mapped_bytes,
+        referenced_bytes: snapshot.mapped_bytes,
+        unique_bytes,
         hold: snapshot.hold,
         locked_until: (snapshot.lock_until_ms > now).then(|| time_text(snapshot.lock_until_ms)),
         note: meta.note,
@@ -175,11 +181,26 @@ pub(crate) fn list(daemon: &Arc<Daemon>, lun: Option<&str>) -> Result<Vec<Snapsh
     snapshots.sort_by(|a, b| {
         (&a.volume_name, a.id.epoch, a.created_ms).cmp(&(&b.volume_name, b.id.epoch, b.created_ms))
     });
-    Ok(snapshots
-        .iter()
-        .filter(|s| !s.volume_name.is_empty())
-        .map(|snapshot| row(daemon, snapshot))
+    snapshots.retain(|s| !s.volume_name.is_empty());
+    let ids: Vec<SnapshotId> = snapshots.iter().map(|s| s.id).collect();
+    let rows = snapshots.iter().zip(unique(daemon, &ids, COUNTING));
+    Ok(rows
+        .map(|(snapshot, unique)| row(daemon, snapshot, unique))
         .collect())
+}
+
+/// One snapshot with all that is known of it.
+fn one(daemon: &Daemon, snapshot: &SnapshotInfo) -> SnapshotRow {
+    let unique = unique(daemon, &[snapshot.id], Duration::MAX);
+    row(daemon, snapshot, unique.first().copied().flatten())
+}
+
+/// What each of them alone holds. A store that has stopped still lists its snapshots, uncounted.
+fn unique(daemon: &Daemon, ids: &[SnapshotId], limit: Duration) -> Vec<Option<u64>> {
+    daemon.pool.unique_bytes(ids, limit).unwrap_or_else(|error| {
+        tracing::warn!(%error, "the space that snapshots hold cannot be counted");
+        vec![None; ids.len()]
+    })
 }
 
 pub(crate) fn show(daemon: &Arc<Daemon>, snapshot: &SnapshotRef) -> Result<SnapshotDetail, Refusal> {
@@ -187,7 +208,7 @@ pub(crate) fn show(daemon: &Arc<Daemon>, snapshot: &SnapshotRef) -> Result<Snaps
     let mut bad_data = BadRange::list(&daemon.pool, Some(info.volume))?;
     bad_data.retain(|bad| bad.snapshot.as_ref() == Some(&info.name));
     Ok(SnapshotDetail {
-        row: row(daemon, &info),
+        row: one(daemon, &info),
         sealed: info.sealed,
         bad_data,
     })
@@ -215,7 +236,7 @@ pub(crate) async fn hold(
         daemon
             .events
             .emit(event, format!("snapshot {snapshot}"), text, &who);
-        Ok(row(daemon, &info))
+        Ok(one(daemon, &info))
     })
     .await
 }
@@ -254,30 +275,72 @@ pub(crate) fn check_deletable(daemon: &Daemon, snapshot: &SnapshotInfo) -> Resul
     Ok(())
 }
 
-pub(crate) async fn delete(daemon: &Arc<Daemon>, snapshot: SnapshotRef, who: &str) -> Result<Value, Refusal> {
+/// What deleting these snapshots together would give back. A refusal says what forbids it.
+pub(crate) fn plan_delete(
+    daemon: &Arc<Daemon>,
+    snapshots: Vec<SnapshotRef>,
+) -> Result<SnapshotDeletePlan, Refusal> {
+    let ids = deletable(daemon, &snapshots)?
+        .iter()
+        .map(|s| s.id)
+        .collect::<Vec<_>>();
+    let plan = daemon.pool.plan_delete(&ids)?;
+    let kept = snapshots
+        .iter()
+        .zip(&ids)
+        .filter(|(_, id)| plan.kept.contains(id));
+    Ok(SnapshotDeletePlan {
+        kept_by_clones: kept.map(|(name, _)| name.clone()).collect(),
+        frees_bytes: plan.freed_bytes,
+        snapshots,
+    })
+}
+
+fn deletable(daemon: &Daemon, snapshots: &[SnapshotRef]) -> Result<Vec<SnapshotInfo>, Refusal> {
+    let checked = |snapshot| {
+        let info = find(daemon, snapshot)?;
+        check_deletable(daemon, &info)?;
+        Ok(info)
+    };
+    snapshots.iter().map(checked).collect()
+}
+
+/// Deletes all of them or none. One gives an object, several an array.
+pub(crate) async fn delete(
+    daemon: &Arc<Daemon>,
+    snapshots: Vec<SnapshotRef>,
+    who: &str,
+) -> Result<Value, Refusal> {
     // Together with a mount of the same snapshot, one of them must lose.
     let _changing = daemon.state.changing().await;
     let who = who.to_owned();
     blocking(daemon, move |daemon| {
-        let info = find(daemon, &snapshot)?;
-        check_deletable(daemon, &info)?;
-        let clones = used_by(daemon, &info);
-        daemon.pool.delete_snapshot(info.id)?;
-        daemon.state.big_put(&proof_key(info.id), None)?;
-        let text = if clones.is_empty() {
-            "deleted; its space is given back in the background".to_owned()
-        } else {
-            format!("deleted; {} stands on it and keeps its data", clones.join(", "))
-        };
-        daemon
-            .events
-            .emit(code::SNAPSHOT_DELETED, format!("snapshot {snapshot}"), text, &who);
-        Ok(done([
-            ("lun", json!(snapshot.lun)),
-            ("name", json!(snapshot.name)),
-            ("deleted", json!(true)),
-            ("kept_by_clones", json!(clones)),
-        ]))
+        let infos = deletable(daemon, &snapshots)?;
+        let clones: Vec<_> = infos.iter().map(|info| used_by(daemon, info)).collect();
+        let ids: Vec<SnapshotId> = infos.iter().map(|info| info.id).collect();
+        daemon.pool.delete_snapshots(&ids)?;
+        let mut answers = Vec::new();
+        for ((snapshot, id), clones) in snapshots.iter().zip(ids).zip(clones) {
+            daemon.state.big_put(&proof_key(id), None)?;
+            let text = if clones.is_empty() {
+                "deleted; its space is given back in the background".to_owned()
+            } else {
+                format!("deleted; {} stands on it and keeps its data", clones.join(", "))
+            };
+            daemon
+                .events
+                .emit(code::SNAPSHOT_DELETED, format!("snapshot {snapshot}"), text, &who);
+            answers.push(done([
+                ("lun", json!(snapshot.lun)),
+                ("name", json!(snapshot.name)),
+                ("deleted", json!(true)),
+                ("kept_by_clones", json!(clones)),
+            ]));
+        }
+        match answers.as_slice() {
+            [one] => Ok(one.clone()),
+            _ => Ok(Value::Array(answers)),
+        }
     })
     .await
 }
