@@ -41,7 +41,7 @@ struct Closing {
 }
 
 /// The right to commit; given back on drop, also by a panic.
-struct Turn<'a>(&'a Inner);
+pub(crate) struct Turn<'a>(pub(crate) &'a Inner);
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {

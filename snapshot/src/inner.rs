@@ -49,6 +49,8 @@ pub(crate) struct Inner {
     pub(crate) scrubbing: Scrubbing,
     /// Bytes that snapshots alone hold, as far as they were counted.
     pub(crate) unique: Mutex<Known>,
+    /// One compaction at a time.
+    pub(crate) compacting: Mutex<()>,
     /// Held as long as the pool is open, so that no second daemon opens it.
     pub(crate) directory_lock: Mutex<Option<std::fs::File>>,
 }
@@ -134,6 +136,7 @@ impl Inner {
             sealing: Mutex::new(()),
             scrubbing: Scrubbing::default(),
             unique: Mutex::default(),
+            compacting: Mutex::new(()),
             directory_lock: Mutex::new(lock),
         }
     }

@@ -10,6 +10,7 @@ mod bulk;
 mod check;
 mod codec;
 mod commit;
+mod compact;
 mod diff;
 pub mod disk;
 mod dump;
@@ -43,6 +44,7 @@ mod warm;
 
 pub use bad::BadData;
 pub use check::{CheckReport, Problem, ProblemKind, check, check_data, check_media};
+pub use compact::{CompactState, CompactStep};
 pub use dump::{dump, dump_meta, restore, restore_meta};
 pub use error::{Error, Result};
 pub use meta_client::METADATA_THREAD;

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::Result;
+use crate::compact::{CompactState, CompactStep};
+use crate::{Error, Result};
 
 /// A key and its value.
 pub type Pair = (Vec<u8>, Vec<u8>);
@@ -89,6 +90,18 @@ pub trait MetaStore: Send {
     /// # Errors
     /// See the trait.
     fn size_on_disk(&mut self) -> Result<u64>;
+
+    /// One step of rewriting the store without its garbage. An inner error gives the rewriting up and leaves the store
+    /// as it was. A store that has nothing to gain refuses.
+    ///
+    /// # Errors
+    /// See the trait.
+    fn compact(&mut self, step: CompactStep) -> Result<Result<CompactState>> {
+        match step {
+            CompactStep::Abort => Ok(Ok(CompactState::default())),
+            _ => Ok(Err(Error::refused("this metadata store cannot be compacted"))),
+        }
+    }
 }
 
 /// The durable half of a commit.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::compact::{CompactState, CompactStep};
 use crate::lock::lock;
 use crate::meta::{Barrier, Batch, MetaStore, Pair};
 use crate::{Error, Result};
@@ -22,7 +23,8 @@ enum Request {
     Scan(Vec<u8>, Vec<u8>, usize, SyncSender<Result<Vec<Pair>>>),
     Last(Vec<u8>, Vec<u8>, SyncSender<Result<Option<Pair>>>),
     Apply(Batch, SyncSender<Result<()>>),
-    Flush(SyncSender<Result<()>>),
+    Flush(SyncSender<Result<Arc<dyn Barrier>>>),
+    Compact(CompactStep, SyncSender<Result<Result<CompactState>>>),
     Size(SyncSender<Result<u64>>),
 }
 
@@ -60,7 +62,8 @@ impl Guarded {
             Request::Scan(a, b, n, to) => drop(to.send(self.call(|m| m.scan(&a, &b, n)))),
             Request::Last(a, b, to) => drop(to.send(self.call(|m| m.last(&a, &b)))),
             Request::Apply(batch, to) => drop(to.send(self.call(|m| m.apply(&batch)))),
-            Request::Flush(to) => drop(to.send(self.call(|m| m.flush()))),
+            Request::Flush(to) => drop(to.send(self.call(|m| m.flush().map(|()| m.barrier())))),
+            Request::Compact(step, to) => drop(to.send(self.call(|m| m.compact(step)))),
             Request::Size(to) => drop(to.send(self.call(|m| m.size_on_disk()))),
         }
     }
@@ -77,7 +80,6 @@ enum Way {
 /// Handle of the metadata store.
 pub(crate) struct Meta {
     way: Way,
-    barrier: Arc<dyn Barrier>,
 }
 
 fn stopped() -> Error {
@@ -100,7 +102,7 @@ impl Meta {
                     Ok(store) => store,
                     Err(e) => return drop(ready.send(Err(e))),
                 };
-                drop(ready.send(Ok(store.barrier())));
+                drop(ready.send(Ok(())));
                 let mut guarded = Guarded { store, failed: None };
                 while let Ok(request) = inbox.recv() {
                     guarded.serve(request);
@@ -109,7 +111,7 @@ impl Meta {
                 drop(catch_unwind(AssertUnwindSafe(move || drop(guarded))));
             })
             .map_err(|e| Error::io("start thread", METADATA_THREAD, e))?;
-        let barrier = match opened.recv_timeout(timeout) {
+        match opened.recv_timeout(timeout) {
             Ok(answer) => answer?,
             Err(RecvTimeoutError::Timeout) => {
                 return Err(Error::corrupt(
@@ -118,20 +120,18 @@ impl Meta {
                 ));
             }
             Err(RecvTimeoutError::Disconnected) => return Err(stopped()),
-        };
+        }
         let way = Way::Thread {
             requests: Mutex::new(Some(requests)),
             thread: Mutex::new(Some(thread)),
         };
-        Ok(Self { way, barrier })
+        Ok(Self { way })
     }
 
     /// Uses the store on the caller's thread.
     pub(crate) fn direct(store: Box<dyn MetaStore>) -> Self {
-        let barrier = store.barrier();
         Self {
             way: Way::Direct(Mutex::new(Some(Guarded { store, failed: None }))),
-            barrier,
         }
     }
 
@@ -171,6 +171,10 @@ impl Meta {
         }
     }
 
+    pub(crate) fn compact(&self, step: CompactStep) -> Result<Result<CompactState>> {
+        self.ask(|to| Request::Compact(step, to))
+    }
+
     pub(crate) fn size_on_disk(&self) -> Result<u64> {
         self.ask(Request::Size)
     }
@@ -178,8 +182,8 @@ impl Meta {
     /// Makes everything applied so far durable. The barrier runs on the caller's thread, so that map misses are
     /// served meanwhile.
     pub(crate) fn commit(&self) -> Result<()> {
-        self.ask(Request::Flush)?;
-        self.barrier.sync()
+        // Asked for each time: a compaction puts another file in the place of the log.
+        self.ask(Request::Flush)?.sync()
     }
 
     /// Closes the store and waits for its thread.

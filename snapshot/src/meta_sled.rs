@@ -9,27 +9,44 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
 
+use crate::compact::{CompactState, CompactStep};
 use crate::meta::{Barrier, Batch, MAX_VALUE_BYTES, MetaStore, Pair};
 use crate::open::take_lock;
 use crate::{Error, Result};
+
+mod copy;
+
+use copy::Copy;
 
 /// Our page cache is the real one.
 const CACHE_BYTES: u64 = 64 << 20;
 const FLUSH_EVERY_MS: u64 = 500;
 const READ_THROUGH_BYTES: usize = 1 << 20;
+/// Name of sled's log in its directory.
+const LOG: &str = "db";
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 
 /// The metadata store of a pool on a local file system.
 pub struct SledMeta {
-    db: sled::Db,
+    /// None only after a compaction that failed at its end.
+    db: Option<sled::Db>,
     dir: PathBuf,
     barrier: Arc<LogFile>,
+    copy: Option<Copy>,
 }
 
 /// Our own descriptor of sled's log.
 struct LogFile {
     file: File,
     path: PathBuf,
+}
+
+impl LogFile {
+    fn open(dir: &Path) -> Result<Self> {
+        let path = dir.join(LOG);
+        let file = File::open(&path).map_err(|e| Error::io("open", path.display().to_string(), e))?;
+        Ok(Self { file, path })
+    }
 }
 
 impl Barrier for LogFile {
@@ -47,19 +64,22 @@ impl SledMeta {
     /// `Io`, `NoSpace`, or `Corrupt` as sled says.
     pub fn open(dir: &Path) -> Result<Self> {
         remove_unfinished(dir)?;
-        read_through(&dir.join("db"))?;
-        let db = open_unlocked(dir)?;
-        let path = dir.join("db");
-        let file = File::open(&path).map_err(|e| Error::io("open", path.display().to_string(), e))?;
+        read_through(&dir.join(LOG))?;
         let store = Self {
-            db,
+            db: Some(open_unlocked(dir)?),
             dir: dir.to_owned(),
-            barrier: Arc::new(LogFile { file, path }),
+            barrier: Arc::new(LogFile::open(dir)?),
+            copy: None,
         };
         store.assert_no_blobs()?;
         // sled renames and unlinks `snap.*` while it opens and never syncs the directory.
         sync_tree(dir)?;
         Ok(store)
+    }
+
+    fn db(&self) -> Result<&sled::Db> {
+        let closed = || Error::corrupt("metadata store", "closed by a compaction that failed");
+        self.db.as_ref().ok_or_else(closed)
     }
 
     /// A value above the limit would make nodes that sled moves to separate files, which it never syncs (§3.3).
@@ -193,7 +213,7 @@ fn failure(op: &'static str, dir: &Path, error: sled::Error) -> Error {
 
 impl MetaStore for SledMeta {
     fn get(&mut self, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        let value = self.db.get(key).map_err(|e| failure("read", &self.dir, e))?;
+        let value = self.db()?.get(key).map_err(|e| failure("read", &self.dir, e))?;
         Ok(value.map(|v| v.to_vec()))
     }
 
@@ -202,7 +222,7 @@ impl MetaStore for SledMeta {
             return Ok(Vec::new());
         }
         let mut out = Vec::new();
-        for item in self.db.range(from..below).take(limit) {
+        for item in self.db()?.range(from..below).take(limit) {
             let (k, v) = item.map_err(|e| failure("scan", &self.dir, e))?;
             out.push((k.to_vec(), v.to_vec()));
         }
@@ -213,7 +233,7 @@ impl MetaStore for SledMeta {
         if from >= below {
             return Ok(None);
         }
-        let item = self.db.range(from..below).next_back().transpose();
+        let item = self.db()?.range(from..below).next_back().transpose();
         let item = item.map_err(|e| failure("scan", &self.dir, e))?;
         Ok(item.map(|(k, v)| (k.to_vec(), v.to_vec())))
     }
@@ -233,16 +253,21 @@ impl MetaStore for SledMeta {
                 None => sled_batch.remove(key.as_slice()),
             }
         }
-        self.db
-            .apply_batch(sled_batch)
-            .map_err(|e| failure("write", &self.dir, e))
+        let applied = self.db()?.apply_batch(sled_batch);
+        applied.map_err(|e| failure("write", &self.dir, e))?;
+        self.copy_changes(batch);
+        Ok(())
     }
 
     fn flush(&mut self) -> Result<()> {
-        self.db
+        self.db()?
             .flush()
             .map(|_| ())
             .map_err(|e| failure("flush", &self.dir, e))
+    }
+
+    fn compact(&mut self, step: CompactStep) -> Result<Result<CompactState>> {
+        self.compact_step(step)
     }
 
     fn barrier(&self) -> Arc<dyn Barrier> {
@@ -250,7 +275,7 @@ impl MetaStore for SledMeta {
     }
 
     fn size_on_disk(&mut self) -> Result<u64> {
-        self.db
+        self.db()?
             .size_on_disk()
             .map_err(|e| failure("measure", &self.dir, e))
     }

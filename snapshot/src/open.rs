@@ -35,6 +35,8 @@ pub const DATA_FILE: &str = "data";
 /// Name of the metadata store's directory in the pool's directory.
 pub const META_DIR: &str = "meta";
 const BALLAST_FILE: &str = "ballast";
+/// A store that a compaction was making, or has replaced.
+pub(crate) const COMPACT_DIR: &str = "meta.compact";
 pub(crate) const LOCK_FILE: &str = "lock";
 /// How long another holder of the lock may take to go.
 const LOCK_WAIT: Duration = Duration::from_secs(3);
@@ -118,6 +120,11 @@ pub(crate) fn open(dir: &Path, options: &PoolOptions) -> Result<Inner> {
             "the metadata store is missing",
             path.display().to_string(),
         ));
+    }
+    // Before it changed places with the store it was not whole, and after it the old one: never needed.
+    let left = dir.join(COMPACT_DIR);
+    if left.is_dir() {
+        std::fs::remove_dir_all(&left).map_err(io("remove", &left))?;
     }
     // The ballast goes first when the file system is full: sled must be able to write while it recovers.
     release_ballast_if_full(dir, disk.as_ref())?;

@@ -408,6 +408,7 @@ impl Pool {
             return Ok(());
         }
         self.inner.changed.notify_all();
+        self.inner.wait_for_compaction();
         let threads = std::mem::take(&mut *lock(&self.inner.threads));
         for thread in threads {
             if thread.join().is_err() {

@@ -282,6 +282,21 @@ pub enum Caw {
     },
 }
 
+/// What a compaction of the metadata did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct CompactReport {
+    /// Bytes of the metadata store on disk before.
+    pub before_bytes: u64,
+    /// And after.
+    pub after_bytes: u64,
+    /// Bytes of all keys and values.
+    pub live_bytes: u64,
+    /// Number of keys.
+    pub keys: u64,
+    /// How long commits and map misses waited for the change of places, in milliseconds.
+    pub switch_ms: u64,
+}
+
 /// What deleting a set of snapshots would do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeletePlan {

@@ -200,3 +200,29 @@ fn thin_thresholds() {
         wait_until("the end to be told", LIMIT, || Ok(thresholds(&daemon)? == (1, 1)))
     });
 }
+
+#[test]
+fn compaction() {
+    story("store compact", |scratch| {
+        let mut daemon = Daemon::start(BINARY, scratch, CONFIG)?;
+        let url = daemon.url("iqn.2026-11.test:disk", 0);
+        qemu_io(&url, &["write -P 1 0 16M", "flush", "discard 1M 2M", "flush"])?.success()?;
+        daemon.json(&["snapshot", "create", "disk", "--name", "s"])?;
+        let report = daemon.json(&["store", "compact"])?;
+        let stats = daemon.json(&["store", "stats"])?;
+        ensure!(
+            report["live_bytes"].as_u64() > Some(0) && stats["metadata_live_bytes"].as_u64() > Some(0),
+            "{report} {stats}"
+        );
+        qemu_io(
+            &url,
+            &["write -P 2 0 1M", "flush", "read -P 2 0 1M", "read -P 1 4M 8M"],
+        )?
+        .success()?;
+        ensure!(daemon.stop()? == 0, "the daemon did not end well");
+        daemon.text(&["store", "check"])?;
+        daemon.resume()?;
+        qemu_io(&url, &["read -P 2 0 1M", "read -P 0 1M 2M", "read -P 1 4M 8M"])?.success()?;
+        Ok(())
+    });
+}

@@ -331,8 +331,10 @@ pub(crate) enum StoreVerb {
         #[arg(long, value_name = "DIR")]
         data_dir: Option<PathBuf>,
     },
-    /// Show sizes and counters; the daemon must run
+    /// Show sizes and counters; the daemon must run. Reads all metadata
     Stats,
+    /// Rewrite the store's metadata without garbage; the daemon must run, and serves meanwhile
+    Compact,
     /// Verify checksums and structures while the daemon works; leaving the command lets it go on, calling it again rejoins
     Scrub {
         /// Bytes per second that are read at most; 0 = as fast as it can [default: 64MiB]
@@ -481,6 +483,7 @@ mod tests {
             "agent generation bump",
             "store check",
             "store stats",
+            "store compact",
             "store dump",
             "store restore dump.txt",
             "events",

@@ -498,6 +498,7 @@ fn agent(global: &Global, verb: AgentVerb) -> Result<(), Refusal> {
 fn store(global: &Global, verb: StoreVerb) -> Result<(), Refusal> {
     match verb {
         StoreVerb::Stats => show(global, &Request::StoreStats {}),
+        StoreVerb::Compact => show(global, &Request::StoreCompact {}),
         StoreVerb::Scrub {
             rate,
             restart,

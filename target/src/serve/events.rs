@@ -77,6 +77,7 @@ pub(crate) mod code {
     pub(crate) const SCRUB_FOUND: Code = error(3014);
     pub(crate) const STORE_FILLS: Code = warning(3020);
     pub(crate) const STORE_EMPTIER: Code = info(3021);
+    pub(crate) const STORE_COMPACTED: Code = info(3022);
     pub(crate) const SESSION_DROPPED: Code = warning(4001);
     pub(crate) const SESSION_TRACED: Code = info(4002);
     pub(crate) const SNAPSHOT_CREATED: Code = info(5001);

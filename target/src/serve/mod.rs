@@ -20,7 +20,7 @@ pub(crate) mod registry;
 mod session;
 pub(crate) mod snapshots;
 pub(crate) mod state;
-mod store;
+pub(crate) mod store;
 mod trace;
 mod welcome;
 

@@ -1,12 +1,14 @@
-//! What the store reports: events for operators, unit attentions for initiators.
+//! What the store reports (events for operators, unit attentions for initiators), and its verbs `stats` and `compact`.
 
 use std::sync::{Arc, Weak};
 
+use serde_json::{Value, json};
 use stillpoint_config::Size;
 use stillpoint_snapshot::StoreEvent;
 
 use super::Daemon;
-use super::control::api::count;
+use super::control::api::{Refusal, count};
+use super::control::{Caller, blocking};
 use super::events::{DAEMON, code};
 
 /// Listens to the store until it ends.
@@ -93,4 +95,43 @@ fn take(daemon: &Daemon, report: StoreEvent) {
         }
         other => tracing::debug!(?other, "store"),
     }
+}
+
+/// `store stats`: sizes and counters, and what the metadata would need without sled's garbage.
+pub(crate) fn stats(daemon: &Arc<Daemon>) -> Result<Value, Refusal> {
+    let internal = |e: serde_json::Error| Refusal::failed("internal", e.to_string(), "report this");
+    let mut value = serde_json::to_value(daemon.pool.stats()).map_err(internal)?;
+    // A store that has stopped still shows what it knows.
+    let live = daemon.pool.metadata_live_bytes().ok();
+    if let Some(object) = value.as_object_mut() {
+        object.insert("metadata_live_bytes".to_owned(), json!(live));
+    }
+    Ok(value)
+}
+
+/// `store compact`. It goes on when the client leaves.
+pub(crate) async fn compact(daemon: &Arc<Daemon>, caller: &Caller) -> Result<Value, Refusal> {
+    let (say, mut said) = tokio::sync::mpsc::unbounded_channel();
+    let work = blocking(daemon, move |daemon| {
+        let report = daemon.pool.compact(|what, bytes| {
+            // Nobody listens any more when the client has left.
+            drop(say.send(format!("{what} {}", Size(bytes))));
+        })?;
+        Ok(report)
+    });
+    tokio::pin!(work);
+    let report = loop {
+        tokio::select! {
+            report = &mut work => break report?,
+            Some(text) = said.recv() => caller.progress(text),
+        }
+    };
+    let (before, after) = (Size(report.before_bytes), Size(report.after_bytes));
+    daemon.events.emit(
+        code::STORE_COMPACTED,
+        "store",
+        format!("its metadata was compacted from {before} to {after}"),
+        &caller.who,
+    );
+    serde_json::to_value(report).map_err(|e| Refusal::failed("internal", e.to_string(), "report this"))
 }

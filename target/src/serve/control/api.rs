@@ -154,6 +154,7 @@ pub(crate) enum Request {
     },
     AgentGenerationBump {},
     StoreStats {},
+    StoreCompact {},
     StoreScrub {
         action: ScrubAction,
     },

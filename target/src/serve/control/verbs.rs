@@ -10,7 +10,7 @@ use tokio::sync::broadcast::error::RecvError;
 use super::api::{PoolSpace, Refusal, Request, Status, count, done};
 use super::{Caller, luns, scrub, volumes};
 use crate::serve::events::code;
-use crate::serve::{Daemon, apply, snapshots, trace};
+use crate::serve::{Daemon, apply, snapshots, store, trace};
 
 /// How long an initiator may take to log out before its session is cut.
 pub(crate) const LOGOUT_GRACE: Duration = Duration::from_secs(5);
@@ -67,7 +67,8 @@ pub(super) async fn run(daemon: &Arc<Daemon>, request: Request, caller: &Caller)
             answer(&volumes::clone(daemon, snapshot, new, &caller.who).await?)
         }
         Request::StoreScrub { action } => answer(&scrub::run(daemon, action, caller).await?),
-        Request::StoreStats {} => answer(&blocking(daemon, |daemon| Ok(daemon.pool.stats())).await?),
+        Request::StoreStats {} => blocking(daemon, store::stats).await,
+        Request::StoreCompact {} => store::compact(daemon, caller).await,
         Request::Events {
             follow: false,
             newest,
