@@ -714,15 +714,10 @@ fn esxi_clones_between_luns() {
     played("esxi: XCOPY between LUNs", |daemon| {
         let mut raw = log_in(daemon, &Actor::esxi("esx1"))?;
         let inquiry = raw.run(&Cdb::reads(0, &[0x12, 0, 0, 0, 36, 0], 36))?.data;
-        if inquiry.get(5).is_none_or(|byte| byte & 0x08 == 0) {
-            // A primitive that is not declared must not be there either, or ESXi uses it once it has seen ATS.
-            let reply = raw.run_write(
-                &Cdb::writes(0, &[0x83, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0], 32),
-                &[0; 32],
-            )?;
-            println!("story esxi: XCOPY is not declared");
-            return refused(&reply, (5, 0x20, 0));
-        }
+        ensure!(
+            inquiry.get(5).is_some_and(|byte| byte & 0x08 != 0),
+            "3PC is not set: ESXi copies by itself"
+        );
         let (mut source, blocks) = (Vec::new(), 8_192_u32);
         for i in 0..16_u32 {
             let piece = pattern(u64::from(0xc10e + i), 262_144);

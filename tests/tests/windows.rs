@@ -103,6 +103,7 @@ fn every_kind_of_lun_is_a_proper_disk() {
         let mut failures = String::new();
         for ((kind, _), score) in kinds.iter().zip(&scores) {
             report(kind, score);
+            ensure!(score.not_declared == 0, "{kind}: ODX is not declared any more");
             if !score.failed.is_empty() {
                 writeln!(failures, "{kind}:\n{}", score.failures())?;
             }
