@@ -103,7 +103,7 @@ fn bad_data_is_an_error_of_its_blocks_listed_scrubbed_and_healed() {
         ensure!(raw.read(0, 0, 16)? == content(7, 0, 16), "blocks before it");
         ensure!(raw.read(0, 24, 40)? == content(7, 24, 40), "blocks after it");
         let here = (None, 16, GRAIN as u64);
-        ensure!(ranges(&daemon.json(&["lun", "show", "disk"])?)? == [here.clone()]);
+        ensure!(ranges(&daemon.json(&["lun", "show", "disk"])?)? == std::slice::from_ref(&here));
         daemon.text(&[
             "snapshot",
             "create",
@@ -114,7 +114,7 @@ fn bad_data_is_an_error_of_its_blocks_listed_scrubbed_and_healed() {
             "crash",
         ])?;
         let there = (Some("s".to_owned()), 16, GRAIN as u64);
-        ensure!(ranges(&daemon.json(&["snapshot", "show", "disk@s"])?)? == [there.clone()]);
+        ensure!(ranges(&daemon.json(&["snapshot", "show", "disk@s"])?)? == std::slice::from_ref(&there));
         ensure!(daemon.json(&["status"])?["health"] == "error");
         let events = daemon.text(&["events"])?;
         ensure!(events.contains("SP-3010"), "{events}");
@@ -189,7 +189,7 @@ fn files(dir: &Path) -> Result<BTreeMap<PathBuf, u32>> {
 fn cut(path: &Path, part: u64) -> Result<()> {
     let file = fs::File::options().write(true).open(path)?;
     let len = file.metadata()?.len();
-    Ok(file.set_len(if part == 0 { 0 } else { len / part })?)
+    Ok(file.set_len(len.checked_div(part).unwrap_or(0))?)
 }
 
 /// The superblocks say a format that nobody knows yet, with right checksums.
