@@ -417,15 +417,9 @@ fn load(meta: &Meta, system: &SystemRecord, options: &PoolOptions) -> Result<Sta
         drop(values.insert(name, value));
         Ok(())
     })?;
-    let mut bad = BadGrains::default();
-    read_table(meta, table::BAD, |k, (_, value)| {
-        let Key::Bad(grain) = k else { return Ok(()) };
-        bad.put(grain, record::BadRecord::decode(grain, &value)?);
-        Ok(())
-    })?;
     check_parents(&branches, &snapshots)?;
     Ok(State {
-        bad,
+        bad: load_bad(meta)?,
         seal: SealCursor::default(),
         touched: None,
         volumes,
@@ -454,6 +448,16 @@ fn load(meta: &Meta, system: &SystemRecord, options: &PoolOptions) -> Result<Sta
         most_pages: 0,
         branches,
     })
+}
+
+fn load_bad(meta: &Meta) -> Result<BadGrains> {
+    let mut bad = BadGrains::default();
+    read_table(meta, table::BAD, |k, (_, value)| {
+        let Key::Bad(grain) = k else { return Ok(()) };
+        bad.put(grain, record::BadRecord::decode(grain, &value)?);
+        Ok(())
+    })?;
+    Ok(bad)
 }
 
 fn check_parents(
