@@ -413,8 +413,7 @@ fn load(meta: &Meta, system: &SystemRecord, options: &PoolOptions) -> Result<Sta
     let mut values = BTreeMap::new();
     read_table(meta, table::VALUE, |k, (_, value)| {
         let Key::Value(name) = k else { return Ok(()) };
-        let value = record::decode_value(&name, &value)?;
-        drop(values.insert(name, value));
+        values.insert(name.clone(), record::decode_value(&name, &value)?);
         Ok(())
     })?;
     check_parents(&branches, &snapshots)?;
