@@ -7,6 +7,7 @@ use crate::inner::{Inner, parse_page};
 use crate::map::Version;
 use crate::page::{Page, PageNo};
 use crate::record::{PageKey, key};
+use crate::tomb::Tombs;
 use crate::types::{BranchId, Epoch};
 
 /// A page and the epoch of its version, if that is the branch's own.
@@ -20,10 +21,24 @@ impl Inner {
         epoch: Epoch,
         pages: RangeInclusive<PageNo>,
     ) -> Result<Vec<Found>> {
+        self.resolve_all(branch, epoch, pages, true)
+    }
+
+    fn resolve_all(
+        &self,
+        branch: BranchId,
+        epoch: Epoch,
+        pages: RangeInclusive<PageNo>,
+        own_tombs: bool,
+    ) -> Result<Vec<Found>> {
         self.stable(|| {
+            let mut tombs = vec![Tombs::default(); pages.clone().count()];
             let mut found: Vec<Option<Found>> = pages.clone().map(|_| None).collect();
             let (mut b, mut e) = (branch, epoch);
             loop {
+                if own_tombs || b != branch {
+                    self.tombs_over(b, e, *pages.start(), &found, &mut tombs);
+                }
                 let parent = self.resolve_level(b, e, b == branch, *pages.start(), &mut found)?;
                 match parent {
                     Some(p) if found.iter().any(Option::is_none) => (b, e) = (p.branch, p.epoch),
@@ -31,8 +46,33 @@ impl Inner {
                 }
             }
             let nothing = || (None, Page::default());
-            Ok(found.into_iter().map(|f| f.unwrap_or_else(nothing)).collect())
+            let mut found: Vec<Found> = found.into_iter().map(|f| f.unwrap_or_else(nothing)).collect();
+            for ((_, page), tombs) in found.iter_mut().zip(&tombs) {
+                tombs.mask_all(page);
+            }
+            Ok(found)
         })
+    }
+
+    /// Tombstones of one branch over pages that are still missing. Before these are looked for: one that goes meanwhile
+    /// has buried its pages.
+    fn tombs_over(
+        &self,
+        branch: BranchId,
+        epoch: Epoch,
+        first: PageNo,
+        found: &[Option<Found>],
+        over: &mut [Tombs],
+    ) {
+        let state = self.state();
+        if state.tombs.is_empty() {
+            return;
+        }
+        for (page, (found, over)) in (first..).zip(found.iter().zip(over)) {
+            if found.is_none() {
+                over.join(state.tombs.over(branch, epoch, page));
+            }
+        }
     }
 
     /// Fills in what one branch has of the pages that are still missing; gives what it stands on.
@@ -125,7 +165,7 @@ impl Inner {
         let (Some(first), Some(last)) = (mine.first(), mine.last()) else {
             return Ok(());
         };
-        let found = self.resolve_many(branch, Epoch::MAX, *first..=*last);
+        let found = self.resolve_all(branch, Epoch::MAX, *first..=*last, false);
         let mut state = self.state();
         for page in &mine {
             state.map.loading.remove(&(branch, *page));

@@ -25,7 +25,8 @@ use crate::record::{
 };
 use crate::refs::Refs;
 use crate::superblock::{RESERVED_BYTES, Superblock};
-use crate::types::{BranchId, SnapshotId, SnapshotState, limits};
+use crate::tomb::Tombs;
+use crate::types::{BranchId, Epoch, SnapshotId, SnapshotState, limits};
 use crate::{Error, Result};
 
 /// Problems listed at most; the rest is counted.
@@ -390,6 +391,8 @@ impl Checker<'_> {
                 .get(&snapshot)
                 .is_some_and(|found| found.state != SnapshotState::Dying),
             JobKind::DropHead(branch) => records.branches.get(&branch).is_some_and(|found| found.head),
+            // A tombstone takes nothing that anybody sees.
+            JobKind::Zero { .. } => false,
             JobKind::Collapse { from, .. } => records
                 .snapshots
                 .get(&from)
@@ -411,7 +414,9 @@ impl Checker<'_> {
         let overlay = Overlay::read(self.meta, &self.system, |error| damage.push(error))?;
         self.report.deltas = overlay.len();
         let parents = self.records.parents();
+        let tombs = Tombs::of(&self.records.jobs);
         let pages = Pages {
+            tombs: &tombs,
             overlay: &overlay,
             parents: &parents,
         };
@@ -470,6 +475,7 @@ impl Checker<'_> {
     /// "mapped" counts of records against the map.
     fn counts(&mut self, tally: &Tally) {
         let mut seen: BTreeMap<SnapshotId, i64> = BTreeMap::new();
+        let ahead = |branch, epoch| i64::try_from(self.records.ahead(branch, epoch)).unwrap_or(i64::MAX);
         let mut wrong = Vec::new();
         // Parents have smaller numbers, so what a branch inherits is known when its turn comes.
         for (&id, branch) in &self.records.branches {
@@ -480,6 +486,7 @@ impl Checker<'_> {
             for (&snapshot, record) in self.records.snapshots_of(id) {
                 let mapped = below + tally.snapshots.get(&snapshot).copied().unwrap_or(0);
                 seen.insert(snapshot, mapped);
+                let mapped = mapped + ahead(id, snapshot.epoch);
                 if record.state == SnapshotState::Live && i64::try_from(record.mapped_grains) != Ok(mapped) {
                     wrong.push(format!(
                         "snapshot {snapshot} maps {mapped} grains, says {}",
@@ -488,6 +495,7 @@ impl Checker<'_> {
                 }
             }
             let mapped = below + tally.heads.get(&id).copied().unwrap_or(0);
+            let mapped = mapped + ahead(id, Epoch(u32::MAX));
             if branch.head && i64::try_from(branch.mapped_grains) != Ok(mapped) {
                 wrong.push(format!(
                     "branch {} maps {mapped} grains, says {}",

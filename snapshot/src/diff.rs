@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use crate::page::PageNo;
 use crate::pool::Pool;
+use crate::tomb::Tomb;
 use crate::types::{BranchId, DiffPart, DiffTo, Epoch, Extent, SnapshotId};
 use crate::volume::{Extents, kind_of};
 use crate::{Error, Result};
@@ -158,6 +159,18 @@ impl Pool {
                 .changed_pages(s.branch, s.after, s.upto, first, PAGES)?;
             pages.extend(changed.pages.into_keys());
             next = [next, changed.next].into_iter().flatten().min();
+            // What a tombstone between the two hides has no version of its own yet.
+            let tombs: Vec<_> = {
+                let state = self.inner.state();
+                let between = |t: &&Tomb| t.epoch >= s.after && t.epoch < s.upto;
+                state.tombs.of_branch(s.branch).filter(between).copied().collect()
+            };
+            for t in tombs {
+                let (from, to) = (first.max(t.first), t.end.saturating_sub(1));
+                let (hidden, more) = self.inner.present_pages(t.branch, from, to, PAGES)?;
+                pages.extend(hidden);
+                next = [next, more].into_iter().flatten().min();
+            }
         }
         if let Some(next) = next {
             pages.retain(|p| *p < next);

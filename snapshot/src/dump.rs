@@ -21,6 +21,7 @@ use crate::record::{
     table,
 };
 use crate::refs::Refs;
+use crate::tomb::Tombs;
 use crate::types::{BranchId, Epoch, SnapshotId, VolumeId};
 use crate::{Error, Result};
 
@@ -151,7 +152,16 @@ fn dump_pages(
     if let Some(error) = damage {
         return Err(error);
     }
+    let mut jobs = BTreeMap::new();
+    each(meta, table::JOB, |_, (key, value)| {
+        if let Key::Job(id) = Key::parse(&key)? {
+            jobs.insert(id, JobRecord::decode(id, &value)?);
+        }
+        Ok(())
+    })?;
+    let tombs = Tombs::of(&jobs);
     let pages = Pages {
+        tombs: &tombs,
         overlay: &overlay,
         parents,
     };
@@ -286,9 +296,7 @@ impl Restore<'_> {
             }
             line @ (Line::Branch { .. } | Line::Snapshot { .. }) => return self.named(line),
             line @ Line::Bad { .. } => return self.bad(line),
-            Line::Job { id, kind, cursor } => {
-                self.put(key::job(id), JobRecord { kind, cursor }.encode(id))?
-            }
+            line @ Line::Job { .. } => return self.job(&line),
             Line::Value { name, value } => {
                 let Some(value) = value.into_bytes() else {
                     return Ok(None);
@@ -330,6 +338,21 @@ impl Restore<'_> {
                 }
             }
         }
+        Ok(Some(()))
+    }
+
+    fn job(&mut self, line: &Line) -> Result<Option<()>> {
+        let Line::Job {
+            id,
+            kind,
+            cursor,
+            masked,
+        } = *line
+        else {
+            return Ok(None);
+        };
+        let job = JobRecord { kind, cursor, masked };
+        self.put(key::job(id), job.encode(id))?;
         Ok(Some(()))
     }
 

@@ -16,6 +16,7 @@ use crate::record::{self, PageKey, key};
 use crate::refs::Refs;
 use crate::scrub::Scrubbing;
 use crate::state::State;
+use crate::tomb::Tombs;
 use crate::types::{BranchId, Epoch, Point, PoolOptions, StoreEvent};
 use crate::usage::Known;
 use crate::warm::{Identity, WarmLog, WarmMedium};
@@ -288,8 +289,7 @@ impl Inner {
     /// A copy of the head's page.
     pub(crate) fn page(&self, branch: BranchId, page: PageNo) -> Result<Page> {
         self.with_page(branch, page, |state| {
-            let version = state.map.newest((branch, page));
-            Ok(version.map(|v| v.page.clone()).unwrap_or_default())
+            Ok(state.head_page(branch, page).unwrap_or_default())
         })
     }
 
@@ -307,7 +307,7 @@ impl Inner {
         }
         state.map.misses += 1;
         drop(state);
-        let found = self.resolve(at.0, Epoch::MAX, at.1);
+        let found = self.resolve_raw(at.0, at.1);
         let mut state = self.state();
         state.map.loading.remove(&at);
         let inserted = found.map(|(epoch, page)| {
@@ -328,7 +328,12 @@ impl Inner {
         epoch: Epoch,
         page: PageNo,
     ) -> Result<(Option<Epoch>, Page)> {
-        self.stable(|| self.resolve_once(branch, epoch, page))
+        self.stable(|| self.resolve_once(branch, epoch, page, true))
+    }
+
+    /// As [`Inner::resolve`] of the head, but what its own tombstones hide is there: what is stored, and changed.
+    pub(crate) fn resolve_raw(&self, branch: BranchId, page: PageNo) -> Result<(Option<Epoch>, Page)> {
+        self.stable(|| self.resolve_once(branch, Epoch::MAX, page, false))
     }
 
     /// Runs `look` until no page moved between branches meanwhile: it would be missed in both.
@@ -342,28 +347,40 @@ impl Inner {
         }
     }
 
-    fn resolve_once(&self, branch: BranchId, epoch: Epoch, page: PageNo) -> Result<(Option<Epoch>, Page)> {
+    fn resolve_once(
+        &self,
+        branch: BranchId,
+        epoch: Epoch,
+        no: PageNo,
+        own_tombs: bool,
+    ) -> Result<(Option<Epoch>, Page)> {
         let (mut b, mut e) = (branch, epoch);
+        let mut tombs = Tombs::default();
         loop {
             // RAM first: a version that leaves RAM after this look is in the store before the next.
             let (ram, parent) = {
                 let state = self.state();
-                let found = state.map.own_at((b, page), e);
+                if !state.tombs.is_empty() && (own_tombs || b != branch) {
+                    tombs.join(state.tombs.over(b, e, no));
+                }
+                let found = state.map.own_at((b, no), e);
                 (
                     found.map(|(v, newest)| (v.epoch, v.page.clone(), newest)),
                     state.branch(b)?.record.parent,
                 )
             };
-            if let Some((found, page, true)) = ram {
+            if let Some((found, mut page, true)) = ram {
+                tombs.mask_all(&mut page);
                 return Ok((found.filter(|_| b == branch), page));
             }
             // RAM may lack a stored version between those that it has: a page that moved in from the branch below is
             // older than all, and stays while it is dirty.
-            let stored = self.stored_at(b, page, e)?.map(|(k, p)| (Some(k.epoch), p));
+            let stored = self.stored_at(b, no, e)?.map(|(k, p)| (Some(k.epoch), p));
             let ram = ram.map(|(found, page, _)| (found, page));
             let both = [stored, ram].into_iter().flatten();
             // On a tie RAM is last, and newer.
-            if let Some((found, page)) = both.max_by_key(|(found, _)| *found) {
+            if let Some((found, mut page)) = both.max_by_key(|(found, _)| *found) {
+                tombs.mask_all(&mut page);
                 return Ok((found.filter(|_| b == branch), page));
             }
             match parent {

@@ -69,6 +69,7 @@ impl Inner {
                 JobKind::DropSnapshot(s) => self.drop_step(id, job, s.branch, Some(s.epoch))?,
                 JobKind::DropHead(b) => self.drop_step(id, job, b, None)?,
                 JobKind::Collapse { from, into } => self.collapse_step(id, job, from, into)?,
+                JobKind::Zero { .. } => self.zero_step(id, job)?,
             }
         }
         // The next step lists versions again: those removed by this one must be gone from the store.
@@ -409,7 +410,7 @@ impl State {
     }
 
     /// Pages below `cursor` are done.
-    fn advance(&mut self, id: u64, cursor: PageNo, branch: BranchId) {
+    pub(crate) fn advance(&mut self, id: u64, cursor: PageNo, branch: BranchId) {
         if let Some(job) = self.jobs.get_mut(&id) {
             job.cursor = cursor;
             self.open.jobs.insert(id);

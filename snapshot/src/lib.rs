@@ -37,6 +37,7 @@ mod snap;
 mod space;
 mod state;
 pub mod superblock;
+mod tomb;
 mod types;
 mod usage;
 mod volume;

@@ -17,6 +17,7 @@ use crate::open::{DATA_FILE, LOCK_FILE, META_DIR, take_lock};
 use crate::page::{Page, PageNo};
 use crate::record::{self, Delta, Key, PageKey, SystemRecord, key, table};
 use crate::superblock::Superblock;
+use crate::tomb::Tombs;
 use crate::types::{BranchId, Epoch, SnapshotId};
 use crate::{Error, Result};
 
@@ -153,6 +154,8 @@ pub(crate) type Parents = BTreeMap<BranchId, SnapshotId>;
 pub(crate) struct Pages<'a> {
     pub(crate) overlay: &'a Overlay,
     pub(crate) parents: &'a Parents,
+    /// Ranges that are being zeroed.
+    pub(crate) tombs: &'a Tombs,
 }
 
 impl Pages<'_> {
@@ -229,7 +232,9 @@ impl Pages<'_> {
             .into_iter()
             .rev()
             .find(|(epoch, _)| *epoch <= at.epoch);
-        Ok(newest.map_or(all.inherited, |(_, page)| page))
+        let mut seen = newest.map_or(all.inherited, |(_, page)| page);
+        self.tombs.mask(at.branch, at.epoch, page, &mut seen);
+        Ok(seen)
     }
 
     /// Calls `visit` with every page that has a version, in the order of (branch, page).

@@ -25,6 +25,7 @@ use crate::seal::SealCursor;
 use crate::space::Space;
 use crate::state::{Branch, Holds, JournalPart, State, Txg};
 use crate::superblock::{RESERVED_BYTES, Superblock};
+use crate::tomb::Tombs;
 use crate::types::{BranchId, Epoch, PoolOptions, SnapshotId};
 use crate::volume::Shared;
 use crate::warm::{self, WarmFiles, WarmMedium};
@@ -426,6 +427,7 @@ fn load(meta: &Meta, system: &SystemRecord, options: &PoolOptions) -> Result<Sta
         snapshots,
         pins: BTreeMap::new(),
         job_since: jobs.keys().map(|id| (*id, 0)).collect(),
+        tombs: Tombs::of(&jobs),
         jobs,
         values,
         epoch: system.epoch,

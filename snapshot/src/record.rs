@@ -810,6 +810,19 @@ pub enum JobKind {
         /// The child that stays.
         into: BranchId,
     },
+    /// Zeroes whole pages of a branch for everybody who looks as of a later epoch (a tombstone).
+    Zero {
+        /// The branch.
+        branch: BranchId,
+        /// What was born up to here is gone.
+        epoch: Epoch,
+        /// First page.
+        first: PageNo,
+        /// The page after the last.
+        end: PageNo,
+        /// To holes; otherwise what was mapped becomes explicit zeroes.
+        unmap: bool,
+    },
 }
 
 /// Value of `D`.
@@ -819,6 +832,8 @@ pub struct JobRecord {
     pub kind: JobKind,
     /// Pages below this one are done.
     pub cursor: PageNo,
+    /// Of a tombstone: entries with a grain that it has taken from what the map shows. 0 of others.
+    pub masked: u64,
 }
 
 impl JobRecord {
@@ -831,12 +846,23 @@ impl JobRecord {
             JobKind::DropSnapshot(s) => (1, s.branch, s.epoch, BranchId(0)),
             JobKind::DropHead(b) => (2, b, Epoch::ZERO, BranchId(0)),
             JobKind::Collapse { from, into } => (3, from.branch, from.epoch, into),
+            JobKind::Zero {
+                branch,
+                epoch,
+                first,
+                unmap,
+                ..
+            } => (if unmap { 4 } else { 5 }, branch, epoch, BranchId(first)),
         };
         e.u8(kind);
         e.u32(branch.0);
         e.u32(epoch.0);
         e.u32(into.0);
         e.u32(self.cursor);
+        if let JobKind::Zero { end, .. } = self.kind {
+            e.u32(end);
+            e.u64(self.masked);
+        }
         seal(&key::job(id), e.into_bytes())
     }
 
@@ -850,15 +876,26 @@ impl JobRecord {
         let kind = d.u8()?;
         let (branch, epoch, into) = (BranchId(d.u32()?), Epoch(d.u32()?), BranchId(d.u32()?));
         let from = SnapshotId { branch, epoch };
+        let cursor = d.u32()?;
+        let (end, masked) = match kind {
+            4 | 5 => (d.u32()?, d.u64()?),
+            _ => (0, 0),
+        };
         let kind = match kind {
+            4 | 5 => JobKind::Zero {
+                branch,
+                epoch,
+                first: into.0,
+                end,
+                unmap: kind == 4,
+            },
             1 => JobKind::DropSnapshot(from),
             2 => JobKind::DropHead(branch),
             3 => JobKind::Collapse { from, into },
             _ => return Err(d.bad("kind")),
         };
-        let cursor = d.u32()?;
         d.end()?;
-        Ok(Self { kind, cursor })
+        Ok(Self { kind, cursor, masked })
     }
 }
 

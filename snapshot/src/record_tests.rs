@@ -113,19 +113,39 @@ fn records_round_trip() {
             from: id(),
             into: BranchId(5),
         },
+        JobKind::Zero {
+            branch: BranchId(3),
+            epoch: Epoch(9),
+            first: 4,
+            end: 1 << 28,
+            unmap: false,
+        },
     ] {
-        let j = JobRecord { kind, cursor: 12 };
+        let masked = if matches!(kind, JobKind::Zero { .. }) {
+            7
+        } else {
+            0
+        };
+        let j = JobRecord {
+            kind,
+            cursor: 12,
+            masked,
+        };
         assert_eq!(JobRecord::decode(1, &j.encode(1)).unwrap(), j);
     }
     assert_eq!(decode_value("k", &encode_value("k", b"v")).unwrap(), b"v");
+    let bits = [0x1234u64; 64];
+    assert_eq!(decode_bitmap(1, &encode_bitmap(1, &bits)).unwrap(), bits);
+}
+
+#[test]
+fn counts_round_trip() {
     let count = |n: usize| ChunkCount {
         free: u16::try_from(4 * n).unwrap(),
         shared: n.is_multiple_of(3),
     };
     let counts: Vec<_> = (0..COUNTS_PER_BLOCK).map(count).collect();
     assert_eq!(decode_counts(1, &encode_counts(1, &counts)).unwrap(), counts);
-    let bits = [0x1234u64; 64];
-    assert_eq!(decode_bitmap(1, &encode_bitmap(1, &bits)).unwrap(), bits);
 }
 
 #[test]

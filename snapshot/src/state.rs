@@ -13,6 +13,7 @@ use crate::record::{BranchRecord, JobKind, JobRecord, PageKey, SnapshotRecord};
 use crate::scrub::GrainSet;
 use crate::seal::SealCursor;
 use crate::space::Space;
+use crate::tomb::Tombs;
 use crate::types::{BranchId, Epoch, SnapshotId, SnapshotState, StoreEvent, VolumeId};
 use crate::volume::Shared;
 use crate::warm::Ticket;
@@ -39,6 +40,13 @@ impl Holds {
             .rev()
             .find(|h| page >= h.done_below)
             .map_or(Epoch::ZERO, |h| h.epoch)
+    }
+
+    /// Epoch of the newest hold on a page that is not younger than `epoch`.
+    pub(crate) fn newest_upto(&self, page: PageNo, epoch: Epoch) -> Epoch {
+        let holds = self.0.iter().rev().filter(|h| h.epoch <= epoch);
+        let mut holds = holds.filter(|h| page >= h.done_below);
+        holds.next().map_or(Epoch::ZERO, |h| h.epoch)
     }
 }
 
@@ -164,6 +172,9 @@ pub(crate) struct JournalPart {
     pub(crate) bytes: u64,
 }
 
+/// What a page that is stored whole counts for in the size of a transaction group.
+const WHOLE_ENTRIES: u64 = 8;
+
 /// Where the grains of published entries come from.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Placing {
@@ -183,6 +194,8 @@ pub(crate) struct State {
     /// Snapshots that [`crate::Pin`]s stand on, and how many. In RAM only: a start finds what they held unwanted.
     pub(crate) pins: BTreeMap<SnapshotId, usize>,
     pub(crate) jobs: BTreeMap<u64, JobRecord>,
+    /// Those of the jobs that are tombstones.
+    pub(crate) tombs: Tombs,
     /// Transaction group that a job was made in: it starts when that is durable.
     pub(crate) job_since: BTreeMap<u64, u64>,
     pub(crate) values: BTreeMap<String, Vec<u8>>,
@@ -381,6 +394,7 @@ impl State {
         changes: &[(u8, Entry)],
         placing: Placing,
     ) -> Result<Ticket> {
+        self.bury_page(branch, page_no)?;
         let (held, current) = {
             let b = self.branch(branch)?;
             (b.holds.newest(page_no), b.record.current)
@@ -390,6 +404,12 @@ impl State {
             "a branch writes with a younger epoch than all that it holds"
         );
         let key = self.writable_version(branch, page_no, held, current);
+        // A version of this group that is stored whole needs no deltas, and nothing older to go back to.
+        let whole = placing == Placing::Shared && self.open.created.contains(&key);
+        if whole {
+            self.open.whole.insert(key);
+            self.open.entries += WHOLE_ENTRIES;
+        }
         let (mut taken, mut given) = (0u64, 0u64);
         for (index, entry) in changes {
             let version = self.map.exact_mut(key).expect("the version that was just chosen");
@@ -397,7 +417,9 @@ impl State {
             if old == *entry {
                 continue;
             }
-            self.open.remember(key, *index, old);
+            if !whole {
+                self.open.remember(key, *index, old);
+            }
             if let Some(grain) = old.grain() {
                 given += 1;
                 // A held grain stays until the last holder goes; the others are free after this commit (I3).
@@ -412,9 +434,6 @@ impl State {
                     Placing::Shared => *self.open.shares.entry(grain).or_default() += 1,
                 }
             }
-        }
-        if placing == Placing::Shared && self.open.created.contains(&key) {
-            self.open.whole.insert(key);
         }
         self.map.touch(key, self.open.id);
         self.written(branch, true);
@@ -493,7 +512,13 @@ impl State {
     pub(crate) fn add_job(&mut self, kind: JobKind) {
         let id = self.next_job;
         self.next_job += 1;
-        self.jobs.insert(id, JobRecord { kind, cursor: 0 });
+        let job = JobRecord {
+            kind,
+            cursor: 0,
+            masked: 0,
+        };
+        self.jobs.insert(id, job);
+        self.refresh_tombs();
         self.job_since.insert(id, self.open.id);
         self.open.jobs.insert(id);
         self.open.mark();
@@ -505,6 +530,7 @@ impl State {
     /// Ends a background job.
     pub(crate) fn end_job(&mut self, id: u64) {
         self.jobs.remove(&id);
+        self.refresh_tombs();
         self.job_since.remove(&id);
         self.open.jobs.insert(id);
         self.open.mark();
@@ -627,7 +653,7 @@ impl State {
 fn works_on(kind: JobKind, branch: BranchId) -> bool {
     match kind {
         JobKind::DropSnapshot(id) => id.branch == branch,
-        JobKind::DropHead(b) => b == branch,
+        JobKind::DropHead(b) | JobKind::Zero { branch: b, .. } => b == branch,
         JobKind::Collapse { from, into } => from.branch == branch || into == branch,
     }
 }

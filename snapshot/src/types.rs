@@ -464,6 +464,8 @@ pub struct PoolOptions {
     pub checkpoint_txgs: u64,
     /// Checkpoint everything when the delta log has this many bytes.
     pub checkpoint_bytes: u64,
+    /// Zeroing more bytes than this at once leaves a tombstone: answered at once, worked through in the background.
+    pub tombstone_bytes: u64,
     /// Pages that a background job handles per commit.
     pub job_pages: usize,
     /// Age of a snapshot, in milliseconds, from which on its checksums are recorded: short-lived ones cost nothing.
@@ -492,6 +494,7 @@ impl Default for PoolOptions {
             clock: None,
             checkpoint_txgs: 16,
             checkpoint_bytes: 8 << 20,
+            tombstone_bytes: 1 << 30,
             job_pages: 1000,
             seal_after_ms: 10_000,
             seal_rate: 64 << 20,

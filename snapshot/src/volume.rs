@@ -20,6 +20,8 @@ pub(crate) use runs::{Extents, Runs, kind_of};
 const ZERO_SLICE_BYTES: u64 = 64 << 20;
 /// Up to here explicit zeroes are recorded grain by grain; of longer ranges what was never written stays unmapped.
 const EXPLICIT_ZERO_BYTES: u64 = 64 << 20;
+/// Pages that one question for the status looks at.
+const STATUS_PAGES: usize = 4096;
 /// Largest transfer that the non-blocking calls try.
 const TRY_BYTES: u64 = 256 << 10;
 
@@ -255,6 +257,9 @@ impl Volume {
     pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         self.writable()?;
         check_range(offset, len, self.size_bytes())?;
+        if len > self.pool.options.tombstone_bytes && self.bury(offset, len, unmap)? {
+            return Ok(());
+        }
         let skip_absent = unmap || len > EXPLICIT_ZERO_BYTES;
         let (mut at, end) = (offset, offset + len);
         while at < end {
@@ -325,7 +330,8 @@ impl Volume {
         if fua { self.pool.flush() } else { Ok(()) }
     }
 
-    /// What the range is made of: at most `max` extents from `offset` on, cut at the end of the range.
+    /// What the range is made of: at most `max` extents from `offset` on, cut at the end of the range, or earlier where
+    /// very much of it is written: ask again from there.
     ///
     /// # Errors
     /// `OutOfRange`, `NotFound`, `Corrupt`.
@@ -333,7 +339,13 @@ impl Volume {
         let _range = self.lock(offset, len, Mode::Shared)?;
         let branch = self.shared.head();
         let (mut out, mut at, end) = (Extents::new(max), offset, offset + len);
+        let mut looked = 0;
         while at < end {
+            looked += 1;
+            // Below a tombstone there may be millions of pages that show nothing.
+            if looked > STATUS_PAGES && !out.list.is_empty() {
+                break;
+            }
             let last = self.page_of(end - 1);
             let Some(next) = self.pool.next_present(branch, self.page_of(at), last)? else {
                 out.add(at..end, ExtentKind::Hole);
@@ -437,7 +449,7 @@ impl Volume {
 
     /// Locks the grains of a range and checks it: again after the lock, since a revert or a delete may have come
     /// first.
-    fn lock(&self, offset: u64, len: u64, mode: Mode) -> Result<RangeGuard<'_>> {
+    pub(crate) fn lock(&self, offset: u64, len: u64, mode: Mode) -> Result<RangeGuard<'_>> {
         self.shared.alive()?;
         check_range(offset, len, self.size_bytes())?;
         let guard = self

@@ -492,11 +492,7 @@ impl State {
         let (branch, page) = (delta.key.branch, delta.key.page);
         // The epoch of a cut that was not durable is gone; nobody was told of it.
         let birth = self.branch(branch)?.record.current;
-        let now = self
-            .map
-            .newest((branch, page))
-            .map(|v| v.page.clone())
-            .unwrap_or_default();
+        let now = self.head_page(branch, page).unwrap_or_default();
         let mut changes = Vec::new();
         for (index, entry) in delta.changes() {
             match entry.grain() {

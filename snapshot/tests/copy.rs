@@ -565,3 +565,69 @@ fn wrong_references_are_found_and_a_plan_knows_them() {
     assert_eq!(scrub(&again.pool), [ProblemKind::SharedGrain]);
     assert_eq!(change(shared, 1), []);
 }
+
+/// How long a large copy takes, and what others feel of it. Figures, not limits: run it on a quiet machine.
+///
+/// ```text
+/// STILLPOINT_SOAK_GIB=10 cargo test --release -p stillpoint-snapshot --test copy -- --ignored --nocapture
+/// ```
+#[test]
+#[ignore = "a measurement: some GiB of map, on the real store"]
+fn a_large_copy_measured() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::{Duration, Instant};
+    let size = number("STILLPOINT_SOAK_GIB", 1) << 30;
+    let dir = tempfile::tempdir().unwrap();
+    let pool = Pool::create(&dir.path().join("pool"), &PoolOptions::default()).unwrap();
+    let volume = |name: &str| {
+        let spec = VolumeSpec {
+            name: name.into(),
+            size_bytes: size,
+            block_size: 512,
+            attributes: Vec::new(),
+        };
+        pool.create_volume(&spec).unwrap()
+    };
+    let (from, to, other) = (volume("from"), volume("to"), volume("other"));
+    let mut filled = (64 << 20).min(size);
+    for at in (0..filled).step_by(1 << 20) {
+        from.write(at, &vec![7; 1 << 20], false).unwrap();
+    }
+    while filled < size {
+        let more = filled.min(size - filled);
+        from.copy(filled, &CopySource::Volume(&from), 0, more).unwrap();
+        filled += more;
+    }
+    pool.checkpoint_now().unwrap();
+    let stop = AtomicBool::new(false);
+    let slowest = std::thread::scope(|s| {
+        let others = s.spawn(|| {
+            let (mut worst, mut at) = (Duration::ZERO, 0);
+            while !stop.load(Ordering::Relaxed) {
+                let begun = Instant::now();
+                other.write(at % size, &[1; 4096], false).unwrap();
+                other.read((at * 7) % size / 4096 * 4096, &mut [0; 4096]).unwrap();
+                worst = worst.max(begun.elapsed());
+                at += 37 * 4096;
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            worst
+        });
+        for round in 0..3 {
+            let begun = Instant::now();
+            to.copy(0, &CopySource::Volume(&from), 0, size).unwrap();
+            println!("copy {round} of {} GiB: {:?}", size >> 30, begun.elapsed());
+            let begun = Instant::now();
+            to.unmap(&[(0, size)]).unwrap();
+            to.flush().unwrap();
+            println!("unmapped in {:?}", begun.elapsed());
+        }
+        stop.store(true, Ordering::Relaxed);
+        others.join().unwrap()
+    });
+    println!(
+        "slowest write and read of another volume meanwhile: {slowest:?}; {:?}",
+        pool.stats()
+    );
+    pool.shutdown().unwrap();
+}

@@ -175,6 +175,7 @@ fn options() -> PoolOptions {
         checkpoint_txgs: 3,
         checkpoint_bytes: 2 << 10,
         job_pages: 2,
+        tombstone_bytes: 128 << 10,
         ..PoolOptions::default()
     }
 }
@@ -568,7 +569,11 @@ impl Rig {
         let Some((name, volume)) = self.any_volume(rng, true) else {
             return Ok(());
         };
-        let (sector, count) = self.range(rng, &name);
+        let (sector, count) = if rng.chance(25) {
+            (0, self.model.volumes[&name].len())
+        } else {
+            self.range(rng, &name)
+        };
         self.tell(format!("zero {name} {sector}+{count}"));
         let clock = self.model.tick();
         self.model_of(&name).set(clock, sector, count, 0);

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::Result;
 use crate::offline::Parents;
 use crate::record::{self, BadRecord, BranchRecord, JobKind, JobRecord, Key, SnapshotRecord};
+use crate::tomb::Tombs;
 use crate::types::{BranchId, Epoch, SnapshotId};
 
 /// The records that fit in RAM: everything but pages and bitmaps.
@@ -45,9 +46,15 @@ impl Records {
     pub(crate) fn abandoned(&self) -> BTreeSet<BranchId> {
         let branch = |job: &JobRecord| match job.kind {
             JobKind::DropHead(branch) => Some(branch),
-            JobKind::DropSnapshot(_) | JobKind::Collapse { .. } => None,
+            JobKind::DropSnapshot(_) | JobKind::Collapse { .. } | JobKind::Zero { .. } => None,
         };
         self.jobs.values().filter_map(branch).collect()
+    }
+
+    /// By how much the recorded count of mapped entries of a reader is ahead of the map, see [`Tombs::ahead`].
+    pub(crate) fn ahead(&self, branch: BranchId, epoch: Epoch) -> u64 {
+        let below = |branch| self.branches.get(&branch)?.parent;
+        Tombs::of(&self.jobs).ahead(SnapshotId { branch, epoch }, below)
     }
 
     /// Parents that can be followed: known, and not in a ring.
@@ -89,7 +96,7 @@ impl JobKind {
     /// Branches whose page versions the job removes or moves.
     pub(crate) fn branches(self) -> Vec<BranchId> {
         match self {
-            Self::DropHead(branch) => vec![branch],
+            Self::DropHead(branch) | Self::Zero { branch, .. } => vec![branch],
             Self::DropSnapshot(snapshot) => vec![snapshot.branch],
             Self::Collapse { from, into } => vec![from.branch, into],
         }

@@ -106,6 +106,8 @@ pub(super) enum Line {
         id: u64,
         kind: record::JobKind,
         cursor: u32,
+        #[serde(default)]
+        masked: u64,
     },
     Value {
         name: String,
@@ -164,6 +166,7 @@ pub(super) fn record_line(key: &Key, value: &[u8]) -> Result<Line> {
                 id: *id,
                 kind: job.kind,
                 cursor: job.cursor,
+                masked: job.masked,
             }
         }
         Key::Value(name) => Line::Value {

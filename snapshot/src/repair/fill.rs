@@ -10,7 +10,7 @@ use crate::record::{
     SnapshotRecord, SystemRecord, key, table,
 };
 use crate::refs::Refs;
-use crate::types::SnapshotState;
+use crate::types::{Epoch, SnapshotState};
 
 /// Changes per batch.
 const BATCH: usize = 1024;
@@ -82,14 +82,18 @@ impl Repair {
         let Mapped { heads, snapshots } = &self.mapped;
         for (id, branch) in &self.records.branches {
             let record = BranchRecord {
-                mapped_grains: heads.get(id).copied().unwrap_or(branch.mapped_grains),
+                mapped_grains: heads.get(id).map_or(branch.mapped_grains, |n| {
+                    n + self.records.ahead(*id, Epoch(u32::MAX))
+                }),
                 ..branch.clone()
             };
             out.put(key::branch(*id), record.encode(*id))?;
         }
         for (id, snapshot) in &self.records.snapshots {
             let record = SnapshotRecord {
-                mapped_grains: snapshots.get(id).copied().unwrap_or(snapshot.mapped_grains),
+                mapped_grains: snapshots.get(id).map_or(snapshot.mapped_grains, |n| {
+                    n + self.records.ahead(id.branch, id.epoch)
+                }),
                 ..snapshot.clone()
             };
             out.put(key::snapshot(id.branch, id.epoch), record.encode(*id))?;
@@ -128,7 +132,12 @@ impl Repair {
             .next_back()
             .map_or(0, |id| id + 1)
             .max(self.system.next_job);
-        (first..).zip(missing.map(|kind| JobRecord { kind, cursor: 0 }))
+        let job = |kind| JobRecord {
+            kind,
+            cursor: 0,
+            masked: 0,
+        };
+        (first..).zip(missing.map(job))
     }
 
     fn next_job(&self) -> u64 {

@@ -10,6 +10,7 @@ use crate::meta::MetaStore;
 use crate::offline::{Overlay, Pages, Versions, each};
 use crate::page::{Entry, PAGE_ENTRIES, Page, PageNo};
 use crate::record::{self, BadRecord, Key, PageKey, SystemRecord, table};
+use crate::tomb::Tombs;
 use crate::types::{BranchId, Epoch, SnapshotState};
 
 /// Stored page versions that do not decode. Each gets grains of its own behind the end of the data file, with a checksum that
@@ -66,7 +67,9 @@ impl LostPages {
         mut visit: impl FnMut(Versions, Vec<String>) -> Result<()>,
     ) -> Result<()> {
         let parents = records.parents();
+        let tombs = Tombs::of(&records.jobs);
         let pages = Pages {
+            tombs: &tombs,
             overlay,
             parents: &parents,
         };

@@ -290,7 +290,7 @@ impl record::JobKind {
     /// Whether the job removes or moves page versions of a branch.
     pub(super) fn touches(self, branch: BranchId) -> bool {
         match self {
-            Self::DropHead(b) => b == branch,
+            Self::DropHead(b) | Self::Zero { branch: b, .. } => b == branch,
             Self::DropSnapshot(s) => s.branch == branch,
             Self::Collapse { from, into } => from.branch == branch || into == branch,
         }

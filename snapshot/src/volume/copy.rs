@@ -231,8 +231,7 @@ impl Volume {
                 .collect();
             self.pool.with_page(branch, piece.page, |state| {
                 let birth = state.branch(branch)?.record.current;
-                let page = state.map.newest((branch, piece.page));
-                let page = page.map(|v| v.page.clone()).unwrap_or_default();
+                let page = state.head_page(branch, piece.page).unwrap_or_default();
                 let mut changes = Vec::with_capacity(wanted.len());
                 for (index, (number, entry)) in &wanted {
                     if entry.grain().is_some_and(|g| state.bad.contains(g)) {

@@ -125,10 +125,9 @@ impl Volume {
         let mut runs = Runs::default();
         for piece in self.pieces(offset, len) {
             let mut state = self.pool.state();
-            let Some(version) = state.map.newest((branch, piece.page)) else {
+            let Some(page) = state.head_page(branch, piece.page) else {
                 return Ok(None);
             };
-            let page = version.page.clone();
             state.map.hits += 1;
             drop(state);
             self.add_runs(&page, &piece, offset, &mut runs);
@@ -144,7 +143,7 @@ impl Volume {
             let mut guard = self.pool.state();
             let state = &mut *guard;
             let held = state.write_hold(branch, piece.page)?;
-            let Some(page) = state.map.newest((branch, piece.page)).map(|v| v.page.clone()) else {
+            let Some(page) = state.head_page(branch, piece.page) else {
                 return Ok(None);
             };
             for (index, within, buffer) in self.grains(&piece) {
@@ -223,11 +222,7 @@ impl Volume {
         steps: &mut Vec<Step>,
     ) -> Result<Option<Need>> {
         let held = state.write_hold(branch, piece.page)?;
-        let page = state
-            .map
-            .newest((branch, piece.page))
-            .map(|v| v.page.clone())
-            .unwrap_or_default();
+        let page = state.head_page(branch, piece.page).unwrap_or_default();
         for (index, _, _) in self.grains(piece).skip(steps.len()) {
             let old = page.at(index);
             let place = self.in_place(old, held).filter(|g| !state.bad.contains(*g));
@@ -300,7 +295,7 @@ impl Volume {
     }
 
     /// Zeroes a range whose lock is held. Pages that were never written are skipped without being looked at.
-    pub(super) fn zero_locked(&self, range: Range<u64>, unmap: bool, skip_absent: bool) -> Result<()> {
+    pub(crate) fn zero_locked(&self, range: Range<u64>, unmap: bool, skip_absent: bool) -> Result<()> {
         let branch = self.shared.head();
         let page_bytes = self.pool.page_bytes();
         let mut at = range.start;
@@ -342,11 +337,7 @@ impl Volume {
         let published = self.pool.with_page(branch, piece.page, |state| {
             let birth = state.branch(branch)?.record.current;
             let entry = if unmap { Entry::HOLE } else { Entry::zero(birth) };
-            let page = state
-                .map
-                .newest((branch, piece.page))
-                .map(|v| v.page.clone())
-                .unwrap_or_default();
+            let page = state.head_page(branch, piece.page).unwrap_or_default();
             let differs = |old: Entry| if unmap { !old.is_hole() } else { !old.is_zero() };
             let changes: Vec<_> = whole
                 .iter()
