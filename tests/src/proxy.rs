@@ -27,6 +27,8 @@ pub struct Proxy {
 
 #[derive(Debug, Default)]
 struct Shared {
+    /// What passes is cut at TLS records; otherwise it passes as it comes.
+    tls: bool,
     target: AtomicU16,
     held: AtomicBool,
     accepted: AtomicUsize,
@@ -56,14 +58,29 @@ pub struct Fault {
 }
 
 impl Proxy {
-    /// Listens; connections are refused until [`Self::lead_to`] was called.
+    /// For the agents' lines. Listens; connections are refused until [`Self::lead_to`] was called.
     ///
     /// # Errors
     /// No port is free.
     pub fn start() -> Result<Self> {
+        Self::listen(true)
+    }
+
+    /// For any protocol: it can stand still, but knows no records to count or to cut at.
+    ///
+    /// # Errors
+    /// No port is free.
+    pub fn of_bytes() -> Result<Self> {
+        Self::listen(false)
+    }
+
+    fn listen(tls: bool) -> Result<Self> {
         let port = free_port()?;
         let listener = TcpListener::bind(("127.0.0.1", port)).context("the proxy's port")?;
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared {
+            tls,
+            ..Shared::default()
+        });
         let proxy = Self {
             port,
             shared: Arc::clone(&shared),
@@ -149,7 +166,8 @@ fn join(client: TcpStream, server: TcpStream, shared: &Arc<Shared>) {
 
 fn pump(mut from: TcpStream, mut to: TcpStream, shared: &Shared, way: Way) {
     let mut number = 0;
-    while let Ok(Some(record)) = read_record(&mut from) {
+    let read = if shared.tls { read_record } else { read_some };
+    while let Ok(Some(record)) = read(&mut from) {
         while way == Way::There && shared.held.load(Ordering::Relaxed) {
             thread::sleep(POLL);
         }
@@ -184,4 +202,12 @@ fn read_record(from: &mut TcpStream) -> std::io::Result<Option<Vec<u8>>> {
     record.resize(5 + length, 0);
     from.read_exact(record.get_mut(5..).unwrap_or_default())?;
     Ok(Some(record))
+}
+
+/// What is there; `None` at the end of the connection.
+fn read_some(from: &mut TcpStream) -> std::io::Result<Option<Vec<u8>>> {
+    let mut bytes = vec![0; 64 << 10];
+    let n = from.read(&mut bytes)?;
+    bytes.truncate(n);
+    Ok((n > 0).then_some(bytes))
 }

@@ -40,7 +40,7 @@ struct Scene {
 
 impl Scene {
     fn open(scratch: &Scratch) -> Result<Self> {
-        let proxy = Proxy::start()?;
+        let proxy = Proxy::of_bytes()?;
         let daemon = Daemon::start(BINARY, scratch, &config(proxy.port()))?;
         proxy.lead_to(daemon.second_port());
         let spec = GuestSpec {
