@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{CWD, FlockOperation, RenameFlags, renameat_with};
+use rustix::io::Errno;
 
 use crate::disk::FileDisk;
 use crate::meta::{Barrier, Batch, MetaStore, Pair};
@@ -460,10 +461,25 @@ pub(crate) fn make_new(dir: &Path, fill: impl FnOnce(&mut dyn MetaStore) -> Resu
     // What a killed process had not committed stood on the metadata that goes.
     crate::warm::remove(dir)?;
     if place.exists() {
-        fs::rename(&place, &kept).map_err(io("rename", &place))?;
+        change_places(&building, &place, &kept)?;
+    } else {
+        fs::rename(&building, &place).map_err(io("rename", &building))?;
     }
-    fs::rename(&building, &place).map_err(io("rename", &building))?;
     sync_dir(dir)
+}
+
+/// Puts `building` in the place of `place`, which is kept as `kept`. In one step where the file system can: a cut between two
+/// renames would leave a pool without metadata. (A cut after the exchange leaves the old metadata under the name of a restore
+/// that was cut off.)
+fn change_places(building: &Path, place: &Path, kept: &Path) -> Result<()> {
+    match renameat_with(CWD, building, CWD, place, RenameFlags::EXCHANGE) {
+        Ok(()) => fs::rename(building, kept).map_err(io("rename", building)),
+        Err(Errno::INVAL | Errno::NOSYS) => {
+            fs::rename(place, kept).map_err(io("rename", place))?;
+            fs::rename(building, place).map_err(io("rename", building))
+        }
+        Err(e) => Err(io("exchange", building)(e.into())),
+    }
 }
 
 /// Whether metadata belongs to a data file and is not older.
