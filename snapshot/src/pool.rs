@@ -38,6 +38,9 @@ impl std::fmt::Debug for Pool {
     }
 }
 
+/// Volumes that are added under one hold of the state.
+const VOLUMES_PER_HOLD: usize = 256;
+
 impl Pool {
     /// Whether `dir` holds a pool.
     #[must_use]
@@ -103,36 +106,44 @@ impl Pool {
     /// # Errors
     /// `Exists`, `Refused` (name, size, block size), `Limit`, `Poisoned`.
     pub fn create_volume(&self, spec: &VolumeSpec) -> Result<Volume> {
-        check_name(&spec.name)?;
-        check_attributes(&spec.attributes)?;
-        if ![512, 4096].contains(&spec.block_size) {
-            return Err(Error::refused(format!(
-                "a block size of {}: 512 or 4096",
-                spec.block_size
-            )));
+        let made = self.create_volumes(std::slice::from_ref(spec))?;
+        made.into_iter()
+            .next()
+            .ok_or_else(|| Error::refused("no volume was asked for"))
+    }
+
+    /// Makes several volumes, durable on return: one commit, where one for each would take a thousand times as long.
+    ///
+    /// # Errors
+    /// As [`Pool::create_volume`], of the first that cannot be made; those before it are made, those behind it are not.
+    pub fn create_volumes(&self, specs: &[VolumeSpec]) -> Result<Vec<Volume>> {
+        for spec in specs {
+            check_name(&spec.name)?;
+            check_attributes(&spec.attributes)?;
+            if ![512, 4096].contains(&spec.block_size) {
+                return Err(Error::refused(format!(
+                    "a block size of {}: 512 or 4096",
+                    spec.block_size
+                )));
+            }
+            check_size(spec.size_bytes, spec.block_size)?;
         }
-        check_size(spec.size_bytes, spec.block_size)?;
         let created_ms = self.inner.now_ms();
-        let (volume, txg) = {
-            let mut state = self.inner.state();
-            let volume = state.add_volume(|volume, current| BranchRecord {
-                volume,
-                head: true,
-                read_only: false,
-                checksums: Checksums::default(),
-                name: spec.name.clone(),
-                attributes: spec.attributes.clone(),
-                size_bytes: spec.size_bytes,
-                block_size: spec.block_size,
-                parent: None,
-                current,
-                mapped_grains: 0,
-                created_ms,
-            })?;
-            (volume, state.open.id)
-        };
-        self.inner.commit_through(txg)?;
-        Ok(self.handle(volume))
+        let mut made = Vec::with_capacity(specs.len());
+        for some in specs.chunks(VOLUMES_PER_HOLD) {
+            let (added, txg) = {
+                let mut state = self.inner.state();
+                let added: Result<Vec<_>> = some
+                    .iter()
+                    .map(|spec| add(&mut state, spec, created_ms))
+                    .collect();
+                (added, state.open.id)
+            };
+            // Also what came before one that was refused.
+            self.inner.commit_through(txg)?;
+            made.extend(added?.into_iter().map(|volume| self.handle(volume)));
+        }
+        Ok(made)
     }
 
     /// The volume of that name.
@@ -536,4 +547,22 @@ fn spawn(inner: &Arc<Inner>, name: &str, body: fn(&Inner)) -> Result<()> {
         .spawn(move || body(&shared));
     lock(&inner.threads).push(thread.map_err(|e| Error::io("start thread", name, e))?);
     Ok(())
+}
+
+/// Adds an empty volume to the open transaction group.
+fn add(state: &mut State, spec: &VolumeSpec, created_ms: i64) -> Result<Arc<Shared>> {
+    state.add_volume(|volume, current| BranchRecord {
+        volume,
+        head: true,
+        read_only: false,
+        checksums: Checksums::default(),
+        name: spec.name.clone(),
+        attributes: spec.attributes.clone(),
+        size_bytes: spec.size_bytes,
+        block_size: spec.block_size,
+        parent: None,
+        current,
+        mapped_grains: 0,
+        created_ms,
+    })
 }

@@ -806,3 +806,26 @@ fn the_map_has_what_was_counted_while_jobs_run() {
         assert!(report.is_clean(), "seed {seed}: {report}");
     }
 }
+
+#[test]
+fn many_volumes_are_made_in_few_commits() {
+    let (dir, pool) = pool();
+    let spec = |n: usize| VolumeSpec {
+        name: format!("v{n}"),
+        size_bytes: 1 << 30,
+        block_size: 512,
+        attributes: vec![7],
+    };
+    let specs: Vec<_> = (0..600).map(spec).collect();
+    let before = pool.stats().txg;
+    let made = pool.create_volumes(&specs).unwrap();
+    assert_eq!(made.len(), 600);
+    assert!(pool.stats().txg - before <= 4, "one commit for each 256");
+    assert_eq!(pool.create_volumes(&[]).unwrap().len(), 0);
+    // A name that is taken: those before it are made, and the caller knows.
+    let error = pool.create_volumes(&[spec(600), spec(3), spec(601)]).unwrap_err();
+    assert!(matches!(error, Error::Exists { .. }), "{error}");
+    let pool = reopen(&dir, pool);
+    assert!(pool.volume("v599").is_some() && pool.volume("v600").is_some());
+    assert!(pool.volume("v601").is_none());
+}

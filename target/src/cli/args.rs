@@ -337,7 +337,7 @@ pub(crate) enum StoreVerb {
     Compact,
     /// Verify checksums and structures while the daemon works; leaving the command lets it go on, calling it again rejoins
     Scrub {
-        /// Bytes per second that are read at most; 0 = as fast as it can [default: 64MiB]
+        /// Bytes per second that are read at most; 0B = as fast as it can [default: 64MiB]
         #[arg(long, value_name = "SIZE")]
         rate: Option<Size>,
         /// Begin at the start, whatever has been done

@@ -295,9 +295,23 @@ impl State {
 
     /// The volume of a LUN is gone, and what was saved on it too.
     pub(crate) fn forget(&self, lun: &str) -> Result<(), StateError> {
-        self.saves().remove(lun);
-        let mut puts = self.big_puts(&reservations_key(lun), None)?;
-        puts.push((write_cache_key(lun), None));
+        self.forget_all(std::iter::once(lun))
+    }
+
+    /// As [`State::forget`] of several, in one commit; none when nothing was saved.
+    pub(crate) fn forget_all<'a>(&self, luns: impl Iterator<Item = &'a str>) -> Result<(), StateError> {
+        let mut puts = Vec::new();
+        for lun in luns {
+            self.saves().remove(lun);
+            puts.extend(self.big_puts(&reservations_key(lun), None)?);
+            let key = write_cache_key(lun);
+            if self.0.pool.meta_get(&key).is_some() {
+                puts.push((key, None));
+            }
+        }
+        if puts.is_empty() {
+            return Ok(());
+        }
         Ok(self.0.pool.meta_put_many(&puts)?)
     }
 

@@ -143,21 +143,28 @@ pub(crate) fn create_missing(
     config: &Config,
     mut made: impl FnMut(&str, Size),
 ) -> Result<(), Refusal> {
-    for lun in &config.luns {
-        let name = lun.name.as_str();
-        if pool.volume(name).is_some() {
-            continue;
-        }
-        // A volume of that name that was deleted may have left something that an initiator saved.
-        state.forget(name)?;
-        let attributes = VolumeTag::new(config.daemon.naa_company_id, VolumeKind::Lun, None)?.to_bytes();
-        pool.create_volume(&VolumeSpec {
-            name: name.to_owned(),
-            size_bytes: lun.size.bytes(),
-            block_size: lun.block_size,
-            attributes,
-        })?;
-        made(name, lun.size);
+    let missing: Vec<_> = config
+        .luns
+        .iter()
+        .filter(|lun| pool.volume(lun.name.as_str()).is_none())
+        .collect();
+    // A volume of that name that was deleted may have left something that an initiator saved.
+    state.forget_all(missing.iter().map(|lun| lun.name.as_str()))?;
+    let specs = missing
+        .iter()
+        .map(|lun| {
+            let tag = VolumeTag::new(config.daemon.naa_company_id, VolumeKind::Lun, None)?;
+            Ok(VolumeSpec {
+                name: lun.name.to_string(),
+                size_bytes: lun.size.bytes(),
+                block_size: lun.block_size,
+                attributes: tag.to_bytes(),
+            })
+        })
+        .collect::<Result<Vec<_>, Refusal>>()?;
+    pool.create_volumes(&specs)?;
+    for lun in missing {
+        made(lun.name.as_str(), lun.size);
     }
     Ok(())
 }
