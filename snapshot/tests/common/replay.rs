@@ -56,6 +56,8 @@ pub(crate) enum Event {
         len: u64,
     },
     Rename {
+        /// Both names exist and change places.
+        exchange: bool,
         from: PathBuf,
         to: PathBuf,
     },
@@ -119,6 +121,7 @@ pub(crate) fn read_log(path: &Path) -> Vec<Event> {
                 let cut = text.iter().position(|&byte| byte == 0).expect("two paths");
                 let part = |bytes: &[u8]| PathBuf::from(std::str::from_utf8(bytes).unwrap());
                 Event::Rename {
+                    exchange: a & 2 != 0,
                     from: part(&text[..cut]),
                     to: part(&text[cut + 1..]),
                 }
@@ -142,6 +145,7 @@ enum NameChange {
     Set(String, Inode),
     Remove(String),
     Move(String, String, Inode),
+    Swap([(String, Inode); 2]),
 }
 
 /// What a disk may hold of one file or directory.
@@ -158,6 +162,7 @@ fn apply(entries: &mut BTreeMap<String, Inode>, change: &NameChange) {
     match change {
         NameChange::Set(name, inode) => drop(entries.insert(name.clone(), *inode)),
         NameChange::Remove(name) => drop(entries.remove(name)),
+        NameChange::Swap(both) => entries.extend(both.iter().cloned()),
         NameChange::Move(from, to, inode) => {
             entries.remove(from);
             entries.insert(to.clone(), *inode);
@@ -283,14 +288,23 @@ impl FileSystem {
                     self.nodes[inode].make_durable(marks);
                 }
             }
-            Event::Rename { from, to } => {
+            Event::Rename { exchange, from, to } => {
                 let inode = self.lookup(from).expect("the renamed file is known");
                 assert_eq!(
                     from.parent(),
                     to.parent(),
                     "a rename across directories is not modelled"
                 );
-                self.change_entry(from, |name| NameChange::Move(name, name_of(to), inode));
+                if *exchange {
+                    let other = self
+                        .lookup(to)
+                        .expect("the file that it changes places with is known");
+                    self.change_entry(from, |name| {
+                        NameChange::Swap([(name, other), (name_of(to), inode)])
+                    });
+                } else {
+                    self.change_entry(from, |name| NameChange::Move(name, name_of(to), inode));
+                }
             }
             Event::Unlink { path } | Event::Rmdir { path } => self.change_entry(path, NameChange::Remove),
             Event::Mkdir { path } => {

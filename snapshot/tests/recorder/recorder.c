@@ -39,7 +39,7 @@ enum op {
     OP_SYNC_END,      /* fd, a = token, b = 1 when it succeeded */
     OP_PUNCH,         /* fd, a = offset, b = length */
     OP_ALLOCATE,      /* fd, a = new minimal length of the file */
-    OP_RENAME,        /* text = from NUL to */
+    OP_RENAME,        /* a = flags, text = from NUL to */
     OP_UNLINK,        /* text = path */
     OP_MKDIR,         /* text = path */
     OP_RMDIR,         /* text = path */
@@ -402,13 +402,13 @@ int sync_file_range(int fd, off64_t at, off64_t len, unsigned flags) {
 
 /* ---- names ------------------------------------------------------------------------------------------------------- */
 
-static int renamed(int r, const char *a, const char *b) {
+static int renamed(int r, const char *a, const char *b, unsigned flags) {
     if (r == 0 && (below_root(a) || below_root(b))) {
         char text[2 * PATH_MAX];
         size_t n = strlen(a) + 1, m = strlen(b);
         memcpy(text, a, n);
         memcpy(text + n, b, m);
-        record(OP_RENAME, -1, 0, 0, text, n + m);
+        record(OP_RENAME, -1, flags, 0, text, n + m);
     }
     return r;
 }
@@ -417,7 +417,7 @@ int rename(const char *from, const char *to) {
     char a[PATH_MAX], b[PATH_MAX];
     if (!recording() || !absolute(AT_FDCWD, from, a) || !absolute(AT_FDCWD, to, b)) return REAL(rename)(from, to);
     pthread_mutex_lock(&lock);
-    int r = renamed(REAL(rename)(from, to), a, b);
+    int r = renamed(REAL(rename)(from, to), a, b, 0);
     pthread_mutex_unlock(&lock);
     return r;
 }
@@ -426,7 +426,7 @@ int renameat(int fd, const char *from, int gd, const char *to) {
     char a[PATH_MAX], b[PATH_MAX];
     if (!recording() || !absolute(fd, from, a) || !absolute(gd, to, b)) return REAL(renameat)(fd, from, gd, to);
     pthread_mutex_lock(&lock);
-    int r = renamed(REAL(renameat)(fd, from, gd, to), a, b);
+    int r = renamed(REAL(renameat)(fd, from, gd, to), a, b, 0);
     pthread_mutex_unlock(&lock);
     return r;
 }
@@ -436,8 +436,9 @@ int renameat2(int fd, const char *from, int gd, const char *to, unsigned flags) 
     if (!recording() || !absolute(fd, from, a) || !absolute(gd, to, b))
         return REAL(renameat2)(fd, from, gd, to, flags);
     pthread_mutex_lock(&lock);
-    int r = renamed(REAL(renameat2)(fd, from, gd, to, flags), a, b);
-    if (r == 0 && (flags & ~1u) && below_root(a)) record(OP_UNSUPPORTED, -1, 0, 0, "renameat2 flags", 15);
+    int r = renamed(REAL(renameat2)(fd, from, gd, to, flags), a, b, flags);
+    /* 1: not over an existing one, 2: exchange. */
+    if (r == 0 && (flags & ~3u) && below_root(a)) record(OP_UNSUPPORTED, -1, 0, 0, "renameat2 flags", 15);
     pthread_mutex_unlock(&lock);
     return r;
 }
