@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags, renameat_with};
 
-use super::{LOG, LogFile, SledMeta, failure, open_unlocked, sync_dir, sync_tree};
+use super::{LOG, LogFile, SledMeta, failure, open_unlocked, read_through, sync_dir, sync_tree};
 use crate::compact::{CompactState, CompactStep};
 use crate::meta::Batch;
 use crate::open::{COMPACT_DIR, take_lock};
@@ -171,8 +171,11 @@ impl SledMeta {
             return Ok(Err(Error::refused("the copy is not whole")));
         };
         let (dir, state) = (copy.dir, copy.copied);
-        let closed = close(copy.db, &dir).and_then(|()| sync_tree(&dir));
-        if let Err(e) = closed {
+        // As before every opening: sled takes a read error for the end of its log. The old store is still there then.
+        let ready = close(copy.db, &dir)
+            .and_then(|()| sync_tree(&dir))
+            .and_then(|()| read_through(&dir.join(LOG)));
+        if let Err(e) = ready {
             return Ok(Err(e));
         }
         if let Some(db) = self.db.take() {
