@@ -142,6 +142,7 @@ fn run(dir: &Path, seed: u64, vars: &[(&str, String)]) -> Output {
         dir: dir.clone(),
         seed,
         steps: STEPS,
+        exchanges: false,
     };
     let said = PathBuf::from(format!("{}.said", dir.display()));
     let out = fs::File::create(&said).unwrap();

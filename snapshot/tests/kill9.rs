@@ -56,6 +56,7 @@ fn kill_9_loses_nothing_that_was_acknowledged() {
             dir: scratch.path().to_owned(),
             seed: seed * 1000 + round,
             steps: u64::MAX,
+            exchanges: false,
         };
         let mut process = child("workload_child", &orders.vars())
             .stdout(Stdio::null())

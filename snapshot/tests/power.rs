@@ -13,6 +13,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -28,6 +29,8 @@ const QUICK_CUTS: usize = 90;
 /// A new recording after so many, so that a long run sees other histories too.
 const CUTS_PER_RECORDING: usize = 90;
 const CONTROL_CUTS: usize = 60;
+/// Syncs, names and lengths around an exchange of names after which the machine dies: before it and after it.
+const AROUND: (usize, usize) = (8, 14);
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| {
@@ -50,6 +53,10 @@ struct Recording {
 }
 
 fn record(seed: u64, left_out: LeftOut, sessions: u64, steps: u64) -> Recording {
+    record_session(seed, left_out, (sessions, steps), false)
+}
+
+fn record_session(seed: u64, left_out: LeftOut, (sessions, steps): (u64, u64), exchanges: bool) -> Recording {
     let scratch = recorder::scratch();
     let base = fs::canonicalize(scratch.path()).unwrap();
     let (root, log) = (base.join("root"), base.join("log"));
@@ -59,6 +66,7 @@ fn record(seed: u64, left_out: LeftOut, sessions: u64, steps: u64) -> Recording 
             dir: root.clone(),
             seed: seed * 100 + session,
             steps,
+            exchanges,
         };
         let output = recorder::record("workload_child", &root, &log, left_out, &orders.vars());
         assert!(
@@ -77,33 +85,48 @@ fn record(seed: u64, left_out: LeftOut, sessions: u64, steps: u64) -> Recording 
 }
 
 impl Recording {
+    /// Places of what is not a write of data: what tells more happens between these (syncs, names, punches).
+    fn others(&self) -> Vec<usize> {
+        let is_other = |at: &usize| !matches!(self.events[*at], Event::Write { .. });
+        (0..self.events.len()).filter(is_other).collect()
+    }
+
     /// Follows the log and shows `look` the image of a power cut at `cuts` random points, until it says stop.
-    fn cut(&self, seed: u64, cuts: usize, mut look: impl FnMut(usize, Loss, &Path, &str) -> bool) {
+    fn cut(&self, seed: u64, cuts: usize, look: impl FnMut(usize, Loss, &Path, &str) -> bool) {
         let mut rng = Rng::new(seed);
-        // Most events are writes of data; what tells more happens between the others (syncs, names, punches).
-        let others = |event: &Event| !matches!(event, Event::Write { .. });
-        let others: Vec<usize> = (0..self.events.len())
-            .filter(|at| others(&self.events[*at]))
-            .collect();
-        let mut points: Vec<usize> = (0..cuts)
-            .map(|cut| match cut % 2 {
+        let others = self.others();
+        let points = (0..cuts).map(|cut| {
+            let point = match cut % 2 {
                 0 => rng.index(self.events.len()),
                 _ => *rng.pick(&others).unwrap() + rng.index(2),
-            })
-            .collect();
-        points.sort_unstable();
-        let mut system = FileSystem::new(&self.root);
-        let mut followed = 0;
-        for point in points {
-            for event in &self.events[followed..point] {
-                system.apply(event);
-            }
-            followed = point;
+            };
             let loss = match rng.below(10) {
                 0 => Loss::All,
                 1 => Loss::Nothing,
                 _ => Loss::Random,
             };
+            (point, loss)
+        });
+        let mut points: Vec<_> = points.collect();
+        points.sort_by_key(|(point, _)| *point);
+        self.cut_at(points, seed, look);
+    }
+
+    /// Shows `look` the images of power cuts at these points, which are in order, until it says stop.
+    fn cut_at(
+        &self,
+        points: Vec<(usize, Loss)>,
+        seed: u64,
+        mut look: impl FnMut(usize, Loss, &Path, &str) -> bool,
+    ) {
+        let mut rng = Rng::new(seed);
+        let mut system = FileSystem::new(&self.root);
+        let mut followed = 0;
+        for (point, loss) in points {
+            for event in &self.events[followed..point] {
+                system.apply(event);
+            }
+            followed = point;
             let image = self.scratch.path().join("image");
             fs::create_dir(&image).unwrap();
             system.image(&image, loss, &mut rng);
@@ -170,6 +193,43 @@ fn a_power_cut_loses_nothing_that_was_flushed() {
         }
     }
     counts.print("power cut", "points");
+}
+
+/// A restore and a compaction put one metadata store in the place of another while the power fails: before and after each
+/// of the syncs and names around it.
+#[test]
+fn a_power_cut_around_an_exchange_of_names_leaves_one_whole_store() {
+    let soak = std::env::var_os("STILLPOINT_SOAK_CUTS").is_some();
+    let seed = number("STILLPOINT_SEED", 11);
+    let mut counts = Counts::default();
+    for seed in seed..seed + if soak { 4 } else { 1 } {
+        let recording = record_session(seed, LeftOut::Nothing, (2, 30), true);
+        let others = recording.others();
+        let is_exchange = |at: &usize| matches!(recording.events[*at], Event::Rename { exchange: true, .. });
+        let exchanges: Vec<usize> = (0..others.len()).filter(|at| is_exchange(&others[*at])).collect();
+        // A compaction in each session, and the restore before the second; chance may add more.
+        assert!(exchanges.len() >= 3, "{exchanges:?}");
+        let around = |at: &usize| at.saturating_sub(AROUND.0)..(at + AROUND.1).min(others.len());
+        let places: BTreeSet<usize> = exchanges.iter().flat_map(around).collect();
+        let losses = [Loss::Nothing, Loss::All, Loss::Random];
+        let points = places.iter().enumerate().flat_map(|(n, place)| {
+            let losses = match soak {
+                true => losses.to_vec(),
+                false => vec![losses[n % losses.len()]],
+            };
+            losses.into_iter().map(|loss| (others[*place] + 1, loss))
+        });
+        recording.cut_at(points.collect(), seed, |point, loss, image, facts| {
+            let verdict = workload::judge(image, facts, Crash::Power);
+            counts.add(verdict.under_way);
+            if let Err(what) = verdict.judged {
+                let event = &recording.events[point - 1];
+                panic!("STILLPOINT_SEED={seed}, cut {point} after {event:?} ({loss:?}): {what}");
+            }
+            true
+        });
+    }
+    counts.print("power cut at an exchange", "points");
 }
 
 /// The control: the same experiment must see loss when one of our own syncs is left out.

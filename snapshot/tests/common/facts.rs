@@ -92,8 +92,19 @@ pub(crate) enum What {
         sector: u64,
         count: u64,
     },
+    /// The same of so much that it leaves a tombstone.
+    Bury {
+        volume: String,
+        sector: u64,
+        count: u64,
+    },
     Flush {
         volume: String,
+    },
+    /// A point in time that copies read from; no restart keeps it.
+    Pin {
+        volume: String,
+        name: String,
     },
     Snapshot {
         name: String,
@@ -131,6 +142,8 @@ pub(crate) enum What {
     Checksums {
         volume: String,
     },
+    /// The metadata was rewritten while the pool worked.
+    Compact,
     /// The metadata was made anew from its own dump, while nobody had the pool open.
     Restore,
     /// Seen after a restart: what each sector holds from now on.
@@ -155,6 +168,12 @@ impl What {
                 sector,
                 count,
             } => format!("zero {volume} {sector} {count}"),
+            Self::Bury {
+                volume,
+                sector,
+                count,
+            } => format!("bury {volume} {sector} {count}"),
+            Self::Pin { volume, name } => format!("pin {volume} {name}"),
             Self::Flush { volume } => format!("flush {volume}"),
             Self::Snapshot { name, volumes } => format!("snapshot {name} {}", volumes.join(" ")),
             Self::Clone { volume, snapshot, to } => format!("clone {volume} {snapshot} {to}"),
@@ -173,6 +192,7 @@ impl What {
                 format!("copy {volume} {sector} {count} {source} {snapshot}")
             }
             Self::Checksums { volume } => format!("checksums {volume}"),
+            Self::Compact => "compact pool".to_owned(),
             Self::Restore => "restore pool".to_owned(),
             Self::Observed { volume, stamps } => {
                 // Runs, because most sectors of a test volume are alike: stamp*count.
@@ -208,6 +228,16 @@ impl What {
                 sector: number(0)?,
                 count: number(1)?,
             },
+            "bury" => Self::Bury {
+                volume,
+                sector: number(0)?,
+                count: number(1)?,
+            },
+            "pin" => Self::Pin {
+                volume,
+                name: name(0)?,
+            },
+            "compact" => Self::Compact,
             "flush" => Self::Flush { volume },
             "snapshot" => Self::Snapshot {
                 name: volume,
@@ -548,7 +578,16 @@ impl History {
                     volume,
                     sector,
                     count,
+                }
+                | What::Bury {
+                    volume,
+                    sector,
+                    count,
                 } => (volume, *sector..sector + count, 0),
+                What::Pin { volume, name } => {
+                    cuts.insert((volume.clone(), name.clone()), volumes[volume].now().collect());
+                    continue;
+                }
                 What::Observed { volume, stamps } => {
                     // A volume whose creation was not acknowledged may be there after the restart.
                     let known = volumes.entry(volume.clone()).or_default();
@@ -603,6 +642,7 @@ impl History {
                 | What::DeleteSnapshot { .. }
                 | What::DeleteVolume { .. }
                 | What::Checksums { .. }
+                | What::Compact
                 | What::Restore => continue,
             };
             let known = volumes

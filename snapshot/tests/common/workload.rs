@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use stillpoint_snapshot::sim::Rng;
 use stillpoint_snapshot::{
-    Checksums, CloneSpec, CopySource, Error, Hooks, Point, Pool, PoolOptions, Result, SnapshotSpec, Volume,
-    VolumeSpec,
+    Checksums, CloneSpec, CopySource, Error, Hooks, Pin, Point, Pool, PoolOptions, Result, SnapshotSpec,
+    Volume, VolumeSpec,
 };
 
 use super::facts::{Crash, Facts, Found, SECTOR, Stamp, What, stamped_run, stamps};
@@ -19,6 +19,10 @@ const GRAIN_SECTORS: u64 = 8;
 const SHARED_GRAINS: u64 = 128;
 const MOST_SNAPSHOTS: usize = 5;
 const MOST_CLONES: usize = 2;
+/// Points in time that the coordinator keeps for copies.
+const MOST_PINS: usize = 2;
+/// Two map pages: what zeroes more leaves a tombstone.
+const TOMBSTONE_SECTORS: u64 = SECTORS / 2;
 /// Volumes of the coordinator grow to at most this.
 const MOST_SECTORS: u64 = SECTORS + SECTORS / 2;
 
@@ -29,6 +33,9 @@ pub(crate) struct Orders {
     pub(crate) seed: u64,
     /// Operations per thread; the process then shuts the pool down.
     pub(crate) steps: u64,
+    /// Puts the metadata in the place of its copies, by a restore before the work and a compaction in the middle of it.
+    /// Without, chance does.
+    pub(crate) exchanges: bool,
 }
 
 impl Orders {
@@ -37,6 +44,7 @@ impl Orders {
             ("STILLPOINT_CHILD_DIR", self.dir.display().to_string()),
             ("STILLPOINT_CHILD_SEED", self.seed.to_string()),
             ("STILLPOINT_CHILD_STEPS", self.steps.to_string()),
+            ("STILLPOINT_CHILD_EXCHANGES", self.exchanges.to_string()),
         ]
     }
 
@@ -49,6 +57,7 @@ impl Orders {
             dir: var("STILLPOINT_CHILD_DIR").into(),
             seed: var("STILLPOINT_CHILD_SEED").parse().expect("a seed"),
             steps: var("STILLPOINT_CHILD_STEPS").parse().expect("a count"),
+            exchanges: var("STILLPOINT_CHILD_EXCHANGES").parse().expect("yes or no"),
         }
     }
 
@@ -69,6 +78,7 @@ pub(crate) fn options() -> PoolOptions {
         commit_ms: 15,
         checkpoint_txgs: 6,
         job_pages: 2,
+        tombstone_bytes: TOMBSTONE_SECTORS * SECTOR as u64,
         seal_after_ms: 0,
         seal_rate: 1 << 30,
         ..PoolOptions::default()
@@ -80,7 +90,7 @@ struct Steps(Arc<Facts>);
 
 impl Hooks for Steps {
     fn at(&self, point: Point) {
-        if ["commit.", "checkpoint.", "job."]
+        if ["commit.", "checkpoint.", "job.", "zero.", "pin.", "compact."]
             .iter()
             .any(|family| point.starts_with(family))
         {
@@ -100,7 +110,7 @@ pub(crate) fn run(orders: &Orders) -> Result<()> {
         ..options()
     };
     let pool = if Pool::exists(&dir) {
-        if rng.chance(25) {
+        if rng.chance(25) || orders.exchanges {
             remake(&dir, &options, &facts)?;
         }
         Pool::open(&dir, &options)?
@@ -126,7 +136,13 @@ fn work(pool: &Pool, facts: &Facts, orders: &Orders, rng: Rng) -> Result<()> {
     observe(pool, facts, pool.volumes().into_iter().map(|info| info.name))?;
     std::thread::scope(|scope| {
         let writers = [1, 2].map(|thread| scope.spawn(move || write(pool, facts, thread, orders)));
-        let coordinator = Coordinator { pool, facts, rng }.run(orders.steps);
+        let coordinator = Coordinator {
+            pool,
+            facts,
+            rng,
+            pins: Vec::new(),
+        };
+        let coordinator = coordinator.run(orders);
         let ended = writers.map(|writer| writer.join().expect("no panic"));
         ended.into_iter().fold(coordinator, Result::and)
     })
@@ -265,19 +281,35 @@ fn step<T>(facts: &Facts, thread: u64, what: &What, run: impl FnOnce(Stamp) -> R
     Ok(())
 }
 
+/// A point in time of a volume, and what it shows.
+struct Pinned {
+    pin: Pin,
+    /// As the facts call it.
+    volume: String,
+    name: String,
+    shows: Vec<Stamp>,
+}
+
 /// Takes, deletes, clones and reverts; writes to the volumes that are its own (`p` and the clones).
 struct Coordinator<'a> {
     pool: &'a Pool,
     facts: &'a Facts,
     rng: Rng,
+    pins: Vec<Pinned>,
 }
 
 impl Coordinator<'_> {
-    fn run(&mut self, steps: u64) -> Result<()> {
-        for _ in 0..steps {
+    fn run(mut self, orders: &Orders) -> Result<()> {
+        for step in 0..orders.steps {
+            if orders.exchanges && step == orders.steps / 2 {
+                go_on(self.compact())?;
+            }
             let done = match self.rng.below(100) {
-                0..43 => self.write(),
-                43..48 => self.copy(),
+                0..33 => self.write(),
+                33..38 => self.bury(),
+                38..39 => self.compact(),
+                39..42 => self.pin(),
+                42..48 => self.copy(),
                 48..58 => self.flush(),
                 58..73 => self.snapshot(),
                 73..84 => self.delete_snapshot(),
@@ -339,6 +371,9 @@ impl Coordinator<'_> {
 
     /// Between its own volumes, whose content at any time is known; at the same place, since sectors carry their number.
     fn copy(&mut self) -> Result<()> {
+        if !self.pins.is_empty() && self.rng.chance(40) {
+            return self.copy_pinned();
+        }
         let own = self.own();
         let volume = self.rng.pick(&own).expect("p is always there").clone();
         let handle = self.pool.volume(&volume).expect("listed");
@@ -356,13 +391,7 @@ impl Coordinator<'_> {
                 (source, size, None)
             }
         };
-        let sectors = size.min(handle.size_bytes()) / SECTOR as u64;
-        let (mut sector, mut count) = (self.rng.below(sectors), 1 + self.rng.below(600));
-        if self.rng.chance(70) {
-            sector -= sector % GRAIN_SECTORS;
-            count = count.next_multiple_of(GRAIN_SECTORS);
-        }
-        let count = count.min(sectors - sector);
+        let (sector, count) = self.some_range(size.min(handle.size_bytes()));
         let what = What::Copy {
             volume,
             sector,
@@ -377,6 +406,96 @@ impl Coordinator<'_> {
             (None, Some(from)) => handle.copy(offset, &CopySource::Volume(from), offset, len),
             (None, None) => unreachable!("picked from the list"),
         })
+    }
+
+    /// Of one that was taken before; whatever happened to its volume since.
+    fn copy_pinned(&mut self) -> Result<()> {
+        let own = self.own();
+        let volume = self.rng.pick(&own).expect("p is always there").clone();
+        let handle = self.pool.volume(&volume).expect("listed");
+        let at = self.rng.index(self.pins.len());
+        let size = self.pins[at].pin.size_bytes().min(handle.size_bytes());
+        let (sector, count) = self.some_range(size);
+        let pinned = &self.pins[at];
+        let what = What::Copy {
+            volume,
+            sector,
+            count,
+            source: pinned.volume.clone(),
+            snapshot: Some(pinned.name.clone()),
+        };
+        let (offset, len) = (sector * SECTOR as u64, count * SECTOR as u64);
+        step(self.facts, 0, &what, |_| {
+            handle.copy(offset, &CopySource::Pin(&pinned.pin), offset, len)
+        })
+    }
+
+    /// Sectors of the first `size` bytes, more often whole grains than not.
+    fn some_range(&mut self, size: u64) -> (u64, u64) {
+        let sectors = size / SECTOR as u64;
+        let (mut sector, mut count) = (self.rng.below(sectors), 1 + self.rng.below(600));
+        if self.rng.chance(70) {
+            sector -= sector % GRAIN_SECTORS;
+            count = count.next_multiple_of(GRAIN_SECTORS);
+        }
+        (sector, count.min(sectors - sector))
+    }
+
+    /// Keeps a volume as it is, or lets one go that must not have changed.
+    fn pin(&mut self) -> Result<()> {
+        if self.pins.len() == MOST_PINS {
+            let at = self.rng.index(MOST_PINS);
+            let pinned = self.pins.swap_remove(at);
+            let mut bytes = vec![0xee; pinned.pin.size_bytes() as usize];
+            pinned.pin.read(0, &mut bytes)?;
+            let found = stamps(&bytes).expect("whole sectors");
+            assert!(found == pinned.shows, "pin {} has changed", pinned.name);
+            return Ok(());
+        }
+        let own = self.own();
+        let volume = self.rng.pick(&own).expect("p is always there").clone();
+        let handle = self.pool.volume(&volume).expect("listed");
+        let name = format!("pin{}", self.rng.bits());
+        let what = What::Pin {
+            volume: volume.clone(),
+            name: name.clone(),
+        };
+        let mut made = None;
+        step(self.facts, 0, &what, |_| {
+            made = Some(handle.pin()?);
+            Ok(())
+        })?;
+        let mut bytes = vec![0xee; handle.size_bytes() as usize];
+        handle.read(0, &mut bytes)?;
+        self.pins.push(Pinned {
+            pin: made.expect("just made"),
+            volume,
+            name,
+            shows: stamps(&bytes).expect("whole sectors"),
+        });
+        Ok(())
+    }
+
+    /// Zeroes enough of a volume for a tombstone, not by whole pages.
+    fn bury(&mut self) -> Result<()> {
+        let own = self.own();
+        let volume = self.rng.pick(&own).expect("p is always there").clone();
+        let handle = self.pool.volume(&volume).expect("listed");
+        let sectors = handle.size_bytes() / SECTOR as u64;
+        let sector = self.rng.below(sectors - TOMBSTONE_SECTORS);
+        let more = self.rng.below(sectors - TOMBSTONE_SECTORS - sector);
+        let count = TOMBSTONE_SECTORS + 1 + more;
+        let unmap = self.rng.chance(50);
+        let what = What::Bury {
+            volume,
+            sector,
+            count,
+        };
+        step(self.facts, 0, &what, |_| zero(&handle, sector, count, unmap))
+    }
+
+    fn compact(&mut self) -> Result<()> {
+        step(self.facts, 0, &What::Compact, |_| self.pool.compact(|_, _| {}))
     }
 
     fn checksums(&mut self) -> Result<()> {
@@ -591,7 +710,7 @@ fn judge_pool(
     let mut text = Vec::new();
     stillpoint_snapshot::dump(dir, &mut text).map_err(|error| format!("dump: {error}"))?;
     let text = String::from_utf8_lossy(&text);
-    let jobs = ["drop_snapshot", "drop_head", "collapse"];
+    let jobs = ["drop_snapshot", "drop_head", "collapse", "zero"];
     let unfinished = jobs.iter().filter(|kind| text.contains(&format!("\"{kind}\"")));
     under_way.extend(unfinished.map(|kind| format!("job {kind}")));
     let pool = Pool::open(dir, &options()).map_err(|error| format!("open: {error}"))?;
