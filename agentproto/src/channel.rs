@@ -50,6 +50,9 @@ pub enum RequestError {
     /// Hello is not done, or the channel is closed.
     #[error("the channel is not open")]
     NotOpen,
+    /// Only the provider's requests go this way.
+    #[error("this message is not one of the provider's")]
+    NotProvider,
     /// Eight requests wait already.
     #[error("{MAX_IN_FLIGHT} requests wait for their answers already")]
     TooManyInFlight,
@@ -692,9 +695,9 @@ mod tests {
     fn unknown_requests_are_refused_and_the_connection_stays() {
         let now = Instant::now();
         let (mut a, mut b) = open(now);
-        b.receive(now, b"SPA1\x01\0\0\x20\0\0\0\x07\0\0\0\0\0\0\0\0")
+        b.receive(now, b"SPA1\x01\0\0\x60\0\0\0\x07\0\0\0\0\0\0\0\0")
             .unwrap();
-        a.asked.insert(7, (now + FRAME_TIMEOUT, MessageType(32)));
+        a.asked.insert(7, (now + FRAME_TIMEOUT, MessageType(96)));
         carry(now, &mut b, &mut a);
         let Some(ChannelEvent::Reply {
             id: 7,

@@ -389,12 +389,12 @@ mod tests {
 
     #[test]
     fn unknown_types_and_fields_have_their_refusals() {
-        let unknown = b"SPA1\x01\0\0\x14\0\0\0\x07\0\0\0\0\0\0\0\0";
+        let unknown = b"SPA1\x01\0\0\x16\0\0\0\x07\0\0\0\0\0\0\0\0";
         let frames = decode_all(unknown).unwrap();
         let [
             Decoded::BadBody {
                 request_id: 7,
-                message: MessageType(20),
+                message: MessageType(22),
                 is_request: true,
                 error,
             },

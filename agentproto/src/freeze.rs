@@ -306,6 +306,7 @@ mod tests {
                     hold_ok: true,
                     apps: at(AppState::Thawed),
                     reason: None,
+                    documents: vec![],
                 },
             )
         }

@@ -75,6 +75,15 @@ uuid_name!(
     SessionId
 );
 
+uuid_name!(
+    /// A VSS snapshot set, as the coordinator numbers it (MS docs: `VSS_ID` of `StartSnapshotSet`).
+    SetId
+);
+uuid_name!(
+    /// One shadow copy of a set (MS docs: `VSS_ID` of `AddToSnapshotSet`).
+    ShadowId
+);
+
 /// A LUN's primary key: the 16-byte NAA designator of INQUIRY page 0x83 (SPC-4 §7.8.6.6). Survives a revert; a clone
 /// or a mounted snapshot has another one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -14,6 +14,7 @@
 //! | [`discovery`] | "which targets are there?", by UDP |
 //! | [`freeze`] | holds, cut windows and what may be claimed |
 //! | [`server`] | the coordinator: one machine per snapshot, on the target |
+//! | [`provider`] | the VSS hardware provider's requests: what the target serves, and a client for agents |
 //! | [`client`] | the agent's sessions: prepare, freeze, hold, thaw |
 #![forbid(unsafe_code)]
 
@@ -26,6 +27,7 @@ pub mod frame;
 pub mod freeze;
 pub mod ident;
 pub mod message;
+pub mod provider;
 pub mod registration;
 pub mod server;
 #[cfg(feature = "tls")]
@@ -33,7 +35,7 @@ pub mod tls;
 mod wire;
 
 pub use error::{ErrorCode, Refusal};
-pub use ident::{AgentId, Fingerprint, LunId, SessionId};
+pub use ident::{AgentId, Fingerprint, LunId, SessionId, SetId, ShadowId};
 
 /// TCP port of both ends unless configured otherwise (the agent's snapshot channel, the target's registration channel).
 pub const DEFAULT_PORT: u16 = 11169;

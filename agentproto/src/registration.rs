@@ -1,14 +1,15 @@
 //! The registration channel (agent -> target): Hello, Enrol or Register with a lease, heartbeats (specification §§1, 2).
 //!
 //! ```text
-//! agent:   Hello ─▶ [Enrol ─▶ Enrolled]  or  Register ─▶ Registered ─ Heartbeat every 30 s ─▶ …   no answer for the lease: Lost
+//! agent:   Hello ─▶ [Enrol ─▶ Enrolled]  or  [provider's requests …]  or
+//!           Register ─▶ Registered ─ Heartbeat every 30 s ─▶ …   no answer for the lease: Lost
 //! target:  Hello ─▶ unknown key: Enrol only   known key: Register ─▶ Heartbeat …                 silent for the lease: Expired
 //! ```
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use crate::channel::{Channel, ChannelError, ChannelEvent};
+use crate::channel::{Channel, ChannelError, ChannelEvent, RequestError};
 use crate::error::{ErrorCode, Refusal};
 use crate::frame::{MAX_BODY, MAX_BODY_UNAUTHENTICATED};
 use crate::ident::AgentId;
@@ -29,6 +30,8 @@ pub enum Purpose {
     Enrol(Enrol),
     /// Register, and stay.
     Register(Register),
+    /// Only the VSS provider's requests ([`AgentEnd::provider`]): no registration, no lease.
+    Provide,
 }
 
 /// What the agent's end tells its owner.
@@ -56,6 +59,13 @@ pub enum AgentEvent {
     Refused(Refusal),
     /// The lease is over: thaw ([`crate::client::Agent::lease_lost`]), drop the connection, dial again.
     LeaseLost,
+    /// The answer to a request of the VSS provider.
+    Answer {
+        /// What [`AgentEnd::provider`] gave.
+        id: u32,
+        /// The answer; `Deadline` when none came in time.
+        result: Result<Reply, Refusal>,
+    },
     /// A line from the target ("port 11169 is not reachable from here").
     Log(LogEvent),
 }
@@ -67,6 +77,8 @@ pub struct AgentEnd {
     purpose: Purpose,
     /// Once registered.
     lease: Option<Lease>,
+    /// The provider's requests without an answer.
+    provider: BTreeSet<u32>,
     events: VecDeque<AgentEvent>,
 }
 
@@ -87,6 +99,7 @@ impl AgentEnd {
             channel,
             purpose,
             lease: None,
+            provider: BTreeSet::new(),
             events: VecDeque::new(),
         }
     }
@@ -109,6 +122,9 @@ impl AgentEnd {
                     self.ask(now);
                 }
                 ChannelEvent::HelloRefused(refusal) => self.events.push_back(AgentEvent::Refused(refusal)),
+                ChannelEvent::Reply { id, result } if self.provider.remove(&id) => {
+                    self.events.push_back(AgentEvent::Answer { id, result });
+                }
                 ChannelEvent::Reply { result, .. } => self.replied(now, result),
                 ChannelEvent::Log(event) => self.events.push_back(AgentEvent::Log(event)),
                 ChannelEvent::Request { id, .. } => {
@@ -125,6 +141,7 @@ impl AgentEnd {
         let request = match self.purpose.clone() {
             Purpose::Enrol(enrol) => Request::Enrol(enrol),
             Purpose::Register(register) => Request::Register(register),
+            Purpose::Provide => return,
         };
         self.send(now, request);
     }
@@ -175,6 +192,20 @@ impl AgentEnd {
             lease.next = now + lease.interval;
             self.send(now, Request::Heartbeat(heartbeat));
         }
+    }
+
+    /// Sends a request of the VSS provider, once the Hello is through; its answer comes as [`AgentEvent::Answer`].
+    /// A ProvQuery of no LUNs is a ping.
+    ///
+    /// # Errors
+    /// Nothing was sent.
+    pub fn provider(&mut self, now: Instant, request: Request) -> Result<u32, RequestError> {
+        if !crate::provider::is_provider_request(&request) {
+            return Err(RequestError::NotProvider);
+        }
+        let id = self.channel.request(now, request, Capabilities::default())?;
+        self.provider.insert(id);
+        Ok(id)
     }
 
     /// Sends a line for the operator's event log.
@@ -252,6 +283,14 @@ pub enum TargetEvent {
     Register(Register),
     /// Answer with [`TargetEnd::heartbeat_ok`].
     Heartbeat(Heartbeat),
+    /// A request of the VSS provider, from an agent whose key is known: hand it to [`crate::provider::serve`], on a task of
+    /// its own, and answer with [`TargetEnd::provided`]. Several may wait at once.
+    Provider {
+        /// Its id on this connection.
+        id: u32,
+        /// What is asked.
+        request: Request,
+    },
     /// A line for the operator.
     Log(LogEvent),
     /// No heartbeat within the lease: the agent is not connected any more; drop the connection.
@@ -326,6 +365,15 @@ impl TargetEnd {
     }
 
     fn request(&mut self, now: Instant, id: u32, request: Request) {
+        if matches!(self.peer, Peer::Known(_)) && crate::provider::is_provider_request(&request) {
+            if !self.registered {
+                // A connection of the provider's own has no heartbeats: its requests keep it.
+                self.expires = now + LEASE;
+            }
+            // Never behind a registration or a heartbeat: VSS holds writes meanwhile.
+            self.events.push_back(TargetEvent::Provider { id, request });
+            return;
+        }
         if self.pending.is_some() {
             let text = "one request at a time on the registration channel";
             self.channel.reply(id, Err(Refusal::new(ErrorCode::Busy, text)));
@@ -393,6 +441,11 @@ impl TargetEnd {
     /// Answers a Heartbeat with the allow-list as it is now.
     pub fn heartbeat_ok(&mut self, luns: Vec<LunIdentity>) {
         self.reply(Ok(Reply::Heartbeat(HeartbeatOk { luns })));
+    }
+
+    /// Answers a request of the VSS provider.
+    pub fn provided(&mut self, id: u32, result: Result<Reply, Refusal>) {
+        self.channel.reply(id, result);
     }
 
     /// Sends a line for the agent's log.

@@ -608,6 +608,10 @@ impl World {
                 };
                 self.after(ms, event);
             }
+            Work::Other { asked, .. } => {
+                let refusal = Refusal::new(ErrorCode::Unsupported, "not in this simulation");
+                self.hosts[at].agent.answer(asked, Err(refusal));
+            }
             Work::Thaw { session, .. } => {
                 self.hosts[at].cancelled.insert(session);
                 let ms = self.dice.below(THAW_MAX);
@@ -859,6 +863,7 @@ impl World {
                         apps,
                         reason: None,
                         held: None,
+                        documents: vec![],
                     },
                 );
             }

@@ -559,7 +559,58 @@ fn frame_seeds() -> Vec<Vec<u8>> {
     while let Some(bytes) = dialer.poll_transmit() {
         seed.extend_from_slice(&bytes);
     }
-    vec![seed]
+    let hello = seed.clone();
+    seed.extend(provider_and_revert_frames());
+    vec![hello, seed]
+}
+
+/// One frame of each message with records and documents in it, so that the fuzzer need not find their tags.
+fn provider_and_revert_frames() -> Vec<u8> {
+    use stillpoint_agentproto::frame::Frame;
+    use stillpoint_agentproto::message::{
+        Blob, BlobKind, Message, Piece, ProvBegin, ProvCommit, Request, RevertPrepare, ShadowAsk,
+    };
+    use stillpoint_agentproto::{LunId, SessionId, SetId, ShadowId};
+    let set = SetId([1; 16]);
+    let ask = ShadowAsk {
+        shadow: ShadowId([2; 16]),
+        lun: LunId([3; 16]),
+    };
+    let requests = [
+        Request::ProvBegin(ProvBegin {
+            set,
+            shadows: vec![ask.clone(), ask],
+            initiator: "iqn.2026-11.test:host".to_owned(),
+            writable: true,
+        }),
+        Request::ProvCommit(ProvCommit { set, token: [4; 16] }),
+        Request::RevertPrepare(RevertPrepare {
+            session: SessionId([5; 16]),
+            lun: LunId([3; 16]),
+            snapshot: "a".to_owned(),
+            taken_in: Some(SessionId([6; 16])),
+            cut_unix_ms: Some(7),
+            power_off: false,
+            plan_only: true,
+        }),
+        Request::Blob(Blob {
+            session: SessionId([5; 16]),
+            kind: BlobKind::RevertManifest,
+            offset_bytes: 0,
+            total_bytes: 4,
+            bytes: Piece(b"{}\n\n".to_vec()),
+        }),
+    ];
+    let mut out = Vec::new();
+    for (request_id, request) in (1..).zip(requests) {
+        let frame = Frame {
+            request_id,
+            generation: 1,
+            message: Message::Request(request),
+        };
+        out.extend(frame.encode().expect("short frames"));
+    }
+    out
 }
 
 fn agent_token(data: &[u8]) {

@@ -242,6 +242,11 @@ impl Engine {
                     });
                 });
             }
+            Work::Other { asked, request } => {
+                let text = format!("this agent does not serve message {}", request.message_type().0);
+                let refusal = Refusal::new(ErrorCode::Unsupported, text);
+                self.feed(|agent| agent.answer(asked, Err(refusal)));
+            }
             Work::Prepare(prepare) => self.prepare(prepare),
             Work::Freeze { session, hold, .. } => self.freeze(session, hold),
             Work::Thaw { session, released } => self.thaw(session, released),
@@ -383,6 +388,7 @@ impl Engine {
                 apps: Vec::new(),
                 reason,
                 held: None,
+                documents: Vec::new(),
             };
             return self.feed(|agent| agent.thawed(Instant::now(), session, report));
         };
@@ -504,6 +510,7 @@ fn thaw_report(released: &Released) -> ThawReport {
         apps: took_part.filter_map(app).collect(),
         reason: released.broken.as_ref().map(ToString::to_string),
         held: Some(released.held),
+        documents: Vec::new(),
     }
 }
 

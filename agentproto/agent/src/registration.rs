@@ -207,7 +207,7 @@ impl Registration {
                     tracing::error!(subject = event.subject, "the target says: {}", event.text)
                 }
             },
-            AgentEvent::Enrolled(_) => {}
+            AgentEvent::Enrolled(_) | AgentEvent::Answer { .. } => {}
         }
         Ok(true)
     }

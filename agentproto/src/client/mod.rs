@@ -19,7 +19,7 @@ use crate::error::{ErrorCode, Refusal};
 use crate::freeze::{HOLD_MAX, KEEPALIVE_LOST, MIN_INTERVAL, PREPARED_IDLE};
 use crate::ident::{LunId, SessionId};
 use crate::message::{
-    Aborted, App, FrozenVolume, Level, LogEvent, Mode, Prepare, Prepared, Reply, Request, Require,
+    Aborted, App, Document, FrozenVolume, Level, LogEvent, Mode, Prepare, Prepared, Reply, Request, Require,
     SessionState, Severity, StatusReport,
 };
 use session::Session;
@@ -99,6 +99,14 @@ pub enum Work {
         /// What for.
         mode: Mode,
     },
+    /// A request whose state the owner keeps itself (RevertPrepare, RevertDone, Blob, FetchBlob): answer it through
+    /// [`Agent::answer`]. A repeat comes again.
+    Other {
+        /// Where the answer goes.
+        asked: Asked,
+        /// What is asked.
+        request: Request,
+    },
     /// Get ready, then [`Agent::prepared`].
     Prepare(Prepare),
     /// Run the freeze hooks, call [`Agent::hold_started`], freeze, then [`Agent::frozen`].
@@ -148,6 +156,8 @@ pub struct ThawReport {
     pub apps: Vec<App>,
     /// What went wrong.
     pub reason: Option<String>,
+    /// What the target should fetch before Complete (VSS: backup components, writers' metadata).
+    pub documents: Vec<Document>,
     /// How long the hold lasted, when the owner measured it; otherwise it counts until this report, thaw hooks included.
     pub held: Option<Duration>,
 }
@@ -227,6 +237,10 @@ impl Agent {
                 luns: ask.luns,
                 mode: ask.mode,
             }),
+            request @ (Request::RevertPrepare(_)
+            | Request::RevertDone(_)
+            | Request::Blob(_)
+            | Request::FetchBlob(_)) => self.work(Work::Other { asked, request }),
             request => match request.session() {
                 Some(session) => self.step(now, asked, session, request),
                 None => {

@@ -480,6 +480,7 @@ impl Session {
             hold_ok,
             apps: report.apps,
             reason,
+            documents: report.documents,
         });
         self.state = State::Thawed { since: now };
         self.answer_release(outputs);

@@ -146,6 +146,7 @@ fn clean_thaw() -> ThawReport {
         apps: vec![],
         reason: None,
         held: None,
+        documents: vec![],
     }
 }
 
@@ -192,7 +193,8 @@ fn a_session_runs_from_prepare_to_complete() {
             held_ms: 700,
             hold_ok: true,
             apps: vec![],
-            reason: None
+            reason: None,
+            documents: vec![],
         }
     );
     let complete = Request::Complete(Complete {

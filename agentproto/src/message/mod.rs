@@ -1,8 +1,9 @@
 //! Every message: number, fields, reply, deadline (specification §5).
-//!
-//! Types 20-34 (revert, VSS provider) have their numbers reserved and are answered with `UnknownMessage`.
 
+mod blob;
+mod provider;
 mod records;
+mod revert;
 #[cfg(test)]
 pub(crate) mod sample;
 mod session;
@@ -11,7 +12,10 @@ mod tags;
 use std::time::Duration;
 
 pub use crate::freeze::Level;
+pub use blob::*;
+pub use provider::*;
 pub use records::*;
+pub use revert::*;
 pub use session::*;
 
 pub use crate::wire::{BodyError, EncodeError};
@@ -118,6 +122,24 @@ exchanges! {
     Abort = 16 => Aborted,
     /// Where do you stand?
     Status = 17 => StatusReport,
+    /// Keep this piece of a document.
+    Blob = 18 => BlobOk,
+    /// A piece of a document, please.
+    FetchBlob = 19 => Blob,
+    /// Let go of a LUN.
+    RevertPrepare = 20 => RevertReady,
+    /// Take it back.
+    RevertDone = 21 => Reattached,
+    /// Can these LUNs be cut for VSS?
+    ProvQuery = 30 => ProvSupport,
+    /// Reserve a set.
+    ProvBegin = 31 => ProvReady,
+    /// Cut it.
+    ProvCommit = 32 => ProvTaken,
+    /// Show or hide a shadow copy.
+    ProvExpose = 33 => ProvExposed,
+    /// Delete or abort.
+    ProvDelete = 34 => ProvGone,
 }
 
 fn body_of(record: &impl Record) -> Result<Vec<u8>, EncodeError> {
@@ -176,15 +198,17 @@ impl Request {
         let vss = agent.has(Capabilities::VSS_REQUESTER);
         let vmware = agent.has(Capabilities::VMWARE);
         Duration::from_secs(match self {
-            Self::Hello(_) | Self::Enrol(_) | Self::Register(_) | Self::Status(_) => 5,
-            Self::Heartbeat(_) => 10,
-            Self::ListVolumes(_) | Self::Abort(_) => 30,
+            // MS docs: CommitSnapshots should end within a second.
+            Self::ProvCommit(_) => 1,
+            Self::Hello(_) | Self::Enrol(_) | Self::Register(_) | Self::Status(_) | Self::ProvQuery(_) => 5,
+            Self::Heartbeat(_) | Self::ProvBegin(_) | Self::ProvExpose(_) | Self::ProvDelete(_) => 10,
+            Self::ListVolumes(_) | Self::Abort(_) | Self::Blob(_) | Self::FetchBlob(_) => 30,
             Self::Preflight(_) | Self::Freeze(_) => 60,
             Self::Prepare(_) if vmware => 900,
             Self::Prepare(_) => 120,
             Self::Release(_) if vss => 180,
             Self::Release(_) => 30,
-            Self::Complete(_) => 900,
+            Self::Complete(_) | Self::RevertPrepare(_) | Self::RevertDone(_) => 900,
         })
     }
 }

@@ -2,7 +2,7 @@
 
 use super::Capabilities;
 use crate::error::{ErrorCode, Refusal};
-use crate::ident::{AgentId, LunId, SessionId};
+use crate::ident::{AgentId, LunId, SessionId, SetId, ShadowId};
 
 /// A small deterministic generator (splitmix64): a test names its seed.
 pub(crate) struct Dice(pub(crate) u64);
@@ -88,7 +88,15 @@ macro_rules! sample_newtypes {
         }
     )*};
 }
-sample_newtypes!(AgentId, SessionId, LunId, Capabilities, ErrorCode);
+sample_newtypes!(
+    AgentId,
+    SessionId,
+    SetId,
+    ShadowId,
+    LunId,
+    Capabilities,
+    ErrorCode
+);
 
 impl Sample for Refusal {
     fn sample(dice: &mut Dice) -> Self {

@@ -1,7 +1,7 @@
 //! Messages of a session: Prepare, Freeze, Release, Complete, Abort, Status (12-17).
 
 use super::tags;
-use super::{App, Mode, SessionState};
+use super::{App, Document, Mode, SessionState};
 use crate::freeze::Level;
 use crate::ident::{LunId, SessionId};
 use crate::wire::{record, wire_enum};
@@ -137,6 +137,8 @@ record!(
         apps: Vec<App> = list tags::APP,
         /// Why `hold_ok` is false.
         reason: Option<String> = optional tags::REASON,
+        /// What the target should fetch before Complete, and keep with the snapshot.
+        documents: Vec<Document> = list tags::DOCUMENT,
     }
 );
 

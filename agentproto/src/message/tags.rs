@@ -1,13 +1,15 @@
-//! The tags of all fields. A tag means the same in every message; 0x0100 and above are free for the provider, revert
-//! and blob messages (types 20-34) of a later version.
+//! The tags of all fields. A tag means the same in every message; those of the provider, revert and blob messages (types 18-34)
+//! begin at 0x0100.
 
 use super::{
-    App, AppState, CutOutcome, Exclusion, ExclusionKind, Finding, FrozenVolume, LunIdentity, LunVolumes,
-    Mode, Mount, Require, Role, SessionState, Severity,
+    App, AppState, BlobKind, CutOutcome, DeleteReason, Document, Exclusion, ExclusionKind, Finding,
+    FrozenVolume, LunIdentity, LunSupport, LunVolumes, Mode, Mount, Piece, Require, RevertHost,
+    RevertOutcome, RevertState, RevertVm, Role, SessionState, Severity, Shadow, ShadowAsk, TakenShadow,
+    Visibility,
 };
 use crate::error::ErrorCode;
 use crate::freeze::Level;
-use crate::ident::{AgentId, LunId, SessionId};
+use crate::ident::{AgentId, LunId, SessionId, SetId, ShadowId};
 use crate::wire::Tag;
 
 pub(super) const SESSION: Tag<SessionId> = Tag::critical(0x01);
@@ -83,3 +85,32 @@ pub(super) const REASON: Tag<String> = Tag::plain(0x63);
 pub(super) const DONE: Tag<u32> = Tag::plain(0x64);
 pub(super) const TOTAL: Tag<u32> = Tag::plain(0x65);
 pub(super) const LAST_RESULT: Tag<String> = Tag::plain(0x66);
+
+pub(super) const BLOB_KIND: Tag<BlobKind> = Tag::critical(0x100);
+pub(super) const OFFSET_BYTES: Tag<u32> = Tag::critical(0x101);
+pub(super) const TOTAL_BYTES: Tag<u32> = Tag::critical(0x102);
+pub(super) const BYTES: Tag<Piece> = Tag::critical(0x103);
+pub(super) const SHA256: Tag<[u8; 32]> = Tag::plain(0x104);
+pub(super) const DOCUMENT: Tag<Document> = Tag::plain(0x105);
+
+pub(super) const POWER_OFF: Tag<bool> = Tag::critical(0x110);
+pub(super) const PLAN_ONLY: Tag<bool> = Tag::critical(0x111);
+pub(super) const REVERT_STATE: Tag<RevertState> = Tag::critical(0x112);
+pub(super) const REVERT_HOST: Tag<RevertHost> = Tag::critical(0x113);
+pub(super) const REVERT_VM: Tag<RevertVm> = Tag::plain(0x114);
+pub(super) const INSTANCE_UUID: Tag<String> = Tag::plain(0x115);
+pub(super) const MOREF: Tag<String> = Tag::plain(0x116);
+pub(super) const POWERED_ON: Tag<bool> = Tag::plain(0x117);
+pub(super) const REVERT_OUTCOME: Tag<RevertOutcome> = Tag::critical(0x118);
+
+pub(super) const SET: Tag<SetId> = Tag::critical(0x120);
+pub(super) const SHADOW: Tag<ShadowId> = Tag::critical(0x121);
+pub(super) const SHADOW_ASK: Tag<ShadowAsk> = Tag::critical(0x122);
+pub(super) const SHADOW_COPY: Tag<Shadow> = Tag::critical(0x123);
+pub(super) const TAKEN_SHADOW: Tag<TakenShadow> = Tag::critical(0x124);
+pub(super) const COMMIT_TOKEN: Tag<[u8; 16]> = Tag::critical(0x125);
+pub(super) const WRITABLE: Tag<bool> = Tag::critical(0x126);
+pub(super) const VISIBILITY: Tag<Visibility> = Tag::critical(0x127);
+pub(super) const DELETE_REASON: Tag<DeleteReason> = Tag::critical(0x128);
+pub(super) const SUPPORTED: Tag<bool> = Tag::critical(0x129);
+pub(super) const LUN_SUPPORT: Tag<LunSupport> = Tag::critical(0x12a);

@@ -178,6 +178,7 @@ fn an_application_that_failed_is_not_missing_from_the_record() {
         hold_ok: true,
         apps: vec![app("db", AppState::Thawed, None)],
         reason: None,
+        documents: vec![],
     });
     let apps = party.report().apps;
     let states: Vec<_> = apps
@@ -284,6 +285,7 @@ fn release_repeated_for(registered: bool) -> (Coordinator, Instant, Duration) {
                         hold_ok: true,
                         apps: vec![],
                         reason: None,
+                        documents: vec![],
                     })),
                 ),
                 Request::Release(_) => {
@@ -342,6 +344,7 @@ fn a_release_that_is_answered_at_last_keeps_the_proof() {
             hold_ok: true,
             apps: vec![],
             reason: None,
+            documents: vec![],
         };
         machine.replied(late, *call, Ok(Reply::Release(thawed)));
     }

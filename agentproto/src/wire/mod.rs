@@ -14,6 +14,7 @@ use nom::{IResult, Parser};
 pub(crate) use value::{Record, Value, record, wire_enum};
 
 use crate::error::{ErrorCode, Refusal};
+use crate::message::MAX_PIECE;
 
 /// Fields of one body or record, at most.
 pub(crate) const MAX_FIELDS: usize = 1024;
@@ -44,6 +45,9 @@ pub enum BodyError {
     /// More than 1,024 bytes in one string.
     #[error("a string longer than {MAX_STRING} bytes")]
     StringTooLong,
+    /// More bytes of a document than one frame may carry.
+    #[error("a piece longer than {MAX_PIECE} bytes")]
+    PieceTooLong,
     /// Records nested deeper than two levels.
     #[error("records nested deeper than {MAX_DEPTH}")]
     TooDeep,
@@ -94,9 +98,10 @@ impl From<BodyError> for Refusal {
         let code = match error {
             BodyError::UnknownField { .. } => ErrorCode::UnknownField,
             BodyError::UnknownMessage(_) => ErrorCode::UnknownMessage,
-            BodyError::TooManyFields | BodyError::ListTooLong { .. } | BodyError::StringTooLong => {
-                ErrorCode::TooLarge
-            }
+            BodyError::TooManyFields
+            | BodyError::ListTooLong { .. }
+            | BodyError::StringTooLong
+            | BodyError::PieceTooLong => ErrorCode::TooLarge,
             _ => ErrorCode::Malformed,
         };
         Self::new(code, error.to_string())
@@ -109,6 +114,9 @@ pub enum EncodeError {
     /// A list that the peer would refuse.
     #[error("a list of {0} elements: {MAX_LIST} can be sent")]
     ListTooLong(usize),
+    /// More bytes of a document than the peer would take at once.
+    #[error("a piece of {0} bytes: {MAX_PIECE} can be sent")]
+    PieceTooLong(usize),
     /// A body that the peer would refuse.
     #[error("a body of {0} bytes: too large to send")]
     BodyTooLong(usize),

@@ -2,7 +2,7 @@
 
 use super::{BodyError, EncodeError, Fields, MAX_STRING, Writer};
 use crate::error::ErrorCode;
-use crate::ident::{AgentId, Fingerprint, LunId, SessionId};
+use crate::ident::{AgentId, Fingerprint, LunId, SessionId, SetId, ShadowId};
 
 /// A type that a field can carry.
 pub(crate) trait Value: Sized {
@@ -70,7 +70,7 @@ macro_rules! byte_names {
         }
     )*};
 }
-byte_names!(AgentId, SessionId, LunId, Fingerprint);
+byte_names!(AgentId, SessionId, SetId, ShadowId, LunId, Fingerprint);
 
 impl<const N: usize> Value for [u8; N] {
     fn read(bytes: &[u8], _depth_left: u8) -> Result<Self, BodyError> {

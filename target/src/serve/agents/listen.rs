@@ -255,6 +255,11 @@ impl Connection<'_> {
                 let luns = self.heartbeat(heartbeat).await;
                 self.end.heartbeat_ok(luns);
             }
+            TargetEvent::Provider { id, .. } => {
+                let text = "this target has no VSS hardware provider";
+                self.end
+                    .provided(id, Err(Refusal::new(ErrorCode::Unsupported, text)));
+            }
             TargetEvent::Log(line) => self.log(&line),
             TargetEvent::Expired => {}
         }

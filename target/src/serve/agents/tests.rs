@@ -551,6 +551,10 @@ impl FakeWork {
                     }),
                 );
             }
+            Work::Other { asked, .. } => {
+                let refusal = WireRefusal::new(ErrorCode::Unsupported, "not in this test");
+                agent.answer(asked, Err(refusal));
+            }
             Work::Freeze { .. } if behaviour == Behaviour::DropsAtFreeze => return false,
             Work::Freeze { session, .. } => {
                 agent.hold_started(now, session).unwrap();
@@ -581,6 +585,7 @@ impl FakeWork {
                         apps: self.app(AppState::Thawed),
                         reason: None,
                         held: None,
+                        documents: vec![],
                     },
                 );
             }
