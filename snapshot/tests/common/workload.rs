@@ -233,10 +233,11 @@ fn write(pool: &Pool, facts: &Facts, thread: u64, orders: &Orders) -> Result<()>
     Ok(())
 }
 
-/// An initiator goes on after an error of a medium or of space; nobody does after the pool has stopped.
+/// An initiator goes on after an error of a medium or of space, and after the jobs are so far behind that reverts are as
+/// deep as they may be; nobody does after the pool has stopped.
 fn go_on(done: Result<()>) -> Result<()> {
     match done {
-        Err(Error::NoSpace | Error::Io { .. } | Error::Medium { .. }) => Ok(()),
+        Err(Error::NoSpace | Error::Io { .. } | Error::Medium { .. } | Error::Limit { .. }) => Ok(()),
         other => other,
     }
 }
