@@ -146,6 +146,9 @@ pub struct TimeConfig {
     pub stall: Duration,
     /// How long solicited data may take to come.
     pub data_out: Duration,
+    /// How long an abort of many tasks waits for data that was asked for (RFC 7143 §4.2.3.3): initiators that abort fast send
+    /// none, and wait for our answer.
+    pub aborted_data: Duration,
     /// How long the owner may take to finish the tasks of a session that logged out.
     pub cleanup: Duration,
 }
@@ -160,6 +163,7 @@ impl Default for TimeConfig {
             discovery: Duration::from_secs(120),
             stall: Duration::from_secs(60),
             data_out: Duration::from_secs(60),
+            aborted_data: Duration::from_secs(2),
             cleanup: Duration::from_secs(15),
         }
     }

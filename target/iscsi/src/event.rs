@@ -191,6 +191,15 @@ pub enum Admission {
     Refuse(LoginStatus),
 }
 
+/// Tasks that ended without a status, because another I_T nexus said so.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EndedTasks {
+    /// How many they are.
+    pub count: usize,
+    /// Those that the owner still runs, and those of before that it has not finished; their completion is swallowed.
+    pub running: Vec<TaskId>,
+}
+
 /// How a SCSI command ended.
 #[derive(Debug, Clone, Default)]
 pub struct Outcome {

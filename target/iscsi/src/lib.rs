@@ -27,8 +27,8 @@ pub use config::{ConnectionConfig, DigestPolicy, KeyConfig, LimitConfig, TimeCon
 pub use connection::Connection;
 pub use error::{AuthFault, Error, LoginFault, LoginStatus, RejectReason, TextError, TransferFault};
 pub use event::{
-    Admission, Cdb, Command, Counters, Directory, DiscoveryAsk, Event, LoginAsk, Outcome, Phase, SessionInfo,
-    TargetGrant, TargetRecord,
+    Admission, Cdb, Command, Counters, Directory, DiscoveryAsk, EndedTasks, Event, LoginAsk, Outcome, Phase,
+    SessionInfo, TargetGrant, TargetRecord,
 };
 pub use frame::Frame;
 pub use login::{ChapAlgorithm, ChapPolicy, ChapPolicyError, Params};

@@ -18,8 +18,8 @@ use stillpoint_iscsi::pdu::{
     ScsiResponse, SnackRequest, TextRequest, TextResponse, TmfReply,
 };
 use stillpoint_iscsi::{
-    Cid, CmdSn, Command, Error, Event, Itt, LogoutReason, Lun, Outcome, Phase, RejectReason, StatSn,
-    TargetRecord, TaskAttribute, TaskId, TmfFunction, TmfId, TmfResponse, Ttt,
+    Cid, CmdSn, Command, EndedTasks, Error, Event, Itt, LogoutReason, Lun, Outcome, Phase, RejectReason,
+    StatSn, TargetRecord, TaskAttribute, TaskId, TmfFunction, TmfId, TmfResponse, Ttt,
 };
 
 fn pair() -> Pair {
@@ -338,7 +338,7 @@ fn abort_of_a_task_in_the_middle_of_its_data() {
         false,
     );
     pair.send_bytes(&bytes[..30_000]).unwrap();
-    assert!(pair.conn.abort_lun_tasks(None).is_empty());
+    assert!(pair.conn.abort_lun_tasks(None).running.is_empty());
     pair.send_bytes(&bytes[30_000..]).unwrap();
     pair.no_event();
     assert_eq!(pair.conn.outstanding(), 0);
@@ -527,6 +527,90 @@ fn open_functions_are_limited() {
     assert_eq!(rejected(&pair.only()), RejectReason::TOO_MANY_IMMEDIATE);
 }
 
+/// A LUN with a write that waits for two bursts, and another LUN with one.
+fn two_luns_wait_for_data() -> (Pair, [R2t; 3]) {
+    let mut pair = Pair::logged_in(config(), &["MaxBurstLength=262144", "MaxOutstandingR2T=4"]);
+    let mut asks = Vec::new();
+    for (itt, number, bursts) in [(1, 0, 2), (2, 1, 1)] {
+        let edtl = bursts << 18;
+        let lun = lun(number);
+        pair.scsi(
+            ScsiCommand {
+                lun,
+                ..write(itt, edtl)
+            },
+            &[],
+        );
+        asks.extend(pair.receive().iter().map(|pdu| R2t::parse(&pdu.bhs)));
+    }
+    (pair, asks.try_into().unwrap())
+}
+
+#[test]
+fn a_function_on_many_tasks_waits_for_data_that_was_asked_for() {
+    for function in [
+        TmfFunction::ABORT_TASK_SET,
+        TmfFunction::CLEAR_TASK_SET,
+        TmfFunction::LOGICAL_UNIT_RESET,
+    ] {
+        let (mut pair, [first, second, other]) = two_luns_wait_for_data();
+        pair.tmf(function, 100, u32::MAX, CmdSn(0));
+        let (tmf, _, affected) = tmf_event(&mut pair);
+        assert!(affected.is_empty(), "the owner runs nothing");
+        pair.conn.tmf_complete(pair.now, tmf, TmfResponse::COMPLETE);
+        let send = |pair: &mut Pair, ask: &R2t, sn, offset, is_final| {
+            pair.data_out(
+                ask.itt.0,
+                ask.ttt,
+                sn,
+                ask.buffer_offset + offset,
+                is_final,
+                &[1; 4096],
+            );
+        };
+        send(&mut pair, &first, 0, 0, true);
+        send(&mut pair, &second, 0, 0, false);
+        pair.silent();
+        send(&mut pair, &second, 1, 4096, true);
+        assert_eq!(
+            tmf_reply(&pair.only()),
+            (100, TmfResponse::COMPLETE),
+            "{function:?}"
+        );
+        // The other LUN's write goes on; the tags of before mean nothing any more.
+        pair.data_out(other.itt.0, other.ttt, 0, 0, false, &[1; 4096]);
+        pair.silent();
+        send(&mut pair, &second, 2, 8192, true);
+        assert_eq!(rejected(&pair.only()), RejectReason::INVALID_FIELD);
+        pair.no_event();
+    }
+}
+
+#[test]
+fn an_initiator_that_aborts_fast_is_not_waited_for_long() {
+    let (mut pair, asks) = two_luns_wait_for_data();
+    pair.tmf(TmfFunction::TARGET_WARM_RESET, 100, u32::MAX, CmdSn(0));
+    let (tmf, ..) = tmf_event(&mut pair);
+    pair.conn.tmf_complete(pair.now, tmf, TmfResponse::COMPLETE);
+    pair.silent();
+    let limit = config().times.aborted_data;
+    pair.sleep(limit - secs(1)).unwrap();
+    pair.silent();
+    pair.sleep(secs(1)).unwrap();
+    assert_eq!(tmf_reply(&pair.only()), (100, TmfResponse::COMPLETE));
+    // What comes late all the same goes nowhere, and nobody complains about it.
+    for ask in &asks {
+        pair.data_out(ask.itt.0, ask.ttt, 0, ask.buffer_offset, true, &[1; 4096]);
+    }
+    pair.silent();
+    pair.no_event();
+    // ABORT TASK waits for nothing (§11.5.1).
+    pair.scsi(write(3, 4096), &[]);
+    pair.only();
+    pair.tmf(TmfFunction::ABORT_TASK, 101, 3, CmdSn(3));
+    assert_eq!(tmf_reply(&pair.only()), (101, TmfResponse::COMPLETE));
+}
+
 #[test]
 fn another_nexus_clears_our_tasks() {
     let mut pair = pair();
@@ -541,7 +625,15 @@ fn another_nexus_clears_our_tasks() {
         );
         pair.command()
     };
-    assert_eq!(pair.conn.abort_lun_tasks(Some(lun(0))), [command.task]);
+    pair.scsi(write(3, 512), &[]);
+    pair.only();
+    let ended = EndedTasks {
+        count: 2,
+        running: vec![command.task],
+    };
+    assert_eq!(pair.conn.abort_lun_tasks(Some(lun(0))), ended);
+    let again = EndedTasks { count: 0, ..ended };
+    assert_eq!(pair.conn.abort_lun_tasks(Some(lun(0))), again, "it still runs");
     pair.receive();
     pair.good(&command);
     pair.silent();
@@ -558,7 +650,7 @@ fn a_lun_is_the_same_in_both_addressing_methods() {
     };
     pair.scsi(flat, &[]);
     let command = pair.command();
-    assert_eq!(pair.conn.abort_lun_tasks(Some(lun(0))), [command.task]);
+    assert_eq!(pair.conn.abort_lun_tasks(Some(lun(0))).running, [command.task]);
     assert!(!lun(1).names_same(command.lun) && !Lun([0xc1, 1, 0, 0, 0, 0, 0, 0]).names_same(lun(0)));
 }
 
@@ -759,6 +851,11 @@ fn discovery_sessions_take_text_and_logout_only() {
     assert_eq!(rejected(&pair.only()), RejectReason::PROTOCOL_ERROR);
     pair.tmf(TmfFunction::LOGICAL_UNIT_RESET, 2, u32::MAX, CmdSn(0));
     assert_eq!(rejected(&pair.only()), RejectReason::PROTOCOL_ERROR);
+    for itt in [3, u32::MAX] {
+        pair.send(&nop_out(itt, Ttt::RESERVED, true, CmdSn(2)).encode(), b"ping")
+            .unwrap();
+        assert_eq!(rejected(&pair.only()), RejectReason::PROTOCOL_ERROR);
+    }
     pair.no_event();
     pair.conn.ping(pair.now);
     pair.silent();

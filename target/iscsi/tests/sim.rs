@@ -280,13 +280,14 @@ impl World {
             5..=6 => self.transmit(),
             7..=8 => self.serve(),
             9 => self.disturb(),
-            _ => self.wait_for_memory(),
+            _ => self.let_time_pass(),
         }
     }
 
-    /// A command that finds no memory is tried again after a while.
-    fn wait_for_memory(&mut self) {
-        if self.conn.waits_for_memory() && self.rng.chance(40) {
+    /// A command that finds no memory is tried again after a while; a function waits for data that may never come.
+    fn let_time_pass(&mut self) {
+        let waits = self.conn.waits_for_memory() || !self.tmfs.is_empty();
+        if waits && self.rng.chance(40) {
             self.now += Duration::from_secs(1);
             self.conn.handle_timeout(self.now).unwrap();
         }
@@ -716,7 +717,7 @@ impl World {
             match self.rng.below(4) {
                 0 if self.delivered < self.to_target.len() && !self.conn.receiving_paused() => self.deliver(),
                 1 => self.transmit(),
-                2 => self.wait_for_memory(),
+                2 => self.let_time_pass(),
                 _ => self.serve(),
             }
             if self.conn.is_closed() {

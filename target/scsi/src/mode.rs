@@ -149,11 +149,12 @@ fn page(code: (u8, u8), values: Settings, thresholds: &[u32], changeable: bool) 
     let (first, head, len): (u8, &[u8], u8) = match page_code {
         // PS: what MODE SELECT sets here can be saved.
         CACHING => (0x80, &[bit(values.write_cache, 0x04)], 18),
+        // TST 001b: a task set for each I_T nexus, so that an ORDERED task and CLEAR TASK SET are a matter of its sender alone.
         // GLTSD: no log parameter is saved. QUEUE ALGORITHM MODIFIER 1: commands may be reordered.
         CONTROL => (
             0,
             &[
-                bit(values.descriptor_sense, 0x04) | fixed(0x02),
+                bit(values.descriptor_sense, 0x04) | fixed(0x22),
                 fixed(0x10),
                 bit(values.software_write_protect, 0x08),
             ],

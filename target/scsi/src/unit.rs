@@ -349,12 +349,12 @@ impl Unit {
         self.raise(UnitAttention::MediumChanged);
     }
 
-    /// CLEAR TASK SET by another I_T nexus ended tasks of these: TAS is zero, so this is how they hear of it.
-    pub fn commands_cleared(&mut self, victims: &[NexusId]) {
-        for victim in victims {
-            if let Some(nexus) = self.nexuses.get_mut(victim) {
-                nexus.pending.raise(UnitAttention::CommandsCleared);
-            }
+    /// Another I_T nexus ended the tasks of this one: TAS is zero, so this is how it hears of it. To be called when no task of
+    /// before can begin any more, and before the first one afterwards: an attention that is raised earlier may be taken by a
+    /// task that then ends without a word.
+    pub fn tasks_ended(&mut self, victim: NexusId, cause: UnitAttention) {
+        if let Some(nexus) = self.nexuses.get_mut(&victim) {
+            nexus.pending.raise(cause);
         }
     }
 

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use stillpoint_iscsi::{Command, Outcome};
 use stillpoint_scsi::{
     BlockError, BlockOp, BlockResult, Context, CopyError, CopyOutcome, CopyTicket, NexusId, NexusName, Plan,
-    Reply, ReservationChange, RodToken, TargetPort, Unit, UnitSpec,
+    Reply, ReservationChange, RodToken, TargetPort, Unit, UnitAttention, UnitSpec,
 };
 
 use super::backend::LunBackend;
@@ -228,10 +228,9 @@ impl Lun {
         self.unit().lun_reset();
     }
 
-    /// CLEAR TASK SET by this session: the others are told that their commands are gone (6/2F/00).
-    pub(crate) fn task_set_cleared(&self, others: impl Iterator<Item = u64>) {
-        let others: Vec<_> = others.map(NexusId).collect();
-        self.unit().commands_cleared(&others);
+    /// Another session ended this one's tasks.
+    pub(crate) fn tasks_ended(&self, session: u64, cause: UnitAttention) {
+        self.unit().tasks_ended(NexusId(session), cause);
     }
 
     /// Decides what a command means.
@@ -330,6 +329,7 @@ impl Lun {
             let (done, wait) = tokio::sync::oneshot::channel();
             victim.tell(Control::AbortTasks {
                 luns: vec![number],
+                cause: UnitAttention::CommandsCleared,
                 done,
             });
             waits.push(wait);
@@ -437,6 +437,8 @@ impl Planned {
                     (failed, Ok(())) => failed,
                 }
             }
+            // Aborted before it began: nobody hears of the result, and the medium is left alone.
+            _ if job.cancel.is_cancelled() => BlockResult::Failed(BlockError::Aborted),
             op => lun.backend().execute(op, &data, lun.settings.block_size),
         };
         lun.outcome(planned.finish(result))

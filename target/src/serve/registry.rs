@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use stillpoint_config::{Access, Chap};
-use stillpoint_scsi::TargetPort;
+use stillpoint_scsi::{TargetPort, UnitAttention};
 use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio_util::sync::CancellationToken;
 
@@ -111,6 +111,8 @@ pub(crate) enum Control {
     AbortTasks {
         /// Numbers of the LUNs.
         luns: Vec<u16>,
+        /// What the initiator hears of it with its next command.
+        cause: UnitAttention,
         /// Told when none of those tasks can begin any more; what runs, a drain of the LUN waits for. Dropped when the session
         /// is ending, which comes to the same.
         done: tokio::sync::oneshot::Sender<()>,
@@ -707,7 +709,11 @@ mod tests {
         let mut waits = Vec::new();
         for _ in 0..5 {
             let (done, wait) = tokio::sync::oneshot::channel();
-            session.tell(Control::AbortTasks { luns: vec![0], done });
+            session.tell(Control::AbortTasks {
+                luns: vec![0],
+                cause: UnitAttention::DeviceReset,
+                done,
+            });
             waits.push(wait);
         }
         assert!(

@@ -15,8 +15,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use stillpoint_iscsi::{
-    Admission, Command, Connection, Event, Frame, LoginStatus, Lun as LunField, Outcome, TaskId, TmfId,
-    TmfResponse, Tsih,
+    Admission, Command, Connection, Event, Frame, LoginStatus, Outcome, TaskId, TmfId, TmfResponse, Tsih,
 };
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
@@ -518,11 +517,10 @@ impl Task {
             }
             Control::Trace(order) => self.trace(order),
             Control::Wake => {}
-            Control::AbortTasks { luns, done } => {
+            Control::AbortTasks { luns, cause, done } => {
                 // Tasks that run end without a trace; the sender waits for them by draining the LUN.
-                for lun in luns.into_iter().filter_map(LunField::from_number) {
-                    let aborted = self.conn.abort_lun_tasks(Some(lun));
-                    self.cancel(&aborted);
+                for number in luns {
+                    self.abort_lun(number, cause);
                 }
                 let _ = done.send(());
             }

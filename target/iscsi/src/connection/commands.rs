@@ -1,6 +1,6 @@
 //! SCSI commands: their data on its way in, their turn, and their answers.
 
-use super::full::{Full, MEMORY};
+use super::full::{DEAD_TAGS, Full, MEMORY};
 use crate::buffer::Buffer;
 use crate::error::{Error, RejectReason};
 use crate::event::{Cdb, Command, Outcome};
@@ -107,7 +107,7 @@ impl Full<'_> {
 
     /// Remembers a tag whose data may still come.
     pub(super) fn bury(&mut self, itt: Itt, ttt: Ttt) {
-        if self.session.dead_tags.len() == MEMORY {
+        if self.session.dead_tags.len() == DEAD_TAGS {
             self.session.dead_tags.pop_front();
         }
         self.session.dead_tags.push_back((itt, ttt));
@@ -147,7 +147,9 @@ impl Full<'_> {
             .filter(|task| task.progress == Progress::Collecting);
         let Some(task) = task.filter(|_| !dead || pdu.ttt == Ttt::RESERVED) else {
             // Late data of an aborted task is expected and ignored; a tag that never was is the initiator's fault.
-            if !dead && received.digest_ok {
+            if dead && pdu.is_final {
+                self.aborted_data_ended(pdu.itt, pdu.ttt);
+            } else if !dead && received.digest_ok {
                 self.reject(&received.head, RejectReason::INVALID_FIELD);
             }
             return;

@@ -30,8 +30,11 @@ use crate::types::{CmdSn, DataSn, Itt, Lun, SessionType, TaskId, TmfId, Ttt};
 /// the abort of a task that has just ended is complete.
 const VMWARE_NAME: &str = "iqn.1998-01.com.vmware:";
 
-/// How many finished tasks and dead transfer tags are remembered.
+/// How many finished tasks are remembered.
 pub(super) const MEMORY: usize = 256;
+
+/// How many tags of aborted transfers are remembered: a whole window of writes has four R2Ts each.
+pub(super) const DEAD_TAGS: usize = 512;
 
 /// A session in full feature phase.
 pub(super) struct Session {
@@ -291,6 +294,11 @@ impl Full<'_> {
     /// NOP-Out: a ping of the initiator's, the answer to one of ours, or only an acknowledgement (§11.18).
     fn on_nop_out(&mut self, head: &Head, data: Bytes) {
         let nop = NopOut::parse(&head.bhs);
+        if self.session.session_type == SessionType::Discovery {
+            // "MUST ONLY accept Text Requests [...] and a Logout Request. [...] All other requests MUST be rejected" (§4.3).
+            self.reject(head, RejectReason::PROTOCOL_ERROR);
+            return;
+        }
         if nop.ttt != Ttt::RESERVED && self.timers.pong(nop.ttt) {
             self.events.push_back(Event::Pong);
         }

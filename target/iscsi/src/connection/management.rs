@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::full::Full;
 use crate::error::RejectReason;
-use crate::event::Event;
+use crate::event::{EndedTasks, Event};
 use crate::pdu::{LogoutRequest, LogoutResponse, NopIn, Numbers, TmfReply, TmfRequest};
 use crate::receive::Head;
 use crate::task::{Progress, Task};
@@ -36,6 +36,24 @@ pub(super) struct OpenTmf {
     function: TmfFunction,
     waits_for: usize,
     response: Option<TmfResponse>,
+    /// R2Ts of its tasks whose data is still to come, and how long we wait for it.
+    data: Vec<(Itt, Ttt)>,
+    data_until: Instant,
+}
+
+impl OpenTmf {
+    /// When it waits for data no longer.
+    pub(super) fn data_deadline(&self) -> Option<Instant> {
+        (!self.data.is_empty()).then_some(self.data_until)
+    }
+}
+
+/// What an abort has ended.
+#[derive(Default)]
+struct Ended {
+    tasks: usize,
+    /// R2Ts that the initiator may still answer.
+    asked: Vec<(Itt, Ttt)>,
 }
 
 /// A logout that is not answered: the owner still runs tasks.
@@ -132,7 +150,7 @@ impl Full<'_> {
     fn begin_tmf(&mut self, request: &TmfRequest, scope: Scope) {
         let tmf = TmfId(self.session.next_tmf);
         self.session.next_tmf += 1;
-        self.abort(scope);
+        let ended = self.abort(scope);
         let mut affected = Vec::new();
         for (id, aborted) in &mut self.session.aborted {
             if scope.covers(aborted.itt, aborted.lun, aborted.cmd_sn) {
@@ -150,6 +168,12 @@ impl Full<'_> {
             function: request.function,
             waits_for: affected.len(),
             response: None,
+            // "MUST wait for responses on currently valid Target Transfer Tags of the affected tasks" (§4.2.3.3 a).
+            data: match scope {
+                Scope::Task(_) => Vec::new(),
+                _ => ended.asked,
+            },
+            data_until: self.now + self.config.times.aborted_data,
         };
         self.session.tmfs.insert(tmf, open);
         self.events.push_back(Event::TaskManagement {
@@ -161,14 +185,19 @@ impl Full<'_> {
     }
 
     /// Ends tasks without a status. Those that the owner runs stay known until it is done with them.
-    fn abort(&mut self, scope: Scope) {
+    fn abort(&mut self, scope: Scope) -> Ended {
+        let mut ended = Ended::default();
         let covered = |task: &Task| scope.covers(task.itt(), task.lun, task.cmd_sn);
         for id in self.session.tasks.matching(covered) {
             let Some(task) = self.session.tasks.remove(id) else {
                 continue;
             };
+            ended.tasks += 1;
             for ttt in task.inbound.open_tags().collect::<Vec<Ttt>>() {
                 self.bury(task.itt(), ttt);
+                if ttt != Ttt::RESERVED {
+                    ended.asked.push((task.itt(), ttt));
+                }
             }
             self.session.budget.sequences_end(task.inbound.open_sequences());
             if task.immediate {
@@ -195,13 +224,41 @@ impl Full<'_> {
             }
         }
         self.pump_r2ts();
+        ended
+    }
+
+    /// The last data of an R2T came whose task has been aborted: a function that waits for it may be over.
+    pub(super) fn aborted_data_ended(&mut self, itt: Itt, ttt: Ttt) {
+        self.session.dead_tags.retain(|tag| *tag != (itt, ttt));
+        let mut told = Vec::new();
+        for (id, tmf) in &mut self.session.tmfs {
+            let before = tmf.data.len();
+            tmf.data.retain(|tag| *tag != (itt, ttt));
+            if tmf.data.len() < before {
+                told.push(*id);
+            }
+        }
+        told.into_iter().for_each(|tmf| self.finish_tmf(tmf));
+    }
+
+    /// Functions whose time to wait for data is over go on without: what comes late is ignored by its tag. open-iscsi sends
+    /// nothing any more (`FastAbort = Yes`, its default).
+    pub(super) fn aborted_data_overdue(&mut self) {
+        let mut told = Vec::new();
+        for (id, tmf) in &mut self.session.tmfs {
+            if tmf.data_deadline().is_some_and(|until| until <= self.now) {
+                tmf.data.clear();
+                told.push(*id);
+            }
+        }
+        told.into_iter().for_each(|tmf| self.finish_tmf(tmf));
     }
 
     /// Another I_T nexus ended these tasks.
-    pub(super) fn abort_for_other(&mut self, lun: Option<Lun>) -> Vec<TaskId> {
+    pub(super) fn abort_for_other(&mut self, lun: Option<Lun>) -> EndedTasks {
         let scope = lun.map_or(Scope::All, Scope::Lun);
         let before = self.window.max_cmd_sn();
-        self.abort(scope);
+        let ended = self.abort(scope);
         if self.window.max_cmd_sn() != before && self.session.session_type == SessionType::Normal {
             // No status will tell that the window has moved (§11.19).
             let news = NopIn {
@@ -221,7 +278,10 @@ impl Full<'_> {
             .map(|(id, _)| *id)
             .collect();
         running.sort_unstable();
-        running
+        EndedTasks {
+            count: ended.tasks,
+            running,
+        }
     }
 
     /// The owner is done with a task that was aborted: whoever waited for that may go on.
@@ -254,10 +314,15 @@ impl Full<'_> {
             function,
             waits_for: 0,
             response: Some(response),
+            ref data,
+            ..
         }) = self.session.tmfs.get(&tmf)
         else {
             return;
         };
+        if !data.is_empty() {
+            return;
+        }
         self.session.tmfs.remove(&tmf);
         self.reply_tmf(itt, response);
         if function == TmfFunction::TARGET_COLD_RESET && response == TmfResponse::COMPLETE {

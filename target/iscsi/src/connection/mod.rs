@@ -26,7 +26,7 @@ use self::full::{Full, Session};
 use self::timers::Timers;
 use crate::config::ConnectionConfig;
 use crate::error::Error;
-use crate::event::{Admission, Counters, Directory, Event, Outcome, Phase, SessionInfo};
+use crate::event::{Admission, Counters, Directory, EndedTasks, Event, Outcome, Phase, SessionInfo};
 use crate::frame::{Digests, Frame};
 use crate::login::{DEFAULT_MAX_RECV, Entropy, Login, LoginReply, Names};
 use crate::pdu::{AsyncEvent, AsyncMessage, Numbers};
@@ -294,16 +294,14 @@ impl Connection {
         self.settle();
     }
 
-    /// Another I_T nexus cleared the tasks of this LUN (`None`: of every LUN). They end without a status (TAS=0).
-    ///
-    /// Returns those that the owner still runs; their completion is swallowed.
-    pub fn abort_lun_tasks(&mut self, lun: Option<Lun>) -> Vec<TaskId> {
-        let running = self
+    /// Another I_T nexus ended the tasks of this LUN (`None`: of every LUN). They end without a status (TAS=0).
+    pub fn abort_lun_tasks(&mut self, lun: Option<Lun>) -> EndedTasks {
+        let ended = self
             .full()
             .map(|mut full| full.abort_for_other(lun))
             .unwrap_or_default();
         self.settle();
-        running
+        ended
     }
 
     /// Records every PDU from now on, or no longer. What was recorded and not taken is dropped.

@@ -3,6 +3,7 @@
 
 use std::time::Instant;
 
+use super::management::OpenTmf;
 use super::{Connection, State};
 use crate::config::TimeConfig;
 use crate::error::Error;
@@ -41,6 +42,7 @@ enum Due {
     Cleanup,
     DataOut,
     Stall,
+    AbortedData,
     Ping,
     Pong,
     Silence,
@@ -197,10 +199,12 @@ impl Connection {
             .logout
             .as_ref()
             .map(|logout| (logout.deadline, Due::Cleanup));
+        let aborted = session.tmfs.values().filter_map(OpenTmf::data_deadline).min();
+        let aborted = aborted.map(|until| (until, Due::AbortedData));
         let logout = timers.logout_by.map(|by| (by, Due::Logout));
         let paused = session.must_pause(self.now).then(|| self.now + RETRY);
         let memory = session.share.retry_at.or(paused).map(|at| (at, Due::Memory));
-        [silence, data_out, cleanup, logout, stall, memory]
+        [silence, data_out, cleanup, logout, stall, memory, aborted]
             .into_iter()
             .flatten()
             .min_by_key(|(at, _)| *at)
@@ -223,6 +227,12 @@ impl Connection {
                 // Nothing that waits will ever leave.
                 self.tx.clear();
                 Err(Error::PeerNotReading)
+            }
+            Due::AbortedData => {
+                if let Some(mut full) = self.full() {
+                    full.aborted_data_overdue();
+                }
+                Ok(())
             }
             Due::Ping => {
                 if let Some(mut full) = self.full() {

@@ -1,6 +1,6 @@
 //! Unit attentions: who hears what, and which commands do not mind.
 
-use stillpoint_scsi::{Context, NexusId, Plan, TargetPort};
+use stillpoint_scsi::{Context, NexusId, Plan, TargetPort, UnitAttention};
 
 use crate::bench::*;
 
@@ -65,7 +65,10 @@ fn every_event_has_its_code_and_reaches_everybody() {
         },
     ]);
     assert_eq!(both(&mut bench), [Some(0x3f03); 2]);
-    bench.unit.commands_cleared(&[NexusId(1), NexusId(99)]);
+    for victim in [1, 99] {
+        let cause = UnitAttention::CommandsCleared;
+        bench.unit.tasks_ended(NexusId(victim), cause);
+    }
     assert_eq!(both(&mut bench), [None, Some(0x2f00)]);
 }
 

@@ -46,7 +46,8 @@ impl Cancel {
         self.0.store(true, Relaxed);
     }
 
-    fn is_cancelled(&self) -> bool {
+    /// Whether it is to.
+    pub(crate) fn is_cancelled(&self) -> bool {
         self.0.load(Relaxed)
     }
 }

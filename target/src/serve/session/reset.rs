@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use stillpoint_iscsi::{Lun as LunField, TmfFunction, TmfId, TmfResponse};
+use stillpoint_scsi::UnitAttention;
 use tokio::sync::oneshot;
 
 use super::Task;
@@ -19,44 +20,43 @@ impl Task {
             self.conn.tmf_complete(now, tmf, TmfResponse::REJECTED);
             return;
         };
-        // ABORT TASK and ABORT TASK SET concern this session's own tasks, which the protocol layer knows.
-        let (reset, everywhere) = match function {
-            TmfFunction::CLEAR_TASK_SET => (false, false),
-            TmfFunction::LOGICAL_UNIT_RESET => (true, false),
-            TmfFunction::TARGET_WARM_RESET | TmfFunction::TARGET_COLD_RESET => (true, true),
+        let rules = session.target.rules();
+        let there = rules.luns.iter().any(|(number, _)| lun.number() == Some(*number));
+        let everywhere = match function {
+            TmfFunction::LOGICAL_UNIT_RESET => false,
+            TmfFunction::TARGET_WARM_RESET | TmfFunction::TARGET_COLD_RESET => true,
+            // The others concern this session's own tasks, which the protocol layer knows: every I_T nexus has a task set of its
+            // own (TST 001b in the control mode page).
+            TmfFunction::ABORT_TASK_SET | TmfFunction::CLEAR_TASK_SET if !there => {
+                self.conn.tmf_complete(now, tmf, TmfResponse::LUN_DOES_NOT_EXIST);
+                return;
+            }
             _ => {
                 self.conn.tmf_complete(now, tmf, TmfResponse::COMPLETE);
                 return;
             }
         };
-        let rules = session.target.rules();
+        if !everywhere && !there {
+            self.conn.tmf_complete(now, tmf, TmfResponse::LUN_DOES_NOT_EXIST);
+            return;
+        }
         let affected: Vec<Arc<Lun>> = rules
             .luns
             .iter()
             .filter(|(number, _)| everywhere || lun.number() == Some(*number))
             .map(|(_, lun)| Arc::clone(lun))
             .collect();
-        if affected.is_empty() && !everywhere {
-            self.conn.tmf_complete(now, tmf, TmfResponse::LUN_DOES_NOT_EXIST);
-            return;
-        }
         tracing::info!(?function, lun = ?lun.number(), "reset by the initiator");
+        affected.iter().for_each(|lun| lun.reset());
         let others = self.daemon.registry.sessions_with(|other| other.id != session.id);
         let shares = |other: &Session, lun: &Lun| other.target.rules().number_of(lun);
-        for lun in &affected {
-            if reset {
-                lun.reset();
-            } else {
-                let sharing = others.iter().filter(|other| shares(other, lun).is_some());
-                lun.task_set_cleared(sharing.map(|other| other.id));
-            }
-        }
         let mut waits = Vec::new();
         for other in &others {
             let luns: Vec<u16> = affected.iter().filter_map(|lun| shares(other, lun)).collect();
             if !luns.is_empty() {
                 let (done, wait) = oneshot::channel();
-                other.tell(Control::AbortTasks { luns, done });
+                let cause = UnitAttention::DeviceReset;
+                other.tell(Control::AbortTasks { luns, cause, done });
                 waits.push(wait);
             }
         }
@@ -78,5 +78,23 @@ impl Task {
             }
             let _ = finish.send((tmf, TmfResponse::COMPLETE));
         });
+    }
+
+    /// Another session ended the tasks of this LUN. Whatever of them has begun, the other waits for.
+    ///
+    /// The initiator is told here, and not by whoever ended them: its next command might have taken the unit attention before
+    /// its last ones were ended, and would never have learnt of their end.
+    pub(super) fn abort_lun(&mut self, number: u16, cause: UnitAttention) {
+        let (Some(session), Some(field)) = (&self.session, LunField::from_number(number)) else {
+            return;
+        };
+        let ended = self.conn.abort_lun_tasks(Some(field));
+        let rules = session.target.rules();
+        if ended.count > 0
+            && let Some((_, lun)) = rules.luns.iter().find(|(known, _)| *known == number)
+        {
+            lun.tasks_ended(session.id, cause);
+        }
+        self.cancel(&ended.running);
     }
 }
