@@ -32,13 +32,19 @@ pub struct RepairPlan {
     pub losses: Vec<String>,
     /// Commits that are missing: volumes go back to before them. Needs its own yes.
     pub lost_commits: Option<u64>,
+    /// Background jobs whose records are damaged. One that was zeroing or copying hid what was there before, which shows
+    /// again without it. Needs its own yes.
+    pub lost_jobs: Vec<u64>,
 }
 
 impl RepairPlan {
     /// Whether there is nothing to do.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.fixes.is_empty() && self.losses.is_empty() && self.lost_commits.is_none()
+        self.fixes.is_empty()
+            && self.losses.is_empty()
+            && self.lost_commits.is_none()
+            && self.lost_jobs.is_empty()
     }
 }
 
@@ -50,6 +56,8 @@ pub struct RepairOptions {
     /// Go back to the newest commit that is there (invariant I7 is broken): later ones are lost, and blocks that they freed
     /// and used again show foreign data where no checksum tells.
     pub accept_lost_commits: bool,
+    /// Forget background jobs whose records are damaged: where one was zeroing or copying, old data shows again.
+    pub accept_lost_jobs: bool,
 }
 
 /// Repairs the metadata of the pool in `dir`, which no process may have open. What was there is kept as
@@ -125,11 +133,22 @@ impl Repair {
             return Ok(false);
         }
         match self.plan.lost_commits {
-            Some(commits) if !options.accept_lost_commits => Err(Error::refused(format!(
-                "{commits} commits are missing: restore a dump (`store restore`) or a backup, or accept their loss with \
-                 --accept-lost-commits"
+            Some(commits) if !options.accept_lost_commits => {
+                return Err(Error::refused(format!(
+                    "{commits} commits are missing: restore a dump (`store restore`) or a backup, or accept their loss \
+                     with --accept-lost-commits"
+                )));
+            }
+            _ => {}
+        }
+        match self.plan.lost_jobs.as_slice() {
+            [] => Ok(true),
+            _ if options.accept_lost_jobs => Ok(true),
+            lost => Err(Error::refused(format!(
+                "the records of {} background jobs are damaged, and where one was zeroing or copying, old data would show \
+                 again: restore a dump (`store restore`) or a backup, or accept that with --accept-lost-jobs",
+                lost.len()
             ))),
-            _ => Ok(true),
         }
     }
 
@@ -226,9 +245,13 @@ impl Repair {
                         name.unwrap_or_default()
                     ));
                 }
-                Key::Job(id) => plan
-                    .losses
-                    .push(format!("background job {id}: its space may stay in use")),
+                // Nothing else says what it was: a range that was being zeroed is not marked in the map.
+                Key::Job(id) => {
+                    plan.lost_jobs.push(id);
+                    plan.losses.push(format!(
+                        "background job {id}: where it was zeroing or copying, what was there before shows again"
+                    ));
+                }
                 Key::Bad(grain) => plan
                     .losses
                     .push(format!("that grain {grain} is bad: a scrub finds it again")),

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use stillpoint_snapshot::meta::{Batch, MetaStore};
 use stillpoint_snapshot::sim::{Loss, Rng, World};
 use stillpoint_snapshot::{
-    CheckReport, Checksums, CloneSpec, Error, Pool, PoolOptions, ProblemKind, RepairOptions, RepairPlan,
-    SnapshotSpec, Volume, VolumeSpec, check_media, repair_media,
+    CheckReport, Checksums, CloneSpec, CopySource, Error, Pool, PoolOptions, ProblemKind, RepairOptions,
+    RepairPlan, SnapshotSpec, Volume, VolumeSpec, check_media, repair_media,
 };
 
 const GRAIN: usize = 4096;
@@ -28,6 +28,8 @@ fn options() -> PoolOptions {
         min_free_bytes: 0,
         cache_bytes: 16 << 10,
         checkpoint_txgs: 2,
+        job_pages: 1,
+        tombstone_bytes: 64 * GRAIN as u64,
         ..PoolOptions::default()
     }
 }
@@ -54,8 +56,28 @@ fn fill(volume: &Volume, rng: &mut Rng) {
     volume.write(at * GRAIN as u64, &data, false).unwrap();
 }
 
-/// A pool with history: snapshots, a clone with its own pages, holes, a revert.
+/// Zeroes more than a page: a tombstone.
+fn bury(volume: &Volume, rng: &mut Rng) {
+    let first = rng.below(GRAINS - 140);
+    let count = 130 + rng.below(GRAINS - 130 - first);
+    let (at, len) = (first * GRAIN as u64, count * GRAIN as u64);
+    match rng.chance(50) {
+        true => volume.unmap(&[(at, len)]).unwrap(),
+        false => volume.write_zeroes(at, len, false).unwrap(),
+    }
+}
+
+/// A pool with history: snapshots, a clone with its own pages, holes.
 fn lived_in(seed: u64) -> World {
+    history(seed, false)
+}
+
+/// The same with tombstones and copies by reference; some of their jobs are not done.
+fn lived_in_with_jobs(seed: u64) -> World {
+    history(seed, true)
+}
+
+fn history(seed: u64, jobs: bool) -> World {
     let (world, mut rng) = (World::new(), Rng::new(seed));
     let pool = Pool::create_with(Arc::new(world.disk()), Box::new(world.meta()), &options()).unwrap();
     for name in ["a", "b"] {
@@ -77,6 +99,19 @@ fn lived_in(seed: u64) -> World {
             (0..4).for_each(|_| fill(&v, &mut rng));
             v.unmap(&[(rng.below(GRAINS) * GRAIN as u64, GRAIN as u64)])
                 .unwrap();
+            if jobs && rng.chance(40) {
+                bury(&v, &mut rng);
+                if rng.chance(50) {
+                    fill(&v, &mut rng);
+                }
+            }
+            if jobs && rng.chance(30) {
+                let other = pool.volume("b").unwrap();
+                let (from, to) = (rng.below(100), rng.below(100));
+                let [from, to] = [from, to].map(|g| g * GRAIN as u64);
+                v.copy(to, &CopySource::Volume(&other), from, 90 * GRAIN as u64)
+                    .unwrap();
+            }
             let spec = SnapshotSpec {
                 name: format!("s{round}"),
                 ..SnapshotSpec::default()
@@ -95,13 +130,20 @@ fn lived_in(seed: u64) -> World {
             pool.run_sealing(20).unwrap();
         }
         pool.step().unwrap();
+        if jobs && rng.chance(50) {
+            pool.run_jobs(1 + rng.index(4)).unwrap();
+        }
     }
     let snapshots = pool.snapshots(None);
     pool.delete_snapshot(rng.pick(&snapshots).unwrap().id).unwrap();
     pool.volumes()
         .iter()
         .for_each(|v| fill(&pool.volume(&v.name).unwrap(), &mut rng));
-    while pool.run_jobs(10).unwrap() > 0 {}
+    if jobs {
+        pool.run_jobs(rng.index(6)).unwrap();
+    } else {
+        while pool.run_jobs(10).unwrap() > 0 {}
+    }
     pool.shutdown().unwrap();
     still(&world)
 }
@@ -166,7 +208,21 @@ fn repaired(world: &World, options: RepairOptions) -> Result<(RepairPlan, Pool, 
 
 #[test]
 fn bitmaps_counts_and_lists_come_back_from_the_map() {
-    let world = lived_in(1);
+    bitmaps_come_back(lived_in(1));
+}
+
+#[test]
+fn bitmaps_come_back_below_tombstones_and_copies() {
+    let mut unfinished = 0;
+    for seed in 0..8 {
+        let world = lived_in_with_jobs(seed);
+        unfinished += usize::from(!all_of(&world, b'D').is_empty());
+        bitmaps_come_back(world);
+    }
+    assert!(unfinished > 3, "{unfinished} of 8 had jobs");
+}
+
+fn bitmaps_come_back(world: World) {
     let before = see(&open(&still(&world)));
     let plan = repair_media(
         &world.disk(),
@@ -192,9 +248,18 @@ fn bitmaps_counts_and_lists_come_back_from_the_map() {
 
 #[test]
 fn of_a_damaged_page_every_byte_is_what_it_was_or_an_error() {
+    damaged_pages(16, lived_in);
+}
+
+#[test]
+fn of_a_damaged_page_below_tombstones_and_copies_every_byte_is_what_it_was_or_an_error() {
+    damaged_pages(12, lived_in_with_jobs);
+}
+
+fn damaged_pages(seeds: u64, make: fn(u64) -> World) {
     let (mut lost_something, mut lost_nothing) = (0, 0);
-    for seed in 0..16 {
-        let world = lived_in(seed);
+    for seed in 0..seeds {
+        let world = make(seed);
         let before = see(&open(&still(&world)));
         let mut rng = Rng::new(seed ^ 0x77);
         for _ in 0..=rng.below(2) {
@@ -248,7 +313,94 @@ fn of_a_damaged_page_every_byte_is_what_it_was_or_an_error() {
             "seed {seed}"
         );
     }
-    assert!(lost_something > 3 && lost_something + lost_nothing == 16);
+    assert!(lost_something > 3 && lost_something + lost_nothing == seeds);
+}
+
+/// One volume, every grain of it written.
+fn full_volume() -> (World, Pool, Volume) {
+    let world = World::new();
+    let pool = Pool::create_with(Arc::new(world.disk()), Box::new(world.meta()), &options()).unwrap();
+    let spec = VolumeSpec {
+        name: "a".into(),
+        size_bytes: GRAINS * GRAIN as u64,
+        block_size: 512,
+        attributes: Vec::new(),
+    };
+    let a = pool.create_volume(&spec).unwrap();
+    a.write(0, &vec![7; GRAINS as usize * GRAIN], false).unwrap();
+    (world, pool, a)
+}
+
+/// What a tombstone made of a page is no witness of what the page was before.
+#[test]
+fn a_damaged_page_below_a_tombstone_is_not_taken_for_zeroes() {
+    let (world, pool, a) = full_volume();
+    let spec = SnapshotSpec {
+        name: "s".into(),
+        ..SnapshotSpec::default()
+    };
+    pool.begin_cut(&[a.id()], &spec).unwrap().commit().unwrap();
+    a.write_zeroes(0, GRAINS * GRAIN as u64, false).unwrap();
+    while pool.run_jobs(10).unwrap() > 0 {}
+    pool.shutdown().unwrap();
+    let world = still(&world);
+    // Page 1, the older of its two versions: epochs are stored so that the younger comes first.
+    let pages = all_of(&world, b'M');
+    let of_page = pages.into_iter().filter(|(key, _)| key[5..9] == [0, 0, 0, 1]);
+    let (key, mut value) = of_page.last().unwrap();
+    value[3] ^= 1;
+    apply(&world, vec![(key, Some(value))]);
+    let (plan, pool, _) = repaired(&world, RepairOptions::default()).unwrap();
+    assert!(!plan.losses.is_empty(), "{plan:?}");
+    let id = pool.snapshot("a", "s").unwrap().id;
+    let mut bytes = vec![1; GRAIN];
+    let read = pool.read_snapshot(id, 70 * GRAIN as u64, &mut bytes);
+    assert!(
+        matches!(read, Err(Error::Medium { .. })),
+        "{read:?}, {}",
+        bytes[0]
+    );
+    pool.read_snapshot(id, 140 * GRAIN as u64, &mut bytes).unwrap();
+    assert!(bytes == [7; GRAIN]);
+    pool.volume("a")
+        .unwrap()
+        .read(70 * GRAIN as u64, &mut bytes)
+        .unwrap();
+    assert!(
+        bytes == [0; GRAIN],
+        "the volume as it is now is not touched by it"
+    );
+}
+
+/// A tombstone is nothing but its job: without it, what it zeroed is back.
+#[test]
+fn a_job_whose_record_is_damaged_needs_its_own_yes() {
+    let (world, pool, a) = full_volume();
+    a.unmap(&[(0, GRAINS * GRAIN as u64)]).unwrap();
+    pool.shutdown().unwrap();
+    let world = still(&world);
+    let (key, mut value) = all_of(&world, b'D').pop().unwrap();
+    value[5] ^= 1;
+    apply(&world, vec![(key, Some(value))]);
+    let plan = repaired_plan(&world);
+    assert_eq!((plan.lost_jobs.len(), plan.losses.len()), (1, 1), "{plan:?}");
+    match repaired(&world, RepairOptions::default()) {
+        Err(Error::Refused { reason }) => assert!(reason.contains("--accept-lost-jobs"), "{reason}"),
+        other => panic!("{:?}", other.map(|(plan, ..)| plan)),
+    }
+    let accept = RepairOptions {
+        accept_lost_jobs: true,
+        ..RepairOptions::default()
+    };
+    let (plan, pool, new) = repaired(&world, accept).unwrap();
+    assert!(plan.losses[0].contains("shows again"), "{plan:?}");
+    assert!(check(&new).is_clean(), "{}", check(&new));
+    let mut bytes = vec![0; GRAIN];
+    pool.volume("a")
+        .unwrap()
+        .read(64 * GRAIN as u64, &mut bytes)
+        .unwrap();
+    assert!(bytes == [7; GRAIN], "what was said");
 }
 
 #[test]

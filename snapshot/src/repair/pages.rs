@@ -11,7 +11,7 @@ use crate::offline::{Overlay, Pages, Versions, each};
 use crate::page::{Entry, PAGE_ENTRIES, Page, PageNo};
 use crate::record::{self, BadRecord, Key, PageKey, SystemRecord, table};
 use crate::tomb::Tombs;
-use crate::types::{BranchId, Epoch, SnapshotState};
+use crate::types::{BranchId, Epoch, SnapshotId, SnapshotState};
 
 /// Stored page versions that do not decode. Each gets grains of its own behind the end of the data file, with a checksum that
 /// nothing there has: what is not known reads as an error until it is written.
@@ -166,6 +166,8 @@ impl LostPages {
                             .find(|(at, e)| !e.is_hole() && e.birth() <= *at)
                             .map(|(_, e)| e)
                     });
+                    // A tombstone makes zeroes where this version, for older readers, has data.
+                    let copied = copied.filter(|e| !may_be_buried(records, key, *e));
                     if let Some(entry) = copied {
                         content.set(index, entry);
                     } else if fits(records, system, key, index) {
@@ -200,6 +202,16 @@ fn fits(records: &Records, system: &SystemRecord, key: PageKey, index: u8) -> bo
 fn inherited((epoch, page): &(Epoch, Page), index: u8) -> Option<Entry> {
     let entry = page.at(index);
     (!entry.is_hole() && entry.birth() < *epoch).then_some(entry)
+}
+
+/// Whether a younger version's zeroes may come from a tombstone, which took the epoch that they were born in, rather than
+/// from the damaged version. A snapshot that was cut then says that no tombstone was.
+fn may_be_buried(records: &Records, damaged: PageKey, entry: Entry) -> bool {
+    let at = SnapshotId {
+        branch: damaged.branch,
+        epoch: entry.birth(),
+    };
+    entry.is_zero() && entry.birth() >= damaged.epoch && !records.snapshots.contains_key(&at)
 }
 
 /// What unwritten space does not have.

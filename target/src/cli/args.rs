@@ -367,6 +367,9 @@ pub(crate) enum StoreVerb {
         /// Go back to the newest commit that is there, when later ones are missing
         #[arg(long)]
         accept_lost_commits: bool,
+        /// Forget background jobs whose records are damaged: where one was zeroing or copying, old data shows again
+        #[arg(long)]
+        accept_lost_jobs: bool,
         /// The data directory, when no configuration names it
         #[arg(long, value_name = "DIR")]
         data_dir: Option<PathBuf>,

@@ -209,6 +209,16 @@ pub(crate) fn store_repair(
             "restore a dump (`store restore`) or a backup; --accept-lost-commits goes back to before them: what was written since is lost, and blocks that were freed and used again since show foreign data where no checksum tells",
         ));
     }
+    if !plan.lost_jobs.is_empty() && !options.accept_lost_jobs {
+        return Err(Refusal::refused(
+            "lost_jobs",
+            format!(
+                "the records of {} are damaged, and what a job was zeroing or copying would show old data again",
+                count(plan.lost_jobs.len(), "background job")
+            ),
+            "restore a dump (`store restore`) or a backup; --accept-lost-jobs forgets these jobs: blocks that were unmapped, zeroed or copied shortly before may show what was there before",
+        ));
+    }
     if !global.json && !global.quiet {
         super::err(&super::show::details(&repair_view(&plan, &pool, false)));
     }
@@ -230,7 +240,7 @@ fn repair_view(plan: &RepairPlan, pool: &Path, repaired: bool) -> Value {
         .map(|problem| problem.text.as_str())
         .collect();
     json!({
-        "store": pool, "repaired": repaired, "needed": !plan.is_empty(), "lost_commits": plan.lost_commits,
+        "store": pool, "repaired": repaired, "needed": !plan.is_empty(), "lost_commits": plan.lost_commits, "lost_jobs": plan.lost_jobs,
         "losses": plan.losses, "fixes": plan.fixes, "problem_count": problems.len(), "problems": problems,
     })
 }

@@ -519,11 +519,13 @@ fn store(global: &Global, verb: StoreVerb) -> Result<(), Refusal> {
         StoreVerb::Repair {
             plan,
             accept_lost_commits,
+            accept_lost_jobs,
             data_dir,
         } => {
             let options = stillpoint_snapshot::RepairOptions {
                 plan,
                 accept_lost_commits,
+                accept_lost_jobs,
             };
             offline::store_repair(global, data_dir, options)
         }
