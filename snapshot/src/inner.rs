@@ -38,6 +38,8 @@ pub(crate) struct Inner {
     pub(crate) threads: Mutex<Vec<JoinHandle<()>>>,
     /// Jobs free what a dying snapshot holds; readers of snapshots (not of volumes) keep them out.
     pub(crate) job_gate: RwLock<()>,
+    /// Steps of jobs that are not durable yet: what they gave back counts as in use until then.
+    pub(crate) steps: AtomicUsize,
     /// Bytes written since the last sync of the data file began.
     pub(crate) unsynced_bytes: AtomicU64,
     pub(crate) data_syncs: AtomicU64,
@@ -130,6 +132,7 @@ impl Inner {
             warm,
             threads: Mutex::new(Vec::new()),
             job_gate: RwLock::new(()),
+            steps: AtomicUsize::new(0),
             unsynced_bytes: AtomicU64::new(0),
             data_syncs: AtomicU64::new(0),
             bad_count,

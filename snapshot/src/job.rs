@@ -2,6 +2,7 @@
 //! a time, in the order in which they were made, a bounded number of pages per commit, resumed by page number.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 
 use crate::inner::Inner;
 use crate::map::Version;
@@ -39,6 +40,22 @@ struct Neighbours {
     newer: Option<Epoch>,
 }
 
+/// Counts a step of a job until it is durable.
+struct Step<'a>(&'a Inner);
+
+impl<'a> Step<'a> {
+    fn of(inner: &'a Inner) -> Self {
+        inner.steps.fetch_add(1, Ordering::AcqRel);
+        Self(inner)
+    }
+}
+
+impl Drop for Step<'_> {
+    fn drop(&mut self) {
+        self.0.steps.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 impl Inner {
     /// One step of the first job, committed; `false` when there is nothing to do.
     ///
@@ -59,6 +76,7 @@ impl Inner {
         };
         // What the job will free must not be held by the durable state any more, and its pages must be listed in `E`.
         self.commit_through(since.unwrap_or(0))?;
+        let _step = Step::of(self);
         {
             let _alone = self
                 .job_gate

@@ -330,7 +330,7 @@ impl Pool {
             page_misses: state.map.misses,
             journal_bytes: state.journal_bytes(),
             most_pages_per_hold: state.most_pages,
-            jobs: state.jobs.len(),
+            jobs: state.jobs.len().max(self.inner.steps.load(Ordering::Acquire)),
             volumes: state.volumes.len(),
             snapshots: state.snapshots.len(),
             recovery_incomplete: self.inner.recovery_incomplete.load(Ordering::Acquire),

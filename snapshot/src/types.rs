@@ -358,7 +358,7 @@ pub struct PoolStats {
     pub journal_bytes: u64,
     /// Most map pages that were handled while everybody else waited, since the pool was opened.
     pub most_pages_per_hold: usize,
-    /// Background jobs waiting or running.
+    /// Background jobs waiting or running; 0 = what they gave back is given back.
     pub jobs: usize,
     /// Volumes.
     pub volumes: usize,
