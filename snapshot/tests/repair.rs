@@ -346,8 +346,8 @@ fn a_damaged_page_below_a_tombstone_is_not_taken_for_zeroes() {
     let world = still(&world);
     // Page 1, the older of its two versions: epochs are stored so that the younger comes first.
     let pages = all_of(&world, b'M');
-    let of_page = pages.into_iter().filter(|(key, _)| key[5..9] == [0, 0, 0, 1]);
-    let (key, mut value) = of_page.last().unwrap();
+    let page = |key: &[u8]| key[5..9] == [0, 0, 0, 1];
+    let (key, mut value) = pages.into_iter().rfind(|(key, _)| page(key)).unwrap();
     value[3] ^= 1;
     apply(&world, vec![(key, Some(value))]);
     let (plan, pool, _) = repaired(&world, RepairOptions::default()).unwrap();
