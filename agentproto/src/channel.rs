@@ -80,6 +80,8 @@ pub enum ChannelEvent {
     },
     /// Dialler: the peer refused the Hello. The channel is closed.
     HelloRefused(Refusal),
+    /// Acceptor: the peer's Hello was refused, because there is no version that both ends speak. The channel is closed.
+    VersionRefused(Refusal),
     /// A request: answer it with [`Channel::reply`].
     Request {
         /// Its id on this connection.
@@ -264,13 +266,10 @@ impl Channel {
 
     fn hello_asked(&mut self, id: u32, generation: u32, hello: Hello, deadline: Instant) {
         if hello.min_version > crate::VERSION || hello.max_version < crate::VERSION {
-            let (min, max) = (hello.min_version, hello.max_version);
-            let text = format!(
-                "no common protocol version: {min} to {max} there, {} here",
-                crate::VERSION
-            );
-            self.send_refusal(id, MessageType(1), Refusal::new(ErrorCode::Unsupported, text));
+            let refusal = Refusal::new(ErrorCode::Unsupported, no_common_version(&self.hello, &hello));
+            self.send_refusal(id, MessageType(1), refusal.clone());
             self.state = State::Closed;
+            self.events.push_back(ChannelEvent::VersionRefused(refusal));
             return;
         }
         self.state = State::Asked { id, deadline };
@@ -505,6 +504,25 @@ impl Channel {
     }
 }
 
+/// The same words for both ends: who is the older one, and what to do.
+fn no_common_version(ours: &Hello, theirs: &Hello) -> String {
+    let (old, new) = if theirs.max_version < ours.min_version {
+        (theirs, ours)
+    } else {
+        (ours, theirs)
+    };
+    format!(
+        "no common protocol version: {} speaks {} to {}, {} speaks {} to {}: upgrade {}",
+        old.product,
+        old.min_version,
+        old.max_version,
+        new.product,
+        new.min_version,
+        new.max_version,
+        old.product
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -683,12 +701,20 @@ mod tests {
         let mut a = Channel::dial(now, new, 0, MAX_BODY);
         let mut b = Channel::accepting(now, hello("b"), 0, MAX_BODY);
         carry(now, &mut a, &mut b);
-        assert!(b.is_closed() && b.poll_event().is_none());
+        assert!(b.is_closed());
+        let Some(ChannelEvent::VersionRefused(told)) = b.poll_event() else {
+            panic!("the accepting end's operator hears of it, too")
+        };
         carry(now, &mut b, &mut a);
         let Some(ChannelEvent::HelloRefused(refusal)) = a.poll_event() else {
             panic!()
         };
         assert_eq!(refusal.code, ErrorCode::Unsupported);
+        assert_eq!(refusal, told);
+        assert!(
+            refusal.text.ends_with("upgrade b"),
+            "the older end is named: {refusal}"
+        );
     }
 
     #[test]

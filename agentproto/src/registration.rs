@@ -132,7 +132,9 @@ impl AgentEnd {
                     self.channel
                         .reply(id, Err(Refusal::new(ErrorCode::Unsupported, text)));
                 }
-                ChannelEvent::HelloAsked { .. } | ChannelEvent::Progress { .. } => {}
+                ChannelEvent::HelloAsked { .. }
+                | ChannelEvent::VersionRefused(_)
+                | ChannelEvent::Progress { .. } => {}
             }
         }
     }
@@ -293,6 +295,8 @@ pub enum TargetEvent {
     },
     /// A line for the operator.
     Log(LogEvent),
+    /// There is no version that both ends speak; the agent was told so. Tell the operator.
+    VersionRefused(Refusal),
     /// No heartbeat within the lease: the agent is not connected any more; drop the connection.
     Expired,
 }
@@ -339,6 +343,9 @@ impl TargetEnd {
                 ChannelEvent::HelloAsked { hello, generation } => self.hello(hello, generation),
                 ChannelEvent::Request { id, request, .. } => self.request(now, id, request),
                 ChannelEvent::Log(event) if self.registered => self.events.push_back(TargetEvent::Log(event)),
+                ChannelEvent::VersionRefused(refusal) => {
+                    self.events.push_back(TargetEvent::VersionRefused(refusal));
+                }
                 _ => {}
             }
         }
@@ -530,6 +537,7 @@ mod tests {
             os: "o".into(),
             agent_version: "1".into(),
             boot_id: "b".into(),
+            advertise_host: None,
             listen_port: 11169,
             features: Capabilities::LINUX_FS,
             initiators: vec![],

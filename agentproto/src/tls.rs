@@ -3,7 +3,7 @@
 //! No names, no authorities, no dates: the pin is all there is. No resumption and no early data: nothing to replay. This makes
 //! configurations and opens no socket; behind the feature `tls`, because the state machines need none of it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_signature};
@@ -29,6 +29,38 @@ pub struct Exactly(pub Fingerprint);
 impl Pins for Exactly {
     fn accepts(&self, fingerprint: Fingerprint) -> bool {
         fingerprint == self.0
+    }
+}
+
+/// Asks other pins, and remembers which key was shown: a refusal can then name it.
+#[derive(Debug)]
+pub struct Shown {
+    pins: Arc<dyn Pins>,
+    refused: Mutex<Option<Fingerprint>>,
+}
+
+impl Shown {
+    /// Decides as `pins` does.
+    #[must_use]
+    pub fn new(pins: Arc<dyn Pins>) -> Arc<Self> {
+        Arc::new(Self {
+            pins,
+            refused: Mutex::default(),
+        })
+    }
+
+    /// The key that was shown and not accepted, if one was.
+    #[must_use]
+    pub fn refused(&self) -> Option<Fingerprint> {
+        *self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Pins for Shown {
+    fn accepts(&self, fingerprint: Fingerprint) -> bool {
+        let accepts = self.pins.accepts(fingerprint);
+        *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = (!accepts).then_some(fingerprint);
+        accepts
     }
 }
 

@@ -123,6 +123,9 @@ record!(
         boot_id: String = required tags::BOOT_ID,
         /// TCP port of the snapshot channel, as reached from the target (behind address translation: the outer one).
         listen_port: u16 = required tags::LISTEN_PORT,
+        /// The IP address to dial instead of the registration's source (address translation). An operator has to approve it: the
+        /// dial-back must not become a scanner.
+        advertise_host: Option<String> = optional tags::ADVERTISE_HOST,
         /// Features switched on.
         features: Capabilities = required tags::CAPABILITIES,
         /// Every iSCSI initiator name of the host (at most 256).

@@ -36,6 +36,7 @@ pub(super) const GRANT: Tag<LunIdentity> = Tag::plain(0x29);
 pub(super) const STATE: Tag<SessionState> = Tag::plain(0x2a);
 pub(super) const FROZEN_MS: Tag<u32> = Tag::plain(0x2b);
 pub(super) const CLOCK_UNIX_MS: Tag<u64> = Tag::plain(0x2c);
+pub(super) const ADVERTISE_HOST: Tag<String> = Tag::plain(0x2d);
 
 pub(super) const LUN_VOLUMES: Tag<LunVolumes> = Tag::plain(0x30);
 pub(super) const IDENTITY: Tag<LunIdentity> = Tag::plain(0x31);
