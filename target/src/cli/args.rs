@@ -294,6 +294,11 @@ pub(crate) enum AgentVerb {
         /// Name of the LUN
         lun: String,
     },
+    /// Dial an agent where it asks to be dialled (`advertise_host`), not where its registration comes from
+    Approve {
+        /// Its id, or the beginning of it, or its host
+        id: String,
+    },
     /// Trust an agent no longer
     Revoke {
         /// Its id, or the beginning of it, or its host

@@ -485,6 +485,7 @@ fn agent(global: &Global, verb: AgentVerb) -> Result<(), Refusal> {
         AgentVerb::Show { id } => show(global, &Request::AgentShow { id }),
         AgentVerb::Test { id } => show(global, &Request::AgentTest { id }),
         AgentVerb::Allow { id, lun } => show(global, &Request::AgentAllow { id, lun }),
+        AgentVerb::Approve { id } => show(global, &Request::AgentApprove { id }),
         AgentVerb::Revoke { id } => {
             confirm(
                 global,

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use stillpoint_agentproto::channel::{Channel, ChannelEvent};
 use stillpoint_agentproto::frame::MAX_BODY;
 use stillpoint_agentproto::message::{Capabilities, Hello, Reply, Request};
-use stillpoint_agentproto::{AgentId, ErrorCode, Refusal};
+use stillpoint_agentproto::tls::{Exactly, Shown};
+use stillpoint_agentproto::{AgentId, ErrorCode, Fingerprint, Refusal};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio_rustls::TlsConnector;
@@ -45,7 +47,7 @@ pub(super) fn hello() -> Hello {
 /// `Unreachable` with host, port, direction and what to do; or what the agent answered to the Hello.
 pub(super) async fn dial(shared: &Shared, record: &Record) -> Result<Link, Refusal> {
     let port = record.listen_port;
-    let Some(address) = record.address.map(|ip| SocketAddr::new(ip, port)) else {
+    let Some(address) = record.dialled() else {
         let text = format!(
             "the agent on {} has not registered yet: start stillpoint-agent there",
             record.host
@@ -74,15 +76,17 @@ pub(super) async fn dial(shared: &Shared, record: &Record) -> Result<Link, Refus
     stream
         .set_nodelay(true)
         .map_err(|error| unreachable(error.to_string()))?;
-    let config =
-        tls::client(&shared.identity, record.fingerprint).map_err(|error| unreachable(error.to_string()))?;
+    let pins = Shown::new(Arc::new(Exactly(record.fingerprint)));
+    let config = tls::client(&shared.identity, Arc::<Shown>::clone(&pins))
+        .map_err(|error| unreachable(error.to_string()))?;
     let handshake = TlsConnector::from(config).connect(tls::server_name(), stream);
     let stream = match tokio::time::timeout(DIAL_TIMEOUT, handshake).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
-            return Err(unreachable(format!(
-                "no TLS connection with the enrolled agent ({error})"
-            )));
+            let why = || unreachable(format!("no TLS connection with the enrolled agent ({error})"));
+            return Err(pins
+                .refused()
+                .map_or_else(why, |seen| other_key(record, address, seen)));
         }
         Err(_) => return Err(unreachable("the TLS handshake was not completed".to_owned())),
     };
@@ -102,6 +106,16 @@ pub(super) async fn dial(shared: &Shared, record: &Record) -> Result<Link, Refus
         Ok(_) => Err(unreachable("it does not speak the protocol".to_owned())),
         Err(why) => Err(unreachable(why)),
     }
+}
+
+/// Another key is no fault of the network: dialling again does not help, and the firewall is not to blame.
+fn other_key(record: &Record, address: SocketAddr, seen: Fingerprint) -> Refusal {
+    let text = format!(
+        "what answers at {address} is not the agent that was enrolled on {}: it has the key {seen}, pinned is {}. If the agent was \
+         installed anew: `stillpoint agent revoke {}`, and enrol it again; if not, another machine has its address",
+        record.host, record.fingerprint, record.id
+    );
+    Refusal::new(ErrorCode::Unreachable, text).about(address.to_string())
 }
 
 impl Link {

@@ -22,7 +22,7 @@ use zeroize::Zeroizing;
 use super::link::{dial, hello};
 use super::pipe::{Pipe, Turn};
 use super::records::{MAX_AGENTS, MAX_LUNS, Record};
-use super::shared::{Live, Shared};
+use super::shared::{Live, Shared, clock_off_seconds};
 use super::tls;
 use crate::serve::events::code;
 
@@ -150,6 +150,7 @@ async fn connection(
         notes,
         log_lines: 0,
         warned_frozen: false,
+        warned_clock: false,
     };
     let permit = known.is_none().then_some(permit);
     let result = connection.run(stream, from_tasks, shutdown).await;
@@ -187,6 +188,7 @@ struct Connection<'a> {
     notes: mpsc::Sender<LogEvent>,
     log_lines: u32,
     warned_frozen: bool,
+    warned_clock: bool,
 }
 
 impl Connection<'_> {
@@ -261,8 +263,22 @@ impl Connection<'_> {
                     .provided(id, Err(Refusal::new(ErrorCode::Unsupported, text)));
             }
             TargetEvent::Log(line) => self.log(&line),
+            TargetEvent::VersionRefused(refusal) => self.version_refused(&refusal),
             TargetEvent::Expired => {}
         }
+    }
+
+    /// Known agents only: whoever finds the port may not fill the log.
+    fn version_refused(&self, refusal: &Refusal) {
+        let Some(record) = self.known.and_then(|id| self.shared.records.get(id)) else {
+            return;
+        };
+        let text = format!(
+            "the agent on {} ({}) cannot register: {}",
+            record.host, self.peer, refusal.text
+        );
+        self.shared
+            .event(code::AGENT_TROUBLE, record.id.to_string(), text);
     }
 
     async fn enrol(&self, enrol: Enrol) -> Result<[u8; 32], Refusal> {
@@ -304,6 +320,8 @@ impl Connection<'_> {
             features: stillpoint_agentproto::message::Capabilities::default(),
             address: None,
             listen_port: stillpoint_agentproto::DEFAULT_PORT,
+            advertised: None,
+            approved: None,
             enrolled_at: jiff::Timestamp::now().to_string(),
             registered_at: None,
         };
@@ -326,6 +344,7 @@ impl Connection<'_> {
             os,
             agent_version,
             listen_port,
+            advertise_host,
             features,
             initiators,
             mounted,
@@ -337,6 +356,14 @@ impl Connection<'_> {
                 "listen_port is 0: say on which TCP port the agent listens",
             ));
         }
+        let advertised = match advertise_host.as_deref().map(str::parse::<IpAddr>) {
+            None => None,
+            Some(Ok(host)) => Some(host.to_canonical()),
+            Some(Err(_)) => {
+                let text = "advertise_host is no IP address: say which address the target has to dial";
+                return Err(Refusal::new(ErrorCode::Malformed, text));
+            }
+        };
         let address = self.peer.ip();
         let changed = self.shared.blocking(move |shared| {
             shared.records.change(id, |record| {
@@ -346,6 +373,7 @@ impl Connection<'_> {
                 record.features = features;
                 record.address = Some(address);
                 record.listen_port = listen_port;
+                record.advertised = advertised;
                 record.registered_at = Some(jiff::Timestamp::now().to_string());
                 record.mounted = own(&record.luns, &mounted);
             })
@@ -360,6 +388,13 @@ impl Connection<'_> {
             record.host, record.os, record.version, self.peer
         );
         self.shared.event(code::AGENT_CHANGED, id.to_string(), text);
+        if let Some(host) = record.unapproved() {
+            let text = format!(
+                "{} asks to be dialled at {host} instead of {address}: if that is right, `stillpoint agent approve {id}`",
+                record.host
+            );
+            self.shared.event(code::AGENT_TROUBLE, id.to_string(), text);
+        }
         self.dial_back(&record);
         Ok(self.shared.grants(&record))
     }
@@ -381,7 +416,9 @@ impl Connection<'_> {
                 return Vec::new();
             }
         };
-        let unreached = self.shared.heard(id, self.number, &heartbeat);
+        let now_unix_ms = jiff::Timestamp::now().as_millisecond();
+        let unreached = self.shared.heard(id, self.number, &heartbeat, now_unix_ms);
+        self.look_at_clock(&record, clock_off_seconds(heartbeat.clock_unix_ms, now_unix_ms));
         let frozen = heartbeat.frozen_ms.unwrap_or(0);
         let limit = u32::try_from(HOLD_MAX.as_millis()).unwrap_or(u32::MAX);
         if frozen > limit && !self.warned_frozen {
@@ -397,6 +434,30 @@ impl Connection<'_> {
             self.dial_back(&record);
         }
         self.shared.grants(&record)
+    }
+
+    /// Once a connection: a wrong clock stays wrong.
+    fn look_at_clock(&mut self, record: &Record, off_seconds: Option<i64>) {
+        let Some(off_seconds) = off_seconds.filter(|_| !self.warned_clock) else {
+            return;
+        };
+        self.warned_clock = true;
+        let way = if off_seconds > 0 { "ahead of" } else { "behind" };
+        let text = format!(
+            "the clock of {} ({}) is {} s {way} this target's: snapshots are not affected, but times in logs and records do not match; \
+             set both by NTP",
+            record.host,
+            self.peer.ip(),
+            off_seconds.unsigned_abs()
+        );
+        self.shared
+            .event(code::AGENT_TROUBLE, record.id.to_string(), text.clone());
+        self.end.log(LogEvent {
+            severity: Severity::Warning,
+            code: ErrorCode(0),
+            subject: record.host.clone(),
+            text,
+        });
     }
 
     /// Tells the operator, and the agent, at once whether the target gets through to the agent's port.

@@ -320,6 +320,37 @@ impl Agents {
         Ok(self.0.view(&record))
     }
 
+    /// `agent approve`: dials it where it asks to be dialled, from now on.
+    ///
+    /// # Errors
+    /// No such agent; it asks for nothing; the store does not write.
+    pub(crate) async fn approve(&self, id: &str, who: &str) -> Result<AgentView, Refusal> {
+        let record = self.find(id)?;
+        let Some(host) = record.unapproved() else {
+            let message = format!("the agent on {} asks for no other address", record.host);
+            let hint = "`advertise_host` in its agent.toml asks for one";
+            return Err(Refusal::refused("nothing_to_approve", message, hint));
+        };
+        let changed = self.0.blocking(move |shared| {
+            shared
+                .records
+                .change(record.id, |record| record.approved = Some(host))
+        });
+        let changed = changed
+            .await
+            .map_err(|refusal| snapshot::wire_refusal(&refusal))?;
+        let gone = || Refusal::failed("not_found", format!("agent {id} was revoked meanwhile"), "");
+        let record = changed.ok_or_else(gone)?;
+        let text = format!("is dialled at {host} from now on");
+        self.0
+            .event_by(code::AGENT_CHANGED, record.id.to_string(), text, who);
+        // It comes back at once, and is dialled back at the new address.
+        if let Some(live) = self.0.live().get(&record.id) {
+            live.kick.cancel();
+        }
+        Ok(self.0.view(&record))
+    }
+
     /// `agent revoke`: forgets its key and drops its live connections.
     ///
     /// # Errors
@@ -397,9 +428,7 @@ async fn test(shared: &Shared, record: &Record) -> Result<TestView, WireRefusal>
     Ok(TestView {
         id: record.id.to_string(),
         host: record.host.clone(),
-        address: record
-            .address
-            .map(|ip| SocketAddr::new(ip, record.listen_port).to_string()),
+        address: record.dialled().map(|address| address.to_string()),
         round_trip_ms,
         ready: TestView::is_ready(&volumes, &findings),
         volumes,

@@ -34,12 +34,34 @@ pub(super) struct Record {
     /// Where its registration came from.
     pub(super) address: Option<std::net::IpAddr>,
     pub(super) listen_port: u16,
+    /// Where the agent asks to be dialled instead (address translation).
+    #[serde(default)]
+    pub(super) advertised: Option<std::net::IpAddr>,
+    /// The advertised address that an operator approved.
+    #[serde(default)]
+    pub(super) approved: Option<std::net::IpAddr>,
     /// RFC 3339.
     pub(super) enrolled_at: String,
     pub(super) registered_at: Option<String>,
 }
 
 impl Record {
+    /// Where the target dials this agent: never where it merely asks to be dialled.
+    pub(super) fn dialled(&self) -> Option<std::net::SocketAddr> {
+        let approved = self
+            .approved
+            .filter(|approved| Some(*approved) == self.advertised);
+        approved
+            .or(self.address)
+            .map(|ip| std::net::SocketAddr::new(ip, self.listen_port))
+    }
+
+    /// Where it asks to be dialled, as long as nobody approved it.
+    pub(super) fn unapproved(&self) -> Option<std::net::IpAddr> {
+        self.advertised
+            .filter(|host| self.approved != Some(*host) && self.address != Some(*host))
+    }
+
     /// Cuts texts that came from the agent, so that the record always fits.
     pub(super) fn clip(text: &str) -> String {
         let end = (0..=MAX_TEXT.min(text.len()))

@@ -19,6 +19,9 @@ use super::view::{AgentState, AgentView, LastFreeze};
 use super::{Site, listen, tls};
 use crate::serve::events::{Code, DAEMON, code};
 
+/// A clock that is off by more is told to the operator.
+const CLOCK_OFF_MAX_MS: u64 = 60_000;
+
 /// An agent that is registered now.
 #[derive(Debug)]
 pub(super) struct Live {
@@ -30,6 +33,8 @@ pub(super) struct Live {
     pub(super) initiators: Vec<String>,
     pub(super) state: SessionState,
     pub(super) frozen_ms: Option<u32>,
+    /// By how much its clock is ahead of ours, when that is too much to be the network.
+    pub(super) clock_off_seconds: Option<i64>,
     pub(super) kick: CancellationToken,
 }
 
@@ -42,6 +47,7 @@ impl Live {
             initiators,
             state: SessionState::Idle,
             frozen_ms: None,
+            clock_off_seconds: None,
             kick,
         }
     }
@@ -130,8 +136,8 @@ impl Shared {
         }
     }
 
-    /// Takes a heartbeat. True when the agent's port was not reached the last time: try again.
-    pub(super) fn heard(&self, id: AgentId, number: u64, heartbeat: &Heartbeat) -> bool {
+    /// Takes a heartbeat that came at `unix_ms`. True when the agent's port was not reached the last time: try again.
+    pub(super) fn heard(&self, id: AgentId, number: u64, heartbeat: &Heartbeat, unix_ms: i64) -> bool {
         let mut live = self.live();
         let Some(live) = live.get_mut(&id).filter(|live| live.number == number) else {
             return false;
@@ -139,6 +145,7 @@ impl Shared {
         live.heard = Instant::now();
         live.state = heartbeat.state;
         live.frozen_ms = heartbeat.frozen_ms;
+        live.clock_off_seconds = clock_off_seconds(heartbeat.clock_unix_ms, unix_ms);
         matches!(live.reachable, Some(Err(_)))
     }
 
@@ -197,9 +204,9 @@ impl Shared {
             version: record.version.clone(),
             state,
             trouble,
-            address: record
-                .address
-                .map(|ip| SocketAddr::new(ip, record.listen_port).to_string()),
+            address: record.dialled().map(|address| address.to_string()),
+            advertised: record.unapproved().map(|host| host.to_string()),
+            clock_off_seconds: live.and_then(|live| live.clock_off_seconds),
             fingerprint: record.fingerprint.to_string(),
             luns,
             mounted,
@@ -213,4 +220,13 @@ impl Shared {
             last_heartbeat_seconds: live.map(|live| live.heard.elapsed().as_secs()),
         }
     }
+}
+
+/// By how many seconds an agent's clock is ahead; `None` within what a heartbeat may need on its way. No rule rests on clocks, but
+/// people who read two logs do.
+pub(super) fn clock_off_seconds(theirs_unix_ms: u64, ours_unix_ms: i64) -> Option<i64> {
+    let off_ms = i64::try_from(theirs_unix_ms)
+        .unwrap_or(i64::MAX)
+        .saturating_sub(ours_unix_ms);
+    (off_ms.unsigned_abs() > CLOCK_OFF_MAX_MS).then_some(off_ms / 1000)
 }

@@ -22,6 +22,7 @@ use super::site::TargetFacts;
 use super::view::AgentState;
 use super::*;
 use crate::serve::events::Code;
+use stillpoint_agentproto::message::{Heartbeat, SessionState};
 
 const LUN: LunId = LunId([0x62; 16]);
 const INITIATOR: &str = "iqn.2026-11.test:host";
@@ -123,7 +124,7 @@ impl Daemonlet {
 
     /// Waits until the agent's state is as wanted.
     async fn state(&self, host: &str, wanted: AgentState) -> AgentView {
-        for _ in 0..200 {
+        for _ in 0..1200 {
             match self.agents.show(host) {
                 Ok(view) if view.state == wanted => return view,
                 _ => tokio::time::sleep(Duration::from_millis(25)).await,
@@ -302,7 +303,8 @@ impl Host {
 
     async fn dial(&self) -> tokio_rustls::client::TlsStream<TcpStream> {
         let stream = TcpStream::connect(self.address).await.unwrap();
-        let config = tls::client(&self.identity, self.target).unwrap();
+        let pins = Arc::new(stillpoint_agentproto::tls::Exactly(self.target));
+        let config = tls::client(&self.identity, pins).unwrap();
         let name = ServerName::try_from("stillpoint").unwrap();
         tokio_rustls::TlsConnector::from(config)
             .connect(name, stream)
@@ -342,7 +344,20 @@ impl Host {
 
     /// Registers, and stays: until the returned task ends (the target closed the connection) or is aborted.
     async fn register(&self, port: u16) -> Result<tokio::task::JoinHandle<()>, WireRefusal> {
+        let (mut end, mut pipe) = self.begin(port, None).await?;
+        Ok(tokio::spawn(async move {
+            while next(&mut end, &mut pipe).await.is_ok() {}
+        }))
+    }
+
+    /// Registers.
+    async fn begin(
+        &self,
+        port: u16,
+        advertise_host: Option<&str>,
+    ) -> Result<(AgentEnd, Pipe<tokio_rustls::client::TlsStream<TcpStream>>), WireRefusal> {
         let register = Register {
+            advertise_host: advertise_host.map(str::to_owned),
             host: format!("host{}", self.id.0[0]),
             os: "TestOS\u{1b}[31m".into(),
             agent_version: "1".into(),
@@ -364,15 +379,12 @@ impl Host {
             match next(&mut end, &mut pipe).await.expect("answered") {
                 AgentEvent::Registered { luns } => {
                     assert_eq!(luns.len(), 1, "the allow-list");
-                    break;
+                    return Ok((end, pipe));
                 }
                 AgentEvent::Refused(refusal) => return Err(refusal),
                 _ => {}
             }
         }
-        Ok(tokio::spawn(async move {
-            while next(&mut end, &mut pipe).await.is_ok() {}
-        }))
     }
 }
 
@@ -697,6 +709,112 @@ async fn an_unreachable_port_is_told_at_registration() {
         store.steps
     );
     daemon.stop().await;
+}
+
+/// A replacement of the agent's key is no fault of the network, and the message says so.
+#[tokio::test]
+async fn another_key_at_the_agents_address_is_named() {
+    let daemon = Daemonlet::start().await;
+    let host = Host::new(&daemon, 1).await;
+    host.enrol(&daemon.token()).await.unwrap();
+    let stranger = Host::new(&daemon, 2).await;
+    let _registration = host.register(stranger.port).await.unwrap();
+    let trouble = daemon
+        .state("host1", AgentState::Unreachable)
+        .await
+        .trouble
+        .unwrap();
+    let (pinned, seen) = (host.identity.fingerprint, stranger.identity.fingerprint);
+    for part in [
+        "agent revoke",
+        "host1",
+        &format!("127.0.0.1:{}", stranger.port),
+        &pinned.to_string(),
+        &seen.to_string(),
+    ] {
+        assert!(trouble.contains(part), "{part}: {trouble}");
+    }
+    assert!(!trouble.contains("firewall"), "{trouble}");
+    daemon.stop().await;
+}
+
+/// A registration must not make the target dial whom the agent names: an operator has to approve it.
+#[tokio::test]
+async fn an_advertised_host_is_dialled_once_it_is_approved() {
+    let daemon = Daemonlet::start().await;
+    let host = Host::new(&daemon, 1).await;
+    host.enrol(&daemon.token()).await.unwrap();
+    let refusal = daemon.agents.approve("host1", "tester").await.unwrap_err();
+    assert_eq!((refusal.exit, refusal.code.as_str()), (3, "nothing_to_approve"));
+    let registration = host.begin(host.port, Some("127.0.0.2")).await.unwrap();
+    let view = daemon.state("host1", AgentState::Connected).await;
+    assert_eq!(view.address, Some(format!("127.0.0.1:{}", host.port)));
+    assert_eq!(view.advertised.as_deref(), Some("127.0.0.2"));
+    let events = daemon.site.events.lock().unwrap().join("\n");
+    assert!(events.contains("asks to be dialled at 127.0.0.2"), "{events}");
+    daemon.agents.approve("host1", "tester").await.unwrap();
+    drop(registration);
+    let _registration = host.begin(host.port, Some("127.0.0.2")).await.unwrap();
+    // Nothing listens at that address of the loopback: the trouble names it.
+    let view = daemon.state("host1", AgentState::Unreachable).await;
+    assert_eq!(
+        (view.address, view.advertised),
+        (Some(format!("127.0.0.2:{}", host.port)), None)
+    );
+    // Another one needs another approval; until then the source is dialled.
+    let _registration = host.begin(host.port, Some("127.0.0.3")).await.unwrap();
+    let view = daemon.state("host1", AgentState::Connected).await;
+    assert_eq!(view.advertised.as_deref(), Some("127.0.0.3"));
+    assert_eq!(
+        host.begin(host.port, Some("san1")).await.err().unwrap().code,
+        ErrorCode::Malformed
+    );
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn a_wrong_clock_is_told_once_and_costs_nothing() {
+    let daemon = Daemonlet::start().await;
+    let host = Host::new(&daemon, 1).await;
+    host.enrol(&daemon.token()).await.unwrap();
+    let (mut end, mut pipe) = host.begin(host.port, None).await.unwrap();
+    daemon.state("host1", AgentState::Connected).await;
+    let now_unix_ms = u64::try_from(jiff::Timestamp::now().as_millisecond()).unwrap();
+    for _ in 0..2 {
+        end.heartbeat(
+            Instant::now(),
+            Heartbeat {
+                state: SessionState::Idle,
+                session: None,
+                frozen_ms: None,
+                clock_unix_ms: now_unix_ms - 7_200_000,
+                mounted: vec![LUN],
+            },
+        );
+        while !matches!(next(&mut end, &mut pipe).await.unwrap(), AgentEvent::Luns(_)) {}
+    }
+    let view = daemon.agents.show("host1").unwrap();
+    let off = view.clock_off_seconds.expect("it is off");
+    assert!((-7_200 - 600..=-7_200).contains(&off), "{off}");
+    let events = daemon.site.events.lock().unwrap().clone();
+    let told: Vec<_> = events
+        .iter()
+        .filter(|event| event.contains("the clock of host1"))
+        .collect();
+    assert!(
+        told.len() == 1 && told[0].contains("behind") && told[0].contains("NTP"),
+        "{told:?}"
+    );
+    daemon.stop().await;
+}
+
+#[test]
+fn a_clock_is_off_beyond_a_minute() {
+    use super::shared::clock_off_seconds;
+    assert_eq!(clock_off_seconds(160_000, 100_000), None);
+    assert_eq!(clock_off_seconds(160_001, 100_000), Some(60));
+    assert_eq!(clock_off_seconds(0, 3_600_000), Some(-3_600));
+    assert_eq!(clock_off_seconds(u64::MAX, 0), Some(i64::MAX / 1000));
 }
 
 #[tokio::test]

@@ -100,9 +100,8 @@ pub(super) fn server(identity: &Identity) -> anyhow::Result<Arc<ServerConfig>> {
     )?)
 }
 
-/// For a snapshot channel: only the agent with this key.
-pub(super) fn client(identity: &Identity, pin: Fingerprint) -> anyhow::Result<Arc<ClientConfig>> {
-    let pins = Arc::new(tls::Exactly(pin));
+/// For a snapshot channel: only the agent with the pinned key.
+pub(super) fn client(identity: &Identity, pins: Arc<dyn tls::Pins>) -> anyhow::Result<Arc<ClientConfig>> {
     Ok(tls::client(&identity.certificate, &identity.key, pins)?)
 }
 

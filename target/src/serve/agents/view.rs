@@ -42,6 +42,12 @@ pub(crate) struct AgentView {
     pub(crate) trouble: Option<String>,
     /// Where the target dials it.
     pub(crate) address: Option<String>,
+    /// Where it asks to be dialled instead, which nobody approved yet.
+    #[serde(default)]
+    pub(crate) advertised: Option<String>,
+    /// By how much its clock is ahead of the target's (negative: behind), when it is wrong.
+    #[serde(default)]
+    pub(crate) clock_off_seconds: Option<i64>,
     pub(crate) fingerprint: String,
     /// LUNs that it is allowed on; one that no longer exists is shown by its NAA id.
     pub(crate) luns: Vec<String>,

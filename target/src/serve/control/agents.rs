@@ -35,6 +35,7 @@ pub(super) async fn run(daemon: &Arc<Daemon>, request: Request, caller: &Caller)
             check_lun(daemon, &lun)?;
             answer(&daemon.agents.allow(&id, &lun, &who).await?)
         }
+        Request::AgentApprove { id } => answer(&daemon.agents.approve(&id, &who).await?),
         Request::AgentRevoke { id } => answer(&daemon.agents.revoke(&id, &who).await?),
         Request::AgentGenerationBump {} => {
             let generation = daemon.agents.generation_bump(&who).await?;

@@ -149,6 +149,9 @@ pub(crate) enum Request {
         id: String,
         lun: String,
     },
+    AgentApprove {
+        id: String,
+    },
     AgentRevoke {
         id: String,
     },
