@@ -4,25 +4,26 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
-use clap::{Parser, Subcommand};
+use anyhow::Context;
+use clap::{CommandFactory as _, Parser, Subcommand};
 use stillpoint_agentproto::LunId;
 use stillpoint_agentproto::message::{Finding, Mode, Severity};
 
 use crate::config::Config;
 use crate::enrol::{Invitation, enrol};
+use crate::failure::{self, Failure, REFUSED};
+use crate::features::{Feature, Features};
+use crate::freeze::Settings;
+use crate::install::Place;
 use crate::journal::{self, Outcome};
 use crate::plan;
 use crate::state::{StateDir, Target};
 use crate::volumes::{Inventory, Root};
-use crate::{apps, discover, guard, log, report, run};
-
-/// Refused by a rule (operator-interface.md §2).
-const REFUSED: u8 = 3;
+use crate::{apps, discover, guard, hooks, libvirt, log, manual, report, run};
 
 /// Snapshot agent of Stillpoint: freezes this host's file systems while its target takes a snapshot.
 #[derive(Parser)]
-#[command(version, arg_required_else_help = true)]
+#[command(name = "stillpoint-agent", version, after_help = EXIT_CODES, arg_required_else_help = true)]
 struct Cli {
     /// Configuration file
     #[arg(long, global = true, value_name = "FILE", help = format!("Configuration file [default: {}]", crate::config::PATH))]
@@ -59,6 +60,33 @@ enum Verb {
         /// Its host, HOST:PORT or fingerprint; may be left out when there is one target only
         target: Option<String>,
     },
+    /// Show what this agent takes part in, or choose it; a running agent tells its targets, no new enrolment is needed
+    Features {
+        /// Switch these on
+        #[arg(long, value_name = "FEATURE", value_delimiter = ',')]
+        enable: Vec<Feature>,
+        /// Switch these off
+        #[arg(long, value_name = "FEATURE", value_delimiter = ',')]
+        disable: Vec<Feature>,
+    },
+    /// Make this program a service of systemd, start it at every boot, and now
+    Install {
+        /// Only put the files in place
+        #[arg(long)]
+        no_start: bool,
+        /// Into the image of another system
+        #[arg(long, value_name = "DIR", default_value = "/", hide_default_value = true)]
+        root: PathBuf,
+    },
+    /// Stop the service and remove it; settings and keys stay
+    Uninstall {
+        /// Settings and keys, too
+        #[arg(long)]
+        purge: bool,
+        /// From the image of another system
+        #[arg(long, value_name = "DIR", default_value = "/", hide_default_value = true)]
+        root: PathBuf,
+    },
     /// Serve the enrolled targets (this is the service)
     Run,
     /// Show targets and connections
@@ -73,8 +101,19 @@ enum Verb {
     },
     /// Thaw what an agent of this host froze and did not thaw
     Thaw,
+    /// Man pages and completions, for packages
+    #[command(subcommand, hide = true)]
+    Generate(Generate),
     #[command(name = guard::VERB, hide = true)]
     ThawGuard,
+    /// Quiesce a guest of this host: what the agent calls at freeze and thaw
+    #[command(name = libvirt::VERB, hide = true)]
+    Domain {
+        /// Its name
+        name: String,
+        /// What to do
+        action: hooks::Verb,
+    },
     /// Quiesce an application of agent.toml: what the agent calls at freeze and thaw
     #[command(name = apps::VERB, hide = true)]
     Application {
@@ -85,6 +124,22 @@ enum Verb {
     },
 }
 
+#[derive(Subcommand)]
+enum Generate {
+    /// Man pages into a directory
+    Man {
+        /// The directory
+        dir: PathBuf,
+    },
+    /// Shell completions on standard output
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 usage, 3 refused by a rule, 4 unreachable (the target; for `status`, the agent).";
+
 /// Runs the program.
 pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -94,10 +149,7 @@ pub(crate) fn main() -> ExitCode {
     }
     match carry_out(&cli) {
         Ok(code) => code,
-        Err(error) => {
-            tell_error(cli.json, &error);
-            ExitCode::FAILURE
-        }
+        Err(error) => failure::tell(cli.json, &error),
     }
 }
 
@@ -114,6 +166,25 @@ fn carry_out(cli: &Cli) -> anyhow::Result<ExitCode> {
         }
         Verb::Enrol { invitation } => enrol_verb(cli, &config, invitation),
         Verb::Unenrol { target } => unenrol(cli, &config, target.as_deref()),
+        Verb::Features { enable, disable } => features(cli, &config, enable, disable),
+        Verb::Install { no_start, root } => {
+            let place = Place {
+                root: std::path::absolute(root)?,
+                start: !no_start,
+            };
+            let done = place.install()?;
+            report::done(cli.json, &done, "next: `stillpoint-agent enrol TOKEN@HOST`")?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Uninstall { purge, root } => {
+            let place = Place {
+                root: std::path::absolute(root)?,
+                start: true,
+            };
+            report::done(cli.json, &place.uninstall(*purge, &config.state_dir)?, "")?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Generate(what) => generate(what),
         Verb::Run => {
             let _flush = log::start(&config.log)?;
             end_at_panic();
@@ -126,6 +197,7 @@ fn carry_out(cli: &Cli) -> anyhow::Result<ExitCode> {
         Verb::Preflight { luns } => preflight(cli, &config, luns),
         Verb::Thaw => thaw(cli, &config),
         Verb::ThawGuard => Ok(guard::run()),
+        Verb::Domain { name, action } => Ok(libvirt::helper(&config, name, *action)),
         Verb::Application { name, action } => apps::run(&config, name, *action),
     }
 }
@@ -155,7 +227,8 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 fn enrol_verb(cli: &Cli, config: &Config, invitation: &str) -> anyhow::Result<ExitCode> {
     let invitation = Invitation::parse(invitation)?;
     let state = StateDir::open(&config.state_dir)?;
-    let target = runtime()?.block_on(enrol(&state, invitation))?;
+    let features = Features::load(&config.state_dir)?;
+    let target = runtime()?.block_on(enrol(&state, &features, invitation))?;
     let agent_id = state.identity()?.agent_id;
     if cli.json {
         report::print_json(&serde_json::json!({ "agent_id": agent_id, "target": target }))?;
@@ -172,6 +245,44 @@ fn enrol_verb(cli: &Cli, config: &Config, invitation: &str) -> anyhow::Result<Ex
     Ok(ExitCode::SUCCESS)
 }
 
+fn features(cli: &Cli, config: &Config, enable: &[Feature], disable: &[Feature]) -> anyhow::Result<ExitCode> {
+    if let Some(both) = enable.iter().find(|feature| disable.contains(feature)) {
+        let message = format!("{} is to be switched on and off", both.name());
+        return Err(Failure::usage(message, "name it once").into());
+    }
+    // Makes the directory, too: features may be chosen before the first enrolment.
+    StateDir::open(&config.state_dir)?;
+    let mut features = Features::load(&config.state_dir)?;
+    let all = enable.iter().map(|feature| (*feature, true));
+    let all = all.chain(disable.iter().map(|feature| (*feature, false)));
+    let mut changed = false;
+    for (feature, on) in all {
+        changed |= features.set(feature, on);
+    }
+    if changed {
+        features.store(&config.state_dir)?;
+    }
+    report::features(cli.json, config, &features)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn generate(what: &Generate) -> anyhow::Result<ExitCode> {
+    let mut command = Cli::command().disable_help_subcommand(true);
+    match what {
+        Generate::Man { dir } => {
+            command.build();
+            manual::pages(&command, dir)
+                .with_context(|| format!("man pages cannot be written to {}", dir.display()))?;
+        }
+        Generate::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut command, "stillpoint-agent", &mut script);
+            report::print(String::from_utf8_lossy(&script).trim_end())?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 fn unenrol(cli: &Cli, config: &Config, name: Option<&str>) -> anyhow::Result<ExitCode> {
     let state = StateDir::open(&config.state_dir)?;
     let targets = state.targets()?;
@@ -183,14 +294,15 @@ fn unenrol(cli: &Cli, config: &Config, name: Option<&str>) -> anyhow::Result<Exi
     let found: Vec<&Target> = targets.iter().filter(is_named).collect();
     let target = match found.as_slice() {
         [one] => *one,
-        [] => bail!(
-            "not enrolled with {}: see `stillpoint-agent status`",
-            name.unwrap_or("any target")
-        ),
-        _ => bail!(
-            "{} targets are meant: give HOST:PORT or the fingerprint from `status`",
-            found.len()
-        ),
+        [] => {
+            let message = format!("not enrolled with {}", name.unwrap_or("any target"));
+            return Err(Failure::failed("not_found", message, "see `stillpoint-agent status`").into());
+        }
+        _ => {
+            let message = format!("{} targets are meant", found.len());
+            let hint = "give HOST:PORT or the fingerprint from `status`";
+            return Err(Failure::failed("ambiguous", message, hint).into());
+        }
     };
     state.remove_target(target.fingerprint)?;
     if cli.json {
@@ -204,8 +316,12 @@ fn unenrol(cli: &Cli, config: &Config, name: Option<&str>) -> anyhow::Result<Exi
     Ok(ExitCode::SUCCESS)
 }
 
-fn inventory(config: &Config) -> Inventory {
-    Inventory::read(&Root::real(), &config.test_luns)
+/// What a snapshot would be planned with.
+fn look(config: &Config) -> anyhow::Result<(Settings, Inventory)> {
+    let features = Features::load(&config.state_dir)?;
+    let settings = run::settings(config, Root::real(), features);
+    let inventory = plan::inventory(&settings, &config.test_luns);
+    Ok((settings, inventory))
 }
 
 fn stillpoint_luns(inventory: &Inventory) -> Vec<LunId> {
@@ -217,24 +333,24 @@ fn stillpoint_luns(inventory: &Inventory) -> Vec<LunId> {
 }
 
 fn list(cli: &Cli, config: &Config) -> anyhow::Result<ExitCode> {
-    let inventory = inventory(config);
-    let hooks = plan::hooks(&run::settings(config, Root::real()), &config.applications)?;
-    let luns = plan::list(&inventory, &hooks, &stillpoint_luns(&inventory));
+    let (settings, inventory) = look(config)?;
+    let hooks = plan::hooks(&settings, &config.applications)?;
+    let luns = plan::list(&inventory, &hooks, &stillpoint_luns(&inventory), &config.standby);
     report::luns(cli.json, &luns)?;
     Ok(ExitCode::SUCCESS)
 }
 
 fn preflight(cli: &Cli, config: &Config, asked: &[LunId]) -> anyhow::Result<ExitCode> {
-    let inventory = inventory(config);
+    let (settings, inventory) = look(config)?;
     let luns = if asked.is_empty() {
         stillpoint_luns(&inventory)
     } else {
         asked.to_vec()
     };
     if luns.is_empty() {
-        bail!("this host has no Stillpoint LUN: log in to a target first");
+        let message = "this host has no Stillpoint LUN: no snapshot can be taken with this agent";
+        return Err(Failure::refused("no_lun", message, "log in to a target first").into());
     }
-    let settings = run::settings(config, Root::real());
     // Each LUN alone, as a snapshot of it would be.
     let survey = |lun| {
         let one = [lun];
@@ -269,17 +385,6 @@ fn thaw(cli: &Cli, config: &Config) -> anyhow::Result<ExitCode> {
     } else {
         ExitCode::SUCCESS
     })
-}
-
-fn tell_error(json: bool, error: &anyhow::Error) {
-    let text = if json {
-        let error = serde_json::json!({ "code": "failed", "message": format!("{error:#}"), "hint": null });
-        serde_json::json!({ "error": error }).to_string()
-    } else {
-        format!("stillpoint-agent: {error:#}")
-    };
-    // Nobody can be told that standard error is gone.
-    std::io::Write::write_all(&mut std::io::stderr(), format!("{text}\n").as_bytes()).ok();
 }
 
 #[cfg(test)]

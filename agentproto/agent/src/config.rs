@@ -1,10 +1,13 @@
 //! `/etc/stillpoint-agent/agent.toml`: as written ([`file`]) and as meant ([`Config`]).
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use stillpoint_agentproto::LunId;
+
 use crate::apps::{Application, Kind};
+use crate::libvirt::Libvirt;
 use crate::volumes::TestLun;
 
 /// Where the file is looked for unless `--config` says otherwise.
@@ -29,6 +32,12 @@ const LIST_MAX: usize = 64;
 pub(crate) struct Config {
     /// Where snapshot channels are accepted.
     pub(crate) listen: SocketAddr,
+    /// LUNs that another host of a cluster has mounted.
+    pub(crate) standby: Vec<LunId>,
+    /// The guests of this host.
+    pub(crate) libvirt: Libvirt,
+    /// The address that targets are told to dial, when it is not the one that the registration comes from.
+    pub(crate) advertise_host: Option<IpAddr>,
     /// The port that targets are told to dial, when it is not `listen`'s.
     pub(crate) advertise_port: Option<u16>,
     /// Keys, pins, generations.
@@ -53,12 +62,17 @@ pub(crate) struct Config {
     pub(crate) log: String,
     /// Test only: devices without page 0x83.
     pub(crate) test_luns: Vec<TestLun>,
+    /// The file, when it is not the usual one: helpers are started with it.
+    pub(crate) file: Option<PathBuf>,
 }
 
 impl Default for Config {
     fn default() -> Self {
         Self {
             listen: SocketAddr::from(([0, 0, 0, 0], 11169)),
+            standby: Vec::new(),
+            libvirt: Libvirt::default(),
+            advertise_host: None,
             advertise_port: None,
             state_dir: PathBuf::from("/var/lib/stillpoint-agent"),
             run_dir: PathBuf::from("/run/stillpoint-agent"),
@@ -71,6 +85,7 @@ impl Default for Config {
             applications: Vec::new(),
             log: "info".to_owned(),
             test_luns: Vec::new(),
+            file: None,
         }
     }
 }
@@ -85,7 +100,10 @@ impl Config {
     pub(crate) fn load(named: Option<&Path>) -> Result<Self, Problems> {
         let path = named.unwrap_or_else(|| Path::new(PATH));
         match std::fs::read_to_string(path) {
-            Ok(text) => Self::parse(&text, path),
+            Ok(text) => Ok(Self {
+                file: named.and_then(|path| std::path::absolute(path).ok()),
+                ..Self::parse(&text, path)?
+            }),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && named.is_none() => {
                 Ok(Self::default())
             }
@@ -126,7 +144,9 @@ impl Config {
 /// The file as written. Its own type, so that a later version of it can come without touching the rest.
 mod file {
     use serde::Deserialize;
+    use std::net::IpAddr;
     use std::path::PathBuf;
+    use stillpoint_agentproto::LunId;
     use toml::Spanned;
 
     #[derive(Debug, Default, Deserialize)]
@@ -134,6 +154,9 @@ mod file {
     pub(super) struct Spec {
         pub(super) listen: Option<Spanned<String>>,
         pub(super) advertise_port: Option<Spanned<u16>>,
+        pub(super) advertise_host: Option<Spanned<IpAddr>>,
+        pub(super) standby: Option<Spanned<Vec<LunId>>>,
+        pub(super) libvirt: Option<Spanned<Libvirt>>,
         pub(super) state_dir: Option<Spanned<PathBuf>>,
         pub(super) run_dir: Option<Spanned<PathBuf>>,
         pub(super) hooks_dir: Option<Spanned<PathBuf>>,
@@ -145,6 +168,13 @@ mod file {
         pub(super) log: Option<Spanned<String>>,
         pub(super) application: Vec<Spanned<Application>>,
         pub(super) test_lun: Vec<Spanned<Lun>>,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    pub(super) struct Libvirt {
+        pub(super) virsh: Option<PathBuf>,
+        pub(super) connect: Option<String>,
     }
 
     #[derive(Debug, Deserialize)]
@@ -193,6 +223,9 @@ impl Checker<'_> {
             .and_then(|v| self.within("min_interval_s", &v, 1, MIN_INTERVAL_S_MAX));
         Config {
             listen: listen.unwrap_or(default.listen),
+            standby: spec.standby.map_or(default.standby, |v| self.standby(v)),
+            libvirt: spec.libvirt.map_or(default.libvirt, |v| self.libvirt(v)),
+            advertise_host: spec.advertise_host.and_then(|v| self.host(&v)),
             advertise_port: spec.advertise_port.and_then(|v| self.port(&v)),
             state_dir: self.dir("state_dir", spec.state_dir, default.state_dir),
             run_dir: self.dir("run_dir", spec.run_dir, default.run_dir),
@@ -205,6 +238,7 @@ impl Checker<'_> {
             applications: self.applications(spec.application),
             log: spec.log.map_or(default.log, |v| self.log(v)),
             test_luns: self.test_luns(spec.test_lun),
+            file: None,
         }
     }
 
@@ -228,6 +262,46 @@ impl Checker<'_> {
             );
         }
         Some(*value.get_ref())
+    }
+
+    fn host(&mut self, value: &toml::Spanned<IpAddr>) -> Option<IpAddr> {
+        let host = *value.get_ref();
+        if host.is_unspecified() || host.is_multicast() {
+            self.problem(
+                value,
+                &format!(
+                    "`advertise_host = \"{host}\"` cannot be dialled: write the address the target reaches"
+                ),
+            );
+        }
+        Some(host)
+    }
+
+    fn standby(&mut self, value: toml::Spanned<Vec<LunId>>) -> Vec<LunId> {
+        self.limit("standby", &value);
+        value.into_inner()
+    }
+
+    fn libvirt(&mut self, value: toml::Spanned<file::Libvirt>) -> Libvirt {
+        let default = Libvirt::default();
+        let (virsh, connect) = (value.get_ref().virsh.clone(), value.get_ref().connect.clone());
+        if virsh.as_ref().is_some_and(|path| !path.is_absolute()) {
+            self.problem(&value, "`virsh` of [libvirt] is an absolute path");
+        }
+        // It becomes an argument of virsh.
+        if connect
+            .as_ref()
+            .is_some_and(|uri| !uri.contains("://") || uri.starts_with('-'))
+        {
+            self.problem(
+                &value,
+                "`connect` of [libvirt] is a URI such as \"qemu:///system\"",
+            );
+        }
+        Libvirt {
+            virsh: virsh.unwrap_or(default.virsh),
+            connect: connect.unwrap_or(default.connect),
+        }
     }
 
     fn within(&mut self, key: &str, value: &toml::Spanned<u64>, low: u64, high: u64) -> Option<u64> {

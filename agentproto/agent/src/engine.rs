@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 
 use stillpoint_agentproto::client::{self, Agent, Asked, FreezeReport, Output, ThawReport, Work};
 use stillpoint_agentproto::message::{
-    AppState, FrozenVolume, LogEvent, Mode, PreflightReport, Prepare, Prepared, Reply, Severity, Volumes,
+    AppState, Capabilities, FrozenVolume, LogEvent, Mode, PreflightReport, Prepare, Prepared, Reply,
+    Severity, Volumes,
 };
 use stillpoint_agentproto::message::{LunIdentity, SessionState};
 use stillpoint_agentproto::{ErrorCode, Fingerprint, LunId, Refusal, SessionId};
@@ -25,6 +26,7 @@ use tokio::sync::{Notify, broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::features::Features;
 use crate::freeze::{Broken, FreezeError, Freezer, Hold, Order, Released, Settings};
 use crate::host;
 use crate::link::sleep_until;
@@ -46,6 +48,23 @@ pub(crate) struct Shared {
     pub(crate) settings: Settings,
     /// Generations are stored here.
     pub(crate) state: StateDir,
+    /// What the operator chose; changes while the agent runs.
+    pub(crate) features: Mutex<Features>,
+}
+
+impl Shared {
+    /// What this agent takes part in now.
+    pub(crate) fn features(&self) -> Features {
+        lock(&self.features).clone()
+    }
+
+    /// The rules of a freeze that begins now.
+    pub(crate) fn settings(&self) -> Settings {
+        Settings {
+            features: self.features(),
+            ..self.settings.clone()
+        }
+    }
 }
 
 /// An answer on its way to a snapshot channel.
@@ -96,6 +115,11 @@ impl Engine {
             ended: CancellationToken::new(),
             events: broadcast::Sender::new(EVENTS_KEPT),
         })
+    }
+
+    /// What this agent takes part in now.
+    pub(crate) fn capabilities(&self) -> Capabilities {
+        self.shared.features().capabilities()
     }
 
     /// The pinned key.
@@ -297,15 +321,15 @@ impl Engine {
     }
 
     fn inventory(&self) -> Inventory {
-        Inventory::read(&self.shared.settings.root, &self.shared.config.test_luns)
+        plan::inventory(&self.shared.settings(), &self.shared.config.test_luns)
     }
 
     fn survey(&self, luns: &[LunId], mode: Mode) -> plan::Survey {
         let grants = self.grants.borrow().clone().unwrap_or_default();
-        let Shared { config, settings, .. } = &*self.shared;
+        let (config, settings) = (&self.shared.config, self.shared.settings());
         plan::survey(
             &self.inventory(),
-            settings,
+            &settings,
             &config.applications,
             luns,
             mode,
@@ -316,11 +340,11 @@ impl Engine {
     fn list(&self, luns: &[LunId]) -> Result<Reply, Refusal> {
         let granted = self.granted().unwrap_or_default();
         let luns: Vec<LunId> = luns.iter().copied().filter(|lun| granted.contains(lun)).collect();
-        let hooks = plan::hooks(&self.shared.settings, &self.shared.config.applications);
+        let hooks = plan::hooks(&self.shared.settings(), &self.shared.config.applications);
         let hooks = hooks.map_err(|error| Refusal::new(ErrorCode::HookFailed, error.to_string()))?;
         let initiators = host::initiators(&self.shared.settings.root, &self.shared.config);
         Ok(Reply::ListVolumes(Volumes {
-            luns: plan::list(&self.inventory(), &hooks, &luns),
+            luns: plan::list(&self.inventory(), &hooks, &luns, &self.shared.config.standby),
             initiators,
         }))
     }

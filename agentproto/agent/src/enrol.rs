@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
 use stillpoint_agentproto::enrol::Token;
 use stillpoint_agentproto::message::{Enrol, EnrolOk};
 use stillpoint_agentproto::registration::{AgentEnd, AgentEvent, Purpose};
 use stillpoint_agentproto::{DEFAULT_PORT, Fingerprint};
 
-use crate::dial::{Dialled, dial};
+use crate::dial::{DialError, Dialled, dial};
+use crate::failure::Failure;
+use crate::features::Features;
 use crate::host;
 use crate::link::Link;
 use crate::state::{StateDir, TARGETS_MAX, Target, address};
@@ -28,25 +29,30 @@ pub(crate) struct Invitation {
 
 impl Invitation {
     /// Reads `TOKEN@HOST[:PORT]`; an IPv6 address is written in brackets.
-    pub(crate) fn parse(text: &str) -> anyhow::Result<Self> {
+    pub(crate) fn parse(text: &str) -> Result<Self, Failure> {
+        let hint = "on the target, `stillpoint agent token create` prints the whole command";
+        let wrong = |message: String| Failure::usage(message, hint);
         let (token, place) = text
             .trim()
             .split_once('@')
-            .context("write TOKEN@HOST or TOKEN@HOST:PORT")?;
-        let token = Token::parse(token)?;
+            .ok_or_else(|| wrong("write TOKEN@HOST or TOKEN@HOST:PORT".to_owned()))?;
+        let token = Token::parse(token).map_err(|error| wrong(error.to_string()))?;
         let (host, port) = place_of(place)?;
         Ok(Self { token, host, port })
     }
 }
 
 /// `HOST[:PORT]`; an IPv6 address with a port is written in brackets.
-pub(crate) fn place_of(place: &str) -> anyhow::Result<(String, u16)> {
+pub(crate) fn place_of(place: &str) -> Result<(String, u16), Failure> {
+    let wrong = |message: &str| Failure::usage(format!("{place:?}: {message}"), "write HOST or HOST:PORT");
     let (host, port) = match place.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
         Some((host, "")) => (host, None),
-        Some((host, rest)) => (
-            host,
-            Some(rest.strip_prefix(':').context("write [ADDRESS]:PORT")?),
-        ),
+        Some((host, rest)) => {
+            let port = rest
+                .strip_prefix(':')
+                .ok_or_else(|| wrong("write [ADDRESS]:PORT"))?;
+            (host, Some(port))
+        }
         None => match place.split_once(':') {
             Some((_, port)) if port.contains(':') => (place, None),
             Some((host, port)) => (host, Some(port)),
@@ -54,11 +60,11 @@ pub(crate) fn place_of(place: &str) -> anyhow::Result<(String, u16)> {
         },
     };
     if host.is_empty() {
-        bail!("the target's host is missing after the @");
+        return Err(wrong("the target's host is missing"));
     }
     let port = port
         .map_or(Ok(DEFAULT_PORT), str::parse)
-        .with_context(|| format!("{place}: no port number"))?;
+        .map_err(|_| wrong("no port number"))?;
     Ok((host.to_owned(), port))
 }
 
@@ -78,18 +84,21 @@ impl Pins for TokenPin {
 }
 
 /// Enrols, and remembers the target.
-pub(crate) async fn enrol(state: &StateDir, invitation: Invitation) -> anyhow::Result<Target> {
+pub(crate) async fn enrol(
+    state: &StateDir,
+    features: &Features,
+    invitation: Invitation,
+) -> anyhow::Result<Target> {
     let identity = state.identity()?;
     let Invitation { token, host, port } = invitation;
     let token = Arc::new(token);
     if state.targets()?.len() >= TARGETS_MAX {
-        bail!("this agent is enrolled with {TARGETS_MAX} targets already: `unenrol` one of them");
+        let message = format!("this agent is enrolled with {TARGETS_MAX} targets already");
+        return Err(Failure::refused("limit", message, "`stillpoint-agent unenrol` one of them").into());
     }
     let pins = Arc::new(TokenPin(Arc::clone(&token)));
     let address = address(&host, port);
-    let dialled = dial(&address, &identity, pins).await.context(
-        "enrolment did not begin (if TLS failed: the token belongs to another target, or something sits in between)",
-    )?;
+    let dialled = dial(&address, &identity, pins).await.map_err(not_dialled)?;
     let Dialled {
         stream,
         fingerprint,
@@ -101,22 +110,31 @@ pub(crate) async fn enrol(state: &StateDir, invitation: Invitation) -> anyhow::R
         mac: token.agent_mac(identity.agent_id, &exporter),
         host: host::name(&Root::real()),
     });
-    let end = AgentEnd::new(Instant::now(), host::hello(identity.agent_id), 0, purpose);
-    let mut link = Link::new(stream, end);
+    let hello = host::hello(identity.agent_id, features.capabilities());
+    let mut link = Link::new(stream, AgentEnd::new(Instant::now(), hello, 0, purpose));
     let talk = async {
         loop {
-            match link.event().await? {
-                AgentEvent::Enrolled(EnrolOk { mac }) => return Ok(mac),
-                AgentEvent::Refused(refusal) => bail!("the target refused: {refusal}"),
-                _ => {}
+            match link.event().await {
+                Ok(AgentEvent::Enrolled(EnrolOk { mac })) => return Ok(mac),
+                Ok(AgentEvent::Refused(refusal)) => return Err(Failure::of_target(&address, &refusal)),
+                Ok(_) => {}
+                Err(error) => {
+                    let message = format!("{address} broke off the enrolment: {error}");
+                    return Err(Failure::unreachable(
+                        message,
+                        "try again; the token is still good",
+                    ));
+                }
             }
         }
     };
-    let mac = tokio::time::timeout(TALK_TIME_MAX, talk)
-        .await
-        .context("the target did not answer in time")??;
+    let mac = tokio::time::timeout(TALK_TIME_MAX, talk).await.map_err(|_| {
+        let message = format!("{address} did not answer within {} s", TALK_TIME_MAX.as_secs());
+        Failure::unreachable(message, "look at the target's log, then try again")
+    })??;
     if !token.verify_target(identity.agent_id, &exporter, &mac) {
-        bail!("{address} does not know the token: nothing was pinned");
+        let message = format!("{address} does not know the token: nothing was pinned");
+        return Err(Failure::refused("wrong_target", message, "make a new token on that target").into());
     }
     let target = Target {
         fingerprint,
@@ -127,6 +145,25 @@ pub(crate) async fn enrol(state: &StateDir, invitation: Invitation) -> anyhow::R
     state.add_target(&target)?;
     link.close().await;
     Ok(target)
+}
+
+/// Enrolment did not begin: nothing was said, and the token is still good.
+fn not_dialled(error: DialError) -> Failure {
+    match error {
+        DialError::OtherKey { address, seen } => Failure::refused(
+            "wrong_target",
+            format!("the token belongs to another target: {address} has the key {seen}"),
+            "make the token on the target that you enrol with; if you did, something sits in between: do not go on",
+        ),
+        DialError::Unreachable { .. } => {
+            Failure::unreachable(error.to_string(), "the token is still good: try again")
+        }
+        DialError::NoTarget { .. } => Failure::unreachable(
+            error.to_string(),
+            "`stillpoint status` on the target shows its port",
+        ),
+        DialError::Tls(_) => Failure::failed("internal", error.to_string(), "report this"),
+    }
 }
 
 #[cfg(test)]

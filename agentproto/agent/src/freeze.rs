@@ -14,9 +14,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::features::Features;
 use crate::guard::{Guard, GuardError};
 use crate::hooks::{self, Call, Hook, HookError, Verb};
 use crate::journal::{self, HookJournal};
+use crate::libvirt::Libvirt;
 use crate::sys;
 use crate::volumes::{self, DeviceNumber, Root, Volume};
 
@@ -48,6 +50,12 @@ pub(crate) struct Settings {
     pub(crate) hook_time_max: Duration,
     /// Never freeze the file systems that these lie on.
     pub(crate) protect: Vec<PathBuf>,
+    /// What this agent takes part in, as it was when the look at the host began.
+    pub(crate) features: Features,
+    /// How to ask for guests.
+    pub(crate) libvirt: Libvirt,
+    /// The agent's file, when it is not the usual one.
+    pub(crate) config_file: Option<PathBuf>,
 }
 
 /// Why nothing is frozen (any more).

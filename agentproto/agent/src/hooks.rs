@@ -32,7 +32,7 @@ const TERM_GRACE: Duration = Duration::from_millis(500);
 const POLL: Duration = Duration::from_millis(5);
 
 /// The one argument.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Verb {
     /// Make the application's data consistent on disk and stop writing.
     Freeze,

@@ -7,19 +7,17 @@ use crate::config::Config;
 use crate::journal;
 use crate::volumes::Root;
 
-/// What this agent can do.
-pub(crate) const CAPABILITIES: Capabilities = Capabilities(Capabilities::LINUX_FS.0 | Capabilities::HOOKS.0);
 /// Initiator names that fit into a message.
 const INITIATORS_MAX: usize = 256;
 
 /// The first frame of this agent on any connection.
-pub(crate) fn hello(agent_id: AgentId) -> Hello {
+pub(crate) fn hello(agent_id: AgentId, capabilities: Capabilities) -> Hello {
     Hello {
         min_version: VERSION,
         max_version: VERSION,
         agent_id: Some(agent_id),
         product: format!("stillpoint-agent {}", env!("CARGO_PKG_VERSION")),
-        capabilities: CAPABILITIES,
+        capabilities,
     }
 }
 
@@ -31,14 +29,20 @@ pub(crate) fn name(root: &Root) -> String {
 }
 
 /// What Register says.
-pub(crate) fn register(root: &Root, config: &Config, mounted: Vec<LunId>) -> Register {
+pub(crate) fn register(
+    root: &Root,
+    config: &Config,
+    features: Capabilities,
+    mounted: Vec<LunId>,
+) -> Register {
     Register {
         host: name(root),
         os: os(root),
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         boot_id: journal::boot_id(root),
         listen_port: config.dialled_port(),
-        features: CAPABILITIES,
+        advertise_host: config.advertise_host.map(|host| host.to_string()),
+        features,
         initiators: initiators(root, config),
         mounted,
     }

@@ -120,7 +120,7 @@ impl Listener {
         let crowded = engine.channels() >= CHANNELS_PER_TARGET_MAX;
         let mut answers = engine.open_channel(id);
         let generation = engine.feed(|agent| agent.generation());
-        let hello = host::hello(self.identity.agent_id);
+        let hello = host::hello(self.identity.agent_id, engine.capabilities());
         let channel = Channel::accepting(Instant::now(), hello, generation, MAX_BODY);
         let mut link = Link::new(stream, channel);
         loop {
@@ -179,6 +179,9 @@ fn take(channel: &mut Channel, id: u64, engine: &Arc<Engine>, event: ChannelEven
             tracing::info!(subject = event.subject, "the target says: {}", event.text)
         }
         // This end asks nothing on a snapshot channel.
+        ChannelEvent::VersionRefused(refusal) => {
+            tracing::error!(target = %engine.target(), "a target is refused: {refusal}");
+        }
         ChannelEvent::Opened { .. }
         | ChannelEvent::HelloRefused(_)
         | ChannelEvent::Reply { .. }

@@ -14,9 +14,11 @@ use stillpoint_agentproto::message::{
 use stillpoint_agentproto::{ErrorCode, LunId, Refusal};
 
 use crate::apps::Application;
+use crate::features::Feature;
 use crate::freeze::{self, Settings};
 use crate::hooks::{self, Call, Hook, HookError, Verb};
-use crate::volumes::{self, DeviceNumber, Disk, Inventory, Volume};
+use crate::libvirt::KIND as KIND_OF_GUESTS;
+use crate::volumes::{self, DeviceNumber, Disk, Inventory, TestLun, Volume};
 
 /// A server that does not answer its helper within this is not there.
 const CHECK_TIME_MAX: Duration = Duration::from_secs(10);
@@ -101,6 +103,15 @@ pub(crate) fn app(hook: &Hook, state: AppState, error: Option<String>) -> Option
     })
 }
 
+/// What this host has, as far as the agent takes part in it: without the feature `linux-fs` it answers for no file system.
+pub(crate) fn inventory(settings: &Settings, test_luns: &[TestLun]) -> Inventory {
+    let mut inventory = Inventory::read(&settings.root, test_luns);
+    if !settings.features.has(Feature::LinuxFs) {
+        inventory.volumes.clear();
+    }
+    inventory
+}
+
 /// The host's name for a LUN.
 pub(crate) fn naa(lun: LunId) -> String {
     lun.to_string()
@@ -122,6 +133,10 @@ pub(crate) fn survey(
         volumes: Vec::new(),
         hooks: Vec::new(),
     };
+    if !settings.features.has(Feature::LinuxFs) {
+        let text = "this agent freezes no file systems: `stillpoint-agent features --enable linux-fs`";
+        survey.error(ErrorCode::Unsupported, "agent", text);
+    }
     let names: BTreeSet<String> = luns.iter().copied().map(naa).collect();
     survey.volumes = inventory.freeze_order(&names).into_iter().cloned().collect();
     if !may_freeze(settings) {
@@ -354,7 +369,7 @@ impl Survey {
             .iter()
             .flat_map(|volume| volume.points.clone())
             .collect();
-        match hooks::read_dir(&settings.hooks_dir) {
+        match directory(settings) {
             // A `filesystem` snapshot needs no application: one that fails must not stop it.
             Ok(hooks) => {
                 let wanted = |hook: &Hook| mode == Mode::Application || hook.application.is_none();
@@ -369,7 +384,11 @@ impl Survey {
             return;
         }
         // After the hooks: what holds a lock holds it shortest.
-        let helpers = apps.iter().map(|app| app.hook(&settings.root));
+        let guests = guests(settings).unwrap_or_else(|why| {
+            self.application_error(KIND_OF_GUESTS, &format!("its guests are not known: {why}"));
+            Vec::new()
+        });
+        let helpers = apps.iter().map(|app| app.hook(&settings.root)).chain(guests);
         let helpers: Vec<Hook> = helpers.filter(|helper| helper.concerns(&points)).collect();
         // All at once: several servers that hang must not add up beyond the target's patience.
         let checked: Vec<_> = std::thread::scope(|scope| {
@@ -411,13 +430,16 @@ impl Survey {
             }
             Err(error) => {
                 let name = helper.application.unwrap_or_default();
-                let text = error.to_string();
-                self.found.push(Found {
-                    finding: finding(ErrorCode::WriterFailed, Severity::Error, &name, &text),
-                    part: Some(Part::Application(name)),
-                });
+                self.application_error(&name, &error.to_string());
             }
         }
+    }
+
+    fn application_error(&mut self, name: &str, text: &str) {
+        self.found.push(Found {
+            finding: finding(ErrorCode::WriterFailed, Severity::Error, name, text),
+            part: Some(Part::Application(name.to_owned())),
+        });
     }
 
     fn error(&mut self, code: ErrorCode, subject: &str, text: &str) {
@@ -438,29 +460,57 @@ fn check(helper: &Hook, points: &[PathBuf]) -> Result<String, HookError> {
     helper.run(&call, &mut |_| {}, &|| false)
 }
 
+/// The hooks of the directory, unless they were switched off.
+fn directory(settings: &Settings) -> Result<Vec<Hook>, hooks::DirError> {
+    if settings.features.has(Feature::Hooks) {
+        hooks::read_dir(&settings.hooks_dir)
+    } else {
+        Ok(Vec::new())
+    }
+}
+
+/// The guests of this host, if they are to be frozen.
+fn guests(settings: &Settings) -> Result<Vec<Hook>, String> {
+    if !settings.features.has(Feature::Libvirt) {
+        return Ok(Vec::new());
+    }
+    settings
+        .libvirt
+        .hooks(&settings.root, settings.config_file.as_deref())
+}
+
 /// Every hook and helper, in the order of freezing.
 pub(crate) fn hooks(settings: &Settings, apps: &[Application]) -> Result<Vec<Hook>, hooks::DirError> {
-    let mut hooks = hooks::read_dir(&settings.hooks_dir)?;
+    let mut hooks = directory(settings)?;
     hooks.extend(apps.iter().map(|app| app.hook(&settings.root)));
+    // Guests that cannot be asked for are named by the preflight, not by a list.
+    hooks.extend(guests(settings).unwrap_or_default());
     Ok(hooks)
 }
 
 /// What `ListVolumes` answers: the LUNs that this host has.
-pub(crate) fn list(inventory: &Inventory, hooks: &[Hook], luns: &[LunId]) -> Vec<LunVolumes> {
+///
+/// `standby` are those that another host of a cluster has mounted: this host's session on them is accounted for.
+pub(crate) fn list(
+    inventory: &Inventory,
+    hooks: &[Hook],
+    luns: &[LunId],
+    standby: &[LunId],
+) -> Vec<LunVolumes> {
     luns.iter()
-        .filter_map(|lun| list_one(inventory, hooks, *lun))
+        .filter_map(|lun| list_one(inventory, hooks, *lun, standby.contains(lun)))
         .collect()
 }
 
-fn list_one(inventory: &Inventory, hooks: &[Hook], lun: LunId) -> Option<LunVolumes> {
+fn list_one(inventory: &Inventory, hooks: &[Hook], lun: LunId, standby: bool) -> Option<LunVolumes> {
     let name = naa(lun);
     let disk = inventory.paths(&name).next()?;
     let volumes: Vec<&Volume> = inventory.on(&name).collect();
     let points: Vec<PathBuf> = volumes.iter().flat_map(|volume| volume.points.clone()).collect();
-    let role = if volumes.is_empty() {
-        Role::None
-    } else {
-        Role::Mounted
+    let role = match (volumes.is_empty(), standby) {
+        (false, _) => Role::Mounted,
+        (true, true) => Role::Standby,
+        (true, false) => Role::None,
     };
     let path = disk.path.as_ref();
     let identity = LunIdentity {

@@ -3,18 +3,17 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use stillpoint_agentproto::LunId;
-use stillpoint_agentproto::message::{Heartbeat, LunIdentity, Severity};
+use stillpoint_agentproto::message::{Capabilities, Heartbeat, LogEvent, LunIdentity, Severity};
 use stillpoint_agentproto::registration::{AgentEnd, AgentEvent, LEASE, Purpose};
+use stillpoint_agentproto::{ErrorCode, LunId};
 
-use crate::dial::{Dialled, dial};
+use crate::dial::{DialError, Dialled, dial};
 use crate::engine::{Engine, Shared};
 use crate::host;
 use crate::link::Link;
 use crate::state::{Identity, Target};
 use crate::status::{Board, Connection};
 use crate::tls::Exactly;
-use crate::volumes::Inventory;
 
 /// First pause after a failed connection; doubles each time.
 const PAUSE_MIN: Duration = Duration::from_millis(500);
@@ -36,6 +35,8 @@ pub(crate) struct Registration {
     lease_ends: Option<Instant>,
     said: Said,
     beat: Beat,
+    /// Why the target does not reach this agent.
+    trouble: Option<String>,
 }
 
 /// Heartbeats go one at a time (the target refuses a second one as it refuses any second request on this channel).
@@ -52,6 +53,7 @@ struct Beat {
 struct Said {
     mounted: Vec<LunId>,
     initiators: Vec<String>,
+    features: Capabilities,
 }
 
 impl Registration {
@@ -72,6 +74,7 @@ impl Registration {
             lease_ends: None,
             said: Said::default(),
             beat: Beat::default(),
+            trouble: None,
         }
     }
 
@@ -123,14 +126,18 @@ impl Registration {
     async fn connection(&mut self) -> anyhow::Result<()> {
         let address = self.target.address();
         let pins = Arc::new(Exactly(self.target.fingerprint));
-        let Dialled { stream, .. } = dial(&address, &self.identity, pins).await?;
+        let Dialled { stream, .. } = dial(&address, &self.identity, pins)
+            .await
+            .map_err(|error| self.not_dialled(error))?;
         self.said = self.look().await?;
         let root = &self.shared.settings.root;
-        let register = host::register(root, &self.shared.config, self.said.mounted.clone());
+        let (features, mounted) = (self.said.features, self.said.mounted.clone());
+        let register = host::register(root, &self.shared.config, features, mounted);
         let generation = self.engine.feed(|agent| agent.generation());
-        let hello = host::hello(self.identity.agent_id);
+        let hello = host::hello(self.identity.agent_id, features);
         let end = AgentEnd::new(Instant::now(), hello, generation, Purpose::Register(register));
         let mut link = Link::new(stream, end);
+        self.trouble = None;
         // Counts as sent until the registration is answered.
         self.beat = Beat {
             sent: Some(Instant::now()),
@@ -149,8 +156,8 @@ impl Registration {
                 }
                 _ = mounts.tick() => {
                     let now = self.look().await?;
-                    if now.initiators != self.said.initiators {
-                        // Only Register carries the names.
+                    if now.initiators != self.said.initiators || now.features != self.said.features {
+                        // Only Register carries these.
                         link.close().await;
                         return Ok(());
                     }
@@ -167,6 +174,21 @@ impl Registration {
                 }
             }
         }
+    }
+
+    /// A key that changed is nothing to get over by dialling again: says what it can mean.
+    fn not_dialled(&self, error: DialError) -> anyhow::Error {
+        let pinned = self.target.fingerprint;
+        let host = &self.target.host;
+        let text = match error {
+            DialError::OtherKey { address, seen } => format!(
+                "{address} shows the key {seen}, but {pinned} was pinned at the enrolment. If the target was installed anew: \
+                 `stillpoint-agent unenrol {host}` here, `stillpoint agent token create` there, and enrol again. If not, \
+                 another machine answers there: do not"
+            ),
+            other => return other.into(),
+        };
+        anyhow::anyhow!(text)
     }
 
     /// `false`: dial again, this connection is of no more use.
@@ -198,15 +220,20 @@ impl Registration {
                 self.lease_lost();
                 return Ok(false);
             }
-            AgentEvent::Log(event) => match event.severity {
-                Severity::Info => tracing::info!(subject = event.subject, "the target says: {}", event.text),
-                Severity::Warning => {
-                    tracing::warn!(subject = event.subject, "the target says: {}", event.text)
+            AgentEvent::Log(event) => {
+                self.heed(&event);
+                match event.severity {
+                    Severity::Info => {
+                        tracing::info!(subject = event.subject, "the target says: {}", event.text)
+                    }
+                    Severity::Warning => {
+                        tracing::warn!(subject = event.subject, "the target says: {}", event.text)
+                    }
+                    Severity::Error => {
+                        tracing::error!(subject = event.subject, "the target says: {}", event.text)
+                    }
                 }
-                Severity::Error => {
-                    tracing::error!(subject = event.subject, "the target says: {}", event.text)
-                }
-            },
+            }
             AgentEvent::Enrolled(_) | AgentEvent::Answer { .. } => {}
         }
         Ok(true)
@@ -226,15 +253,29 @@ impl Registration {
             self.identity.agent_id,
             self.shared.config.listen
         );
+        self.show(names);
+    }
+
+    /// What the target said of its way to this agent, for `status`.
+    fn heed(&mut self, event: &LogEvent) {
+        self.trouble = match (event.severity, event.code) {
+            (Severity::Error, ErrorCode::Unreachable) => Some(event.text.clone()),
+            (Severity::Info, _) => None,
+            _ => return,
+        };
+        let luns = self.engine.granted().unwrap_or_default();
+        self.show(luns.iter().map(ToString::to_string).collect());
+    }
+
+    fn show(&self, luns: Vec<String>) {
+        let trouble = self.trouble.clone();
         self.board
-            .set(self.target.fingerprint, Connection::Registered { luns: names });
+            .set(self.target.fingerprint, Connection::Registered { luns, trouble });
     }
 
     fn granted(&mut self, luns: Vec<LunIdentity>) {
         self.lease_ends = Some(Instant::now() + LEASE);
-        let names = luns.iter().map(|lun| lun.lun.to_string()).collect();
-        self.board
-            .set(self.target.fingerprint, Connection::Registered { luns: names });
+        self.show(luns.iter().map(|lun| lun.lun.to_string()).collect());
         self.engine.set_grants(luns);
     }
 
@@ -273,7 +314,7 @@ impl Registration {
         let granted = self.engine.granted();
         let look = move || {
             let root = &shared.settings.root;
-            let inventory = Inventory::read(root, &shared.config.test_luns);
+            let inventory = crate::plan::inventory(&shared.settings(), &shared.config.test_luns);
             let ours = inventory
                 .stillpoint_luns()
                 .into_iter()
@@ -283,6 +324,7 @@ impl Registration {
             Said {
                 mounted,
                 initiators: host::initiators(root, &shared.config),
+                features: shared.features().capabilities(),
             }
         };
         Ok(tokio::task::spawn_blocking(look).await?)

@@ -8,6 +8,8 @@ use stillpoint_agentproto::message::{Finding, LunVolumes, Severity};
 
 use crate::config::Config;
 use crate::discover::Found;
+use crate::failure::UNREACHABLE;
+use crate::features::{self, Feature, Features};
 use crate::journal::{Outcome, Recovered};
 use crate::state::StateDir;
 use crate::status::{self, Connection};
@@ -23,10 +25,11 @@ pub(crate) fn print_json(value: &Value) -> io::Result<()> {
     print(&format!("{value:#}"))
 }
 
-/// `status`: exit code 0 when an agent runs and is registered everywhere, 1 otherwise.
+/// `status`: exit code 0 when an agent runs, is registered everywhere and reached from there; 4 when none runs, 1 otherwise.
 pub(crate) fn status(json: bool, config: &Config) -> anyhow::Result<ExitCode> {
     let state = StateDir::open(&config.state_dir)?;
     let (agent_id, targets) = (state.identity()?.agent_id, state.targets()?);
+    let features = Features::load(&config.state_dir)?;
     let running = run::is_running(&config.run_dir);
     let connections = if running {
         status::read(&config.run_dir)
@@ -34,7 +37,12 @@ pub(crate) fn status(json: bool, config: &Config) -> anyhow::Result<ExitCode> {
         status::Connections::new()
     };
     let frozen = journal::names(&config.run_dir);
-    let registered = |target| matches!(connections.get(target), Some(Connection::Registered { .. }));
+    let registered = |target| {
+        matches!(
+            connections.get(target),
+            Some(Connection::Registered { trouble: None, .. })
+        )
+    };
     let well = running && !targets.is_empty() && targets.iter().all(|target| registered(&target.fingerprint));
     if json {
         let target = |target: &crate::state::Target| {
@@ -45,11 +53,16 @@ pub(crate) fn status(json: bool, config: &Config) -> anyhow::Result<ExitCode> {
         let targets: Vec<Value> = targets.iter().map(target).collect();
         print_json(
             &json!({ "agent_id": agent_id, "version": env!("CARGO_PKG_VERSION"), "running": running,
-                            "listen": config.listen, "targets": targets, "sessions_frozen": frozen }),
+                            "listen": config.listen, "features": features.capabilities().names(),
+                            "targets": targets, "sessions_frozen": frozen }),
         )?;
     } else {
         let does = if running { "runs" } else { "does not run" };
         print(&format!("agent {agent_id} {does}, port {}", config.listen.port()))?;
+        print(&format!(
+            "takes part with {}",
+            features.capabilities().names().join(", ")
+        ))?;
         for target in &targets {
             print(&format!(
                 "target {}: {}",
@@ -64,23 +77,53 @@ pub(crate) fn status(json: bool, config: &Config) -> anyhow::Result<ExitCode> {
             print(&format!("frozen now by session {session}"))?;
         }
     }
-    Ok(if well {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
+    Ok(match (well, running) {
+        (true, _) => ExitCode::SUCCESS,
+        (false, true) => ExitCode::FAILURE,
+        (false, false) => ExitCode::from(UNREACHABLE),
     })
 }
 
 fn connection(connection: Option<&Connection>) -> String {
     match connection {
-        Some(Connection::Registered { luns }) if luns.is_empty() => {
-            "registered, no LUNs allowed yet".to_owned()
+        Some(Connection::Registered {
+            trouble: Some(trouble),
+            ..
+        }) => format!("registered, but {trouble}"),
+        Some(Connection::Registered { luns, .. }) if luns.is_empty() => {
+            "registered, no LUNs allowed yet (`stillpoint agent allow` on the target)".to_owned()
         }
-        Some(Connection::Registered { luns }) => format!("registered, {}", luns.join(", ")),
+        Some(Connection::Registered { luns, .. }) => format!("registered, {}", luns.join(", ")),
         Some(Connection::Down { error }) => format!("not registered: {error}"),
         Some(Connection::Connecting) => "connecting".to_owned(),
         None => "not connected".to_owned(),
     }
+}
+
+/// `features`
+pub(crate) fn features(json: bool, config: &Config, features: &Features) -> io::Result<()> {
+    let trouble = |feature| features::trouble(feature, config).filter(|_| features.has(feature));
+    if json {
+        let one = |feature: Feature| json!({ "name": feature.name(), "enabled": features.has(feature), "trouble": trouble(feature) });
+        return print_json(&json!({ "features": features::ALL.map(one) }));
+    }
+    for feature in features::ALL {
+        let state = if features.has(feature) { "on" } else { "off" };
+        let trouble = trouble(feature).map_or_else(String::new, |trouble| format!("  ({trouble})"));
+        print(&format!("{:<10} {state}{trouble}", feature.name()))?;
+    }
+    Ok(())
+}
+
+/// `install`, `uninstall`
+pub(crate) fn done(json: bool, done: &[String], next: &str) -> io::Result<()> {
+    if json {
+        return print_json(&json!({ "done": done }));
+    }
+    done.iter()
+        .map(String::as_str)
+        .chain(Some(next).filter(|next| !next.is_empty()))
+        .try_for_each(print)
 }
 
 /// `discover`

@@ -3,7 +3,7 @@
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::engine::{Engine, Shared};
+use crate::features::Features;
 use crate::freeze::Settings;
 use crate::journal::{self, Outcome, Recovered};
 use crate::listener::{Engines, Listener};
@@ -25,7 +26,7 @@ use crate::status::{Board, Connection};
 use crate::tls::{self, Enrolled};
 use crate::volumes::Root;
 
-/// How soon an `enrol` or `unenrol` is noticed.
+/// How soon an `enrol`, an `unenrol` or a choice of `features` is noticed.
 const TARGETS_EVERY: Duration = Duration::from_secs(1);
 /// Hooks have 20 s after a thaw; then the agent ends whatever they do.
 const STOP_TIME_MAX: Duration = Duration::from_secs(25);
@@ -43,10 +44,12 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let listener = listener.with_context(|| format!("{} cannot be listened on", config.listen))?;
     tracing::info!(agent_id = %identity.agent_id, listen = %config.listen, "stillpoint-agent {}", env!("CARGO_PKG_VERSION"));
     let board = Arc::new(Board::new(&config.run_dir));
+    let features = Features::load(&config.state_dir)?;
     let shared = Arc::new(Shared {
-        settings: settings(&config, root),
+        settings: settings(&config, root, features.clone()),
         config,
         state,
+        features: Mutex::new(features),
     });
     let mut agent = Running {
         shared,
@@ -62,7 +65,10 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let mut look = tokio::time::interval(TARGETS_EVERY);
     loop {
         tokio::select! {
-            _ = look.tick() => agent.follow_targets()?,
+            _ = look.tick() => {
+                agent.follow_features();
+                agent.follow_targets()?;
+            }
             _ = term.recv() => break,
             _ = int.recv() => break,
         }
@@ -73,7 +79,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
 }
 
 /// The rules of every freeze.
-pub(crate) fn settings(config: &Config, root: Root) -> Settings {
+pub(crate) fn settings(config: &Config, root: Root, features: Features) -> Settings {
     let mut protect = config.protect.clone();
     protect.push(config.state_dir.clone());
     Settings {
@@ -82,6 +88,9 @@ pub(crate) fn settings(config: &Config, root: Root) -> Settings {
         hooks_dir: config.hooks_dir.clone(),
         hook_time_max: config.hook_time_max,
         protect,
+        features,
+        libvirt: config.libvirt.clone(),
+        config_file: config.file.clone(),
     }
 }
 
@@ -141,6 +150,26 @@ struct Running {
 }
 
 impl Running {
+    /// Takes up what `features` chose; the registrations tell the targets.
+    fn follow_features(&self) {
+        match Features::load(&self.shared.config.state_dir) {
+            Ok(chosen) => {
+                let mut features = self
+                    .shared
+                    .features
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
+                if *features != chosen {
+                    tracing::info!(features = ?chosen.capabilities().names(), "the choice of features changed");
+                    *features = chosen;
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "the choice of features cannot be read; the last one stays")
+            }
+        }
+    }
+
     /// Takes up targets that were enrolled and drops those that were unenrolled.
     fn follow_targets(&mut self) -> anyhow::Result<()> {
         let targets = match self.shared.state.targets() {

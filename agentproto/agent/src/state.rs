@@ -5,6 +5,7 @@
 //! | `agent-id` | UUID, made once |
 //! | `key.pem`, `cert.pem` | self-signed; targets pin the key. Mode 0600 |
 //! | `targets/FINGERPRINT.json` | one enrolled target (written by `enrol`, removed by `unenrol`) |
+//! | `features.json` | what the agent takes part in (written by `features`) |
 //! | `generations/FINGERPRINT` | the highest generation seen of it (written by `run`) |
 //!
 //! One file per target and one writer per file: `enrol` may run while the agent runs.
@@ -238,7 +239,7 @@ impl StateDir {
 }
 
 /// Writes a file of mode 0600 so that it is there wholly or not at all, also after a power cut.
-fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let beside = path.with_extension("new");
     match fs::remove_file(&beside) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

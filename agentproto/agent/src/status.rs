@@ -18,6 +18,8 @@ pub(crate) enum Connection {
     Registered {
         /// The LUNs that may be frozen.
         luns: Vec<String>,
+        /// Why no snapshot would work all the same: the target does not reach this agent.
+        trouble: Option<String>,
     },
     /// Waiting to dial again.
     Down {
@@ -95,6 +97,7 @@ mod tests {
             one,
             Connection::Registered {
                 luns: vec!["naa.6".to_owned()],
+                trouble: None,
             },
         );
         board.set(

@@ -226,7 +226,7 @@ fn say(version: &str) -> Result<(), String> {
 }
 
 /// The mount point that a path (canonical) lies on.
-fn mount_of(path: &Path, mounts: &[Mount]) -> Option<PathBuf> {
+pub(crate) fn mount_of(path: &Path, mounts: &[Mount]) -> Option<PathBuf> {
     let over = mounts.iter().filter(|mount| path.starts_with(&mount.point));
     // A later mount covers an earlier one at the same place.
     over.max_by_key(|mount| (mount.point.components().count(), mount.id))

@@ -8,14 +8,20 @@ fn lun(id: u8) -> LunId {
 }
 
 fn look(host: &Host, luns: &[LunId], mode: Mode, grants: Option<&[LunIdentity]>) -> Survey {
-    let settings = Settings {
+    survey(&host.read(), &settings(host), &[], luns, mode, grants)
+}
+
+fn settings(host: &Host) -> Settings {
+    Settings {
         root: host.root(),
         run_dir: "/nonexistent/run".into(),
         hooks_dir: host.root().path("/hooks.d"),
+        features: crate::features::Features::default(),
+        libvirt: crate::libvirt::Libvirt::default(),
+        config_file: None,
         hook_time_max: Duration::from_secs(1),
         protect: Vec::new(),
-    };
-    survey(&host.read(), &settings, &[], luns, mode, grants)
+    }
 }
 
 /// One LUN (7) with a btrfs on it. Its device number is anonymous, so any directory can play its mount point.
@@ -260,9 +266,43 @@ fn a_broken_hook_directory_stops_the_snapshot() {
         &host.read(),
         &hooks::read_dir(&host.root().path("/hooks.d")).expect("hooks"),
         &[lun(7), lun(9)],
+        &[],
     );
     assert_eq!(
         (listed.len(), listed[0].role, listed[0].apps.len()),
         (1, Role::Mounted, 1)
+    );
+}
+
+#[test]
+fn a_lun_of_a_cluster_is_standby_until_it_is_mounted() {
+    let host = Host::new();
+    host.lun("sdb", 16, 1, 7);
+    host.mounts("");
+    let role = |standby: &[LunId]| list(&host.read(), &[], &[lun(7)], standby)[0].role;
+    assert_eq!((role(&[]), role(&[lun(7)])), (Role::None, Role::Standby));
+    host.mounts("30 1 8:17 / /srv rw - ext4 /dev/sdb1 rw\n");
+    assert_eq!(role(&[lun(7)]), Role::Mounted, "the failover came");
+}
+
+#[test]
+fn without_their_features_file_systems_and_hooks_take_no_part() {
+    let host = Host::new();
+    host.lun("sdb", 16, 1, 7);
+    host.mounts("30 1 8:17 / /srv rw - ext4 /dev/sdb1 rw\n");
+    host.write("hooks.d/10-db.toml", "application = 7\n");
+    let mut settings = settings(&host);
+    settings.features.set(Feature::Hooks, false);
+    assert_eq!(hooks(&settings, &[]).expect("none is read"), []);
+    assert_eq!(inventory(&settings, &[]).volumes.len(), 1);
+    settings.features.set(Feature::LinuxFs, false);
+    let seen = inventory(&settings, &[]);
+    assert!(seen.volumes.is_empty() && seen.disks.len() == 1);
+    let survey = survey(&seen, &settings, &[], &[lun(7)], Mode::Filesystem, None);
+    let told = survey.findings();
+    assert!(
+        told.iter()
+            .any(|finding| finding.text.contains("--enable linux-fs")),
+        "{told:?}"
     );
 }

@@ -17,9 +17,9 @@ use stillpoint_agentproto::frame::MAX_BODY;
 use stillpoint_agentproto::message::{
     Abort, Capabilities, CutOutcome, EnrolOk, Freeze, Frozen, Heartbeat, HeartbeatOk, Hello, LogEvent,
     LunIdentity, Mode, Preflight, PreflightReport, Prepare, Prepared, Register, RegisterOk, Release, Reply,
-    Request, Require, Thawed,
+    Request, Require, Severity, Thawed,
 };
-use stillpoint_agentproto::{Fingerprint, LunId, Refusal, SessionId};
+use stillpoint_agentproto::{ErrorCode, Fingerprint, LunId, Refusal, SessionId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -453,6 +453,17 @@ pub struct Registered {
 }
 
 impl Registered {
+    /// Tells the agent that its port was not reached.
+    pub async fn say_unreachable(&mut self, text: &str) {
+        self.wire.channel.log(LogEvent {
+            severity: Severity::Error,
+            code: ErrorCode::Unreachable,
+            subject: "here".to_owned(),
+            text: text.to_owned(),
+        });
+        self.wire.flush().await;
+    }
+
     /// Serves heartbeats until one satisfies `wanted`.
     pub async fn heartbeat(&mut self, wanted: impl Fn(&Heartbeat) -> bool) -> Heartbeat {
         let waiting = async {
@@ -525,6 +536,16 @@ impl Target {
             fingerprint,
             listener,
             generation: 3,
+        }
+    }
+
+    /// Another machine in this one's place: the same port, another key.
+    pub async fn with_another_key(self) -> Self {
+        let Self { certificate, key, .. } = Self::new().await;
+        Self {
+            certificate,
+            key,
+            ..self
         }
     }
 
