@@ -483,6 +483,7 @@ mod tests {
             os: "o".into(),
             agent_version: "1".into(),
             boot_id: "b".into(),
+            advertise_host: None,
             listen_port: 11169,
             features: Capabilities::VSS_PROVIDER,
             initiators: vec![],

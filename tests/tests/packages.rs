@@ -43,7 +43,7 @@ fn the_agents_package_has_all_that_its_service_names() {
             "{conffiles}"
         );
         service_names_what_is_there(&tree)?;
-        // The packaged file is what the packaged program reads; nothing is enrolled, so `status` is not well.
+        // The packaged file is what the packaged program reads; no agent runs, which `status` says by 4.
         let mut status = Command::new(tree.join("usr/bin/stillpoint-agent"));
         status
             .arg("--config")
@@ -54,7 +54,7 @@ fn the_agents_package_has_all_that_its_service_names() {
             .args(["status", "--json"]);
         let status = run(&mut status, LIMIT)?;
         ensure!(
-            status.code == 1 && status.stdout.contains("\"running\": false"),
+            status.code == 4 && status.stdout.contains("\"running\": false"),
             "{status:?}"
         );
         let hooks = fs::metadata(tree.join("etc/stillpoint-agent/hooks.d"))?
