@@ -16,6 +16,7 @@ use self::data::Data;
 pub(crate) use self::records::Records;
 pub(crate) use self::walk::{Placements, Tally, Walk};
 use crate::disk::Disk;
+use crate::loan::Loans;
 use crate::meta::{MAX_VALUE_BYTES, MetaStore};
 use crate::offline::{self, Overlay, Pages, each};
 use crate::page::MAX_GRAINS;
@@ -393,6 +394,10 @@ impl Checker<'_> {
             JobKind::DropHead(branch) => records.branches.get(&branch).is_some_and(|found| found.head),
             // A tombstone takes nothing that anybody sees.
             JobKind::Zero { .. } => false,
+            JobKind::Lend { to, from, .. } => {
+                self.loan(records, id, to, from);
+                false
+            }
             JobKind::Collapse { from, .. } => records
                 .snapshots
                 .get(&from)
@@ -406,6 +411,19 @@ impl Checker<'_> {
         }
     }
 
+    /// Both snapshots of a loan stay as long as it runs.
+    fn loan(&mut self, records: &Records, id: u64, to: SnapshotId, from: SnapshotId) {
+        for snapshot in [to, from] {
+            match records.snapshots.get(&snapshot) {
+                None => self.wrong(format!("job {id} needs snapshot {snapshot}, which is gone")),
+                Some(found) if found.state == SnapshotState::Dying => self.wrong(format!(
+                    "job {id} needs snapshot {snapshot}, which is being freed"
+                )),
+                Some(_) => {}
+            }
+        }
+    }
+
     fn map(&mut self, disk: &dyn Disk, verify: bool) -> Result<()> {
         let data_bytes = disk.size();
         let data_bytes = data_bytes.map_err(|error| Error::io("stat", "data file", error))?;
@@ -414,9 +432,10 @@ impl Checker<'_> {
         let overlay = Overlay::read(self.meta, &self.system, |error| damage.push(error))?;
         self.report.deltas = overlay.len();
         let parents = self.records.parents();
-        let tombs = Tombs::of(&self.records.jobs);
+        let (tombs, loans) = (Tombs::of(&self.records.jobs), Loans::of(&self.records.jobs));
         let pages = Pages {
             tombs: &tombs,
+            loans: &loans,
             overlay: &overlay,
             parents: &parents,
         };
@@ -475,7 +494,7 @@ impl Checker<'_> {
     /// "mapped" counts of records against the map.
     fn counts(&mut self, tally: &Tally) {
         let mut seen: BTreeMap<SnapshotId, i64> = BTreeMap::new();
-        let ahead = |branch, epoch| i64::try_from(self.records.ahead(branch, epoch)).unwrap_or(i64::MAX);
+        let ahead = |branch, epoch| self.records.ahead(branch, epoch);
         let mut wrong = Vec::new();
         // Parents have smaller numbers, so what a branch inherits is known when its turn comes.
         for (&id, branch) in &self.records.branches {
@@ -487,7 +506,7 @@ impl Checker<'_> {
                 let mapped = below + tally.snapshots.get(&snapshot).copied().unwrap_or(0);
                 seen.insert(snapshot, mapped);
                 let mapped = mapped + ahead(id, snapshot.epoch);
-                if record.state == SnapshotState::Live && i64::try_from(record.mapped_grains) != Ok(mapped) {
+                if record.state == SnapshotState::Live && record.mapped_grains.cast_signed() != mapped {
                     wrong.push(format!(
                         "snapshot {snapshot} maps {mapped} grains, says {}",
                         record.mapped_grains
@@ -496,7 +515,7 @@ impl Checker<'_> {
             }
             let mapped = below + tally.heads.get(&id).copied().unwrap_or(0);
             let mapped = mapped + ahead(id, Epoch(u32::MAX));
-            if branch.head && i64::try_from(branch.mapped_grains) != Ok(mapped) {
+            if branch.head && branch.mapped_grains.cast_signed() != mapped {
                 wrong.push(format!(
                     "branch {} maps {mapped} grains, says {}",
                     id.0, branch.mapped_grains

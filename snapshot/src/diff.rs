@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use crate::loan::Loan;
 use crate::page::PageNo;
 use crate::pool::Pool;
 use crate::tomb::Tomb;
@@ -159,15 +160,21 @@ impl Pool {
                 .changed_pages(s.branch, s.after, s.upto, first, PAGES)?;
             pages.extend(changed.pages.into_keys());
             next = [next, changed.next].into_iter().flatten().min();
-            // What a tombstone between the two hides has no version of its own yet.
+            // What a tombstone or a loan between the two changes has no version of its own yet.
             let tombs: Vec<_> = {
                 let state = self.inner.state();
                 let between = |t: &&Tomb| t.epoch >= s.after && t.epoch < s.upto;
                 state.tombs.of_branch(s.branch).filter(between).copied().collect()
             };
-            for t in tombs {
-                let (from, to) = (first.max(t.first), t.end.saturating_sub(1));
-                let (hidden, more) = self.inner.present_pages(t.branch, from, to, PAGES)?;
+            let loans: Vec<_> = {
+                let state = self.inner.state();
+                let between = |l: &&Loan| l.to.epoch >= s.after && l.to.epoch < s.upto;
+                state.loans.of_branch(s.branch).filter(between).copied().collect()
+            };
+            let tombs = tombs.iter().map(|t| (t.first, t.end));
+            for (begin, end) in tombs.chain(loans.iter().map(|l| (l.first, l.end))) {
+                let (from, to) = (first.max(begin), end.saturating_sub(1));
+                let (hidden, more) = self.inner.present_pages(s.branch, from, to, PAGES)?;
                 pages.extend(hidden);
                 next = [next, more].into_iter().flatten().min();
             }

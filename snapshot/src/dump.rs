@@ -14,6 +14,7 @@ use self::line::{
     Line, entries_text, parse_entries, parse_ranges, parse_references, pool_line, ranges_text, record_line,
     references_line, unhex,
 };
+use crate::loan::Loans;
 use crate::meta::{Batch, MetaStore};
 use crate::offline::{self, Overlay, Pages, Parents, each};
 use crate::record::{
@@ -159,9 +160,10 @@ fn dump_pages(
         }
         Ok(())
     })?;
-    let tombs = Tombs::of(&jobs);
+    let (tombs, loans) = (Tombs::of(&jobs), Loans::of(&jobs));
     let pages = Pages {
         tombs: &tombs,
+        loans: &loans,
         overlay: &overlay,
         parents,
     };
@@ -347,11 +349,17 @@ impl Restore<'_> {
             kind,
             cursor,
             masked,
+            gained,
         } = *line
         else {
             return Ok(None);
         };
-        let job = JobRecord { kind, cursor, masked };
+        let job = JobRecord {
+            kind,
+            cursor,
+            masked,
+            gained,
+        };
         self.put(key::job(id), job.encode(id))?;
         Ok(Some(()))
     }

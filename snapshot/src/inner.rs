@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use crate::alloc::Need;
 use crate::disk::Disk;
 use crate::lock::{lock, wait};
-use crate::map::{PageAt, Version};
+use crate::map::PageAt;
 use crate::meta_client::Meta;
 use crate::page::{PAGE_ENTRIES, Page, PageNo};
 use crate::record::{self, PageKey, key};
@@ -17,7 +17,7 @@ use crate::refs::Refs;
 use crate::scrub::Scrubbing;
 use crate::state::State;
 use crate::tomb::Tombs;
-use crate::types::{BranchId, Epoch, Point, PoolOptions, StoreEvent};
+use crate::types::{BranchId, Epoch, Point, PoolOptions, SnapshotId, StoreEvent};
 use crate::usage::Known;
 use crate::warm::{Identity, WarmLog, WarmMedium};
 use crate::{Error, Result};
@@ -280,7 +280,7 @@ impl Inner {
         let at = (branch, page);
         loop {
             let mut state = self.state();
-            if state.map.newest(at).is_some() {
+            if state.has_page(at) {
                 state.map.hits += 1;
                 return work(&mut state);
             }
@@ -300,7 +300,7 @@ impl Inner {
     pub(crate) fn load_page(&self, at: PageAt) -> Result<()> {
         let mut state = self.state();
         loop {
-            if state.map.contains(at) {
+            if state.has_page(at) {
                 return Ok(());
             }
             if state.map.loading.insert(at) {
@@ -310,14 +310,10 @@ impl Inner {
         }
         state.map.misses += 1;
         drop(state);
-        let found = self.resolve_raw(at.0, at.1);
+        let found = self.look_up(at);
         let mut state = self.state();
         state.map.loading.remove(&at);
-        let inserted = found.map(|(epoch, page)| {
-            if !state.map.contains(at) {
-                state.map.insert(at, Version::clean(epoch, page));
-            }
-        });
+        let inserted = found.map(|found| state.take_in(at, found));
         drop(state);
         self.changed.notify_all();
         inserted
@@ -331,12 +327,7 @@ impl Inner {
         epoch: Epoch,
         page: PageNo,
     ) -> Result<(Option<Epoch>, Page)> {
-        self.stable(|| self.resolve_once(branch, epoch, page, true))
-    }
-
-    /// As [`Inner::resolve`] of the head, but what its own tombstones hide is there: what is stored, and changed.
-    pub(crate) fn resolve_raw(&self, branch: BranchId, page: PageNo) -> Result<(Option<Epoch>, Page)> {
-        self.stable(|| self.resolve_once(branch, Epoch::MAX, page, false))
+        self.stable(|| self.resolve_once(branch, epoch, page, true, u64::MAX))
     }
 
     /// Runs `look` until no page moved between branches meanwhile: it would be missed in both.
@@ -350,18 +341,21 @@ impl Inner {
         }
     }
 
-    fn resolve_once(
+    /// One look. Without `own_tombs` what the tombstones of the branch itself hide is there: what is stored, and changed.
+    /// Loans that were made before the job `below` show their pages.
+    pub(crate) fn resolve_once(
         &self,
         branch: BranchId,
         epoch: Epoch,
         no: PageNo,
         own_tombs: bool,
+        below: u64,
     ) -> Result<(Option<Epoch>, Page)> {
         let (mut b, mut e) = (branch, epoch);
         let mut tombs = Tombs::default();
         loop {
             // RAM first: a version that leaves RAM after this look is in the store before the next.
-            let (ram, parent) = {
+            let (ram, parent, loan) = {
                 let state = self.state();
                 if !state.tombs.is_empty() && (own_tombs || b != branch) {
                     tombs.join(state.tombs.over(b, e, no));
@@ -370,9 +364,12 @@ impl Inner {
                 (
                     found.map(|(v, newest)| (v.epoch, v.page.clone(), newest)),
                     state.branch(b)?.record.parent,
+                    state.loans.over(b, e, no, below).copied(),
                 )
             };
-            if let Some((found, mut page, true)) = ram {
+            // What is not younger is what the branch showed before the loan.
+            let after = |found: &Option<Epoch>| loan.is_none_or(|l| *found > Some(l.to.epoch));
+            if let Some((found, mut page, true)) = ram.as_ref().filter(|(f, ..)| after(f)).cloned() {
                 tombs.mask_all(&mut page);
                 return Ok((found.filter(|_| b == branch), page));
             }
@@ -380,11 +377,21 @@ impl Inner {
             // older than all, and stays while it is dirty.
             let stored = self.stored_at(b, no, e)?.map(|(k, p)| (Some(k.epoch), p));
             let ram = ram.map(|(found, page, _)| (found, page));
-            let both = [stored, ram].into_iter().flatten();
+            let both = [stored, ram]
+                .into_iter()
+                .flatten()
+                .filter(|(found, _)| after(found));
             // On a tie RAM is last, and newer.
             if let Some((found, mut page)) = both.max_by_key(|(found, _)| *found) {
                 tombs.mask_all(&mut page);
                 return Ok((found.filter(|_| b == branch), page));
+            }
+            if let Some(loan) = loan {
+                let lender = loan.from;
+                let look = |p| self.resolve_once(lender.branch, lender.epoch, p, true, loan.job);
+                let mut page = loan.shown(no, |p| Ok(look(p)?.1))?;
+                tombs.mask_all(&mut page);
+                return Ok((None, page));
             }
             match parent {
                 Some(p) => (b, e) = (p.branch, p.epoch),
@@ -512,20 +519,37 @@ impl Inner {
         if from > to {
             return Ok(None);
         }
-        self.stable(|| self.next_present_once(branch, from, to))
+        let at = SnapshotId {
+            branch,
+            epoch: Epoch::MAX,
+        };
+        self.stable(|| self.next_present_once(at, from, to, u64::MAX))
     }
 
-    fn next_present_once(&self, branch: BranchId, from: PageNo, to: PageNo) -> Result<Option<PageNo>> {
+    /// One look, as of an epoch as far as loans go: those made before the job `below`.
+    pub(crate) fn next_present_once(
+        &self,
+        at: SnapshotId,
+        from: PageNo,
+        to: PageNo,
+        below: u64,
+    ) -> Result<Option<PageNo>> {
         let mut best: Option<PageNo> = None;
-        let mut at = Some(branch);
-        while let Some(b) = at {
+        let mut level = Some(at);
+        while let Some(at) = level {
+            let b = at.branch;
             let limit = best.unwrap_or(to);
-            let (dirty, parent) = {
+            let (dirty, parent, lends) = {
                 let state = self.state();
                 (
                     state.map.next_dirty(b, from, limit),
                     state.branch(b)?.record.parent,
+                    !state.loans.is_empty(),
                 )
+            };
+            let lent = match lends {
+                true => self.next_lent(b, at.epoch, from, limit, below)?,
+                false => None,
             };
             let start = key::page(PageKey {
                 branch: b,
@@ -537,8 +561,8 @@ impl Inner {
                 Some((k, _)) => Some(parse_page_key(k)?.page),
                 None => None,
             };
-            best = [best, dirty, stored].into_iter().flatten().min();
-            at = parent.map(|p| p.branch);
+            best = [best, dirty, stored, lent].into_iter().flatten().min();
+            level = parent;
         }
         Ok(best)
     }

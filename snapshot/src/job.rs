@@ -88,6 +88,7 @@ impl Inner {
                 JobKind::DropHead(b) => self.drop_step(id, job, b, None)?,
                 JobKind::Collapse { from, into } => self.collapse_step(id, job, from, into)?,
                 JobKind::Zero { .. } => self.zero_step(id, job)?,
+                JobKind::Lend { .. } => self.lend_step(id, job)?,
             }
         }
         // The next step lists versions again: those removed by this one must be gone from the store.
@@ -412,7 +413,7 @@ impl State {
     fn adopt(&mut self, old: PageKey, page: &Page, into: BranchId) {
         let (at, key) = ((into, old.page), PageKey { branch: into, ..old });
         let newest = self.map.newest_mut(at).expect("the caller has the page in RAM");
-        if newest.epoch.is_none() {
+        if newest.epoch.is_none() && newest.lent.is_none() {
             assert!(
                 newest.page.same_places(page),
                 "a branch without a version of its own shows the one below"

@@ -18,6 +18,7 @@ mod error;
 mod inner;
 mod job;
 mod keeper;
+mod loan;
 mod lock;
 mod map;
 pub mod meta;

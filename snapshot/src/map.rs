@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 
+use crate::loan::Lent;
 use crate::page::{Page, PageNo};
 use crate::record::PageKey;
 use crate::types::{BranchId, Epoch};
@@ -22,6 +23,8 @@ pub(crate) struct Version {
     /// Epoch of its key; `None` = the branch has no version of its own, this was found below or nowhere.
     pub(crate) epoch: Option<Epoch>,
     pub(crate) page: Page,
+    /// It is what a loan shows, and not stored: above all versions of the branch's own.
+    pub(crate) lent: Option<Lent>,
     /// First transaction group whose deltas are not in the stored page.
     pub(crate) dirty: Option<u64>,
     /// Last transaction group that changed it.
@@ -35,6 +38,7 @@ impl Version {
         Self {
             epoch,
             page,
+            lent: None,
             dirty: None,
             last_change: 0,
             based: true,
@@ -117,6 +121,11 @@ impl PageMap {
         let slot = self.slots.get_mut(&at)?;
         slot.referenced = true;
         slot.versions.first()
+    }
+
+    /// As [`PageMap::newest`], without using it.
+    pub(crate) fn first(&self, at: PageAt) -> Option<&Version> {
+        self.slots.get(&at)?.versions.first()
     }
 
     pub(crate) fn newest_mut(&mut self, at: PageAt) -> Option<&mut Version> {
@@ -216,7 +225,8 @@ impl PageMap {
     /// Puts a version of the branch's own in its place of a slot that exists.
     pub(crate) fn put(&mut self, at: PageAt, version: Version) {
         let slot = self.slots.get(&at).expect("the page was loaded");
-        match slot.versions.iter().position(|v| v.epoch < version.epoch) {
+        let above = |v: &Version| v.lent.is_some() || v.epoch >= version.epoch;
+        match slot.versions.iter().position(|v| !above(v)) {
             Some(0) => self.push(at, version),
             Some(below) => {
                 let slot = self.slots.get_mut(&at).expect("just seen");
@@ -298,6 +308,21 @@ impl PageMap {
         if !slot.pinned() {
             self.dirty.remove(&at);
         }
+    }
+
+    /// Forgets what loans show: it was looked up while older versions were not all there.
+    pub(crate) fn forget_lent(&mut self) {
+        let mut gone = 0;
+        self.slots.retain(|_, slot| {
+            let before = slot.versions.len();
+            slot.versions.retain(|v| v.lent.is_none());
+            let lent = before - slot.versions.len();
+            // What is below need not be the branch's newest: that may be in the store only.
+            slot.resolved &= lent == 0;
+            gone += lent;
+            !slot.versions.is_empty()
+        });
+        self.versions -= gone;
     }
 
     /// Forgets a version that was removed from the map.

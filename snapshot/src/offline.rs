@@ -11,6 +11,7 @@ use rustix::fs::{CWD, FlockOperation, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
 use crate::disk::FileDisk;
+use crate::loan::Loans;
 use crate::meta::{Barrier, Batch, MetaStore, Pair};
 use crate::meta_client::Meta;
 use crate::meta_sled::{SledMeta, sync_dir, sync_tree};
@@ -157,6 +158,8 @@ pub(crate) struct Pages<'a> {
     pub(crate) parents: &'a Parents,
     /// Ranges that are being zeroed.
     pub(crate) tombs: &'a Tombs,
+    /// Ranges that show what another snapshot does.
+    pub(crate) loans: &'a Loans,
 }
 
 impl Pages<'_> {
@@ -185,7 +188,7 @@ impl Pages<'_> {
             stored.insert(key.epoch, page);
         }
         let inherited = match self.parents.get(&branch) {
-            Some(parent) => self.lookup(meta, *parent, page, damaged)?,
+            Some(parent) => self.lookup(meta, *parent, page, u64::MAX, damaged)?,
             None => Page::default(),
         };
         let mut versions: Vec<(Epoch, Page)> = Vec::new();
@@ -225,6 +228,7 @@ impl Pages<'_> {
         meta: &mut dyn MetaStore,
         at: SnapshotId,
         page: PageNo,
+        below: u64,
         damaged: &mut dyn FnMut(Error),
     ) -> Result<Page> {
         let all = self.versions(meta, at.branch, page, damaged)?;
@@ -233,7 +237,12 @@ impl Pages<'_> {
             .into_iter()
             .rev()
             .find(|(epoch, _)| *epoch <= at.epoch);
-        let mut seen = newest.map_or(all.inherited, |(_, page)| page);
+        let loan = self.loans.over(at.branch, at.epoch, page, below).copied();
+        let open = loan.filter(|l| newest.as_ref().is_none_or(|(epoch, _)| *epoch <= l.to.epoch));
+        let mut seen = match open {
+            Some(loan) => loan.shown(page, |p| self.lookup(meta, loan.from, p, loan.job, damaged))?,
+            None => newest.map_or(all.inherited, |(_, page)| page),
+        };
         self.tombs.mask(at.branch, at.epoch, page, &mut seen);
         Ok(seen)
     }

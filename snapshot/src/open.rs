@@ -12,6 +12,7 @@ use crate::alloc::Allocator;
 use crate::bad::BadGrains;
 use crate::disk::{Disk, FileDisk};
 use crate::inner::{Directory, Inner};
+use crate::loan::Loans;
 use crate::map::{PageMap, Version};
 use crate::meta::{Batch, MetaStore, Pair};
 use crate::meta_client::{Meta, OpenMeta};
@@ -331,6 +332,7 @@ pub(crate) fn open_on(
     inner.drop_stray_journal(&system)?;
     let size = inner.meta.size_on_disk()?;
     let mut state = inner.state();
+    state.map.forget_lent();
     state.space.metadata_bytes = size;
     let branches: Vec<BranchId> = state.branches.keys().copied().collect();
     for id in branches {
@@ -428,6 +430,7 @@ fn load(meta: &Meta, system: &SystemRecord, options: &PoolOptions) -> Result<Sta
         pins: BTreeMap::new(),
         job_since: jobs.keys().map(|id| (*id, 0)).collect(),
         tombs: Tombs::of(&jobs),
+        loans: Loans::of(&jobs),
         jobs,
         values,
         epoch: system.epoch,

@@ -131,16 +131,20 @@ impl Pin {
 impl State {
     /// Keeps what the head of a volume shows. The caller has its writers wait.
     fn pin_head(&mut self, shared: &Shared, created_ms: i64) -> Result<SnapshotId> {
-        let branch = shared.head();
+        let id = self.still(shared.head(), created_ms)?;
+        *self.pins.entry(id).or_default() += 1;
+        Ok(id)
+    }
+
+    /// A snapshot of what the head of a branch shows: its newest, or a hidden one made for it. The caller has writers wait.
+    pub(crate) fn still(&mut self, branch: BranchId, created_ms: i64) -> Result<SnapshotId> {
         let newest = self.snapshots_of(branch).next_back();
         let newest = newest.map(|(id, record)| (id, record.state));
         let written = self.branches.get(&branch).is_none_or(|b| b.written);
-        let id = match newest {
-            Some((id, SnapshotState::Live | SnapshotState::Hidden)) if !written => id,
-            _ => self.cut_hidden(branch, created_ms)?,
-        };
-        *self.pins.entry(id).or_default() += 1;
-        Ok(id)
+        match newest {
+            Some((id, SnapshotState::Live | SnapshotState::Hidden)) if !written => Ok(id),
+            _ => self.cut_hidden(branch, created_ms),
+        }
     }
 
     fn cut_hidden(&mut self, branch: BranchId, created_ms: i64) -> Result<SnapshotId> {

@@ -331,6 +331,7 @@ impl Pool {
             journal_bytes: state.journal_bytes(),
             most_pages_per_hold: state.most_pages,
             jobs: state.jobs.len().max(self.inner.steps.load(Ordering::Acquire)),
+            loans: state.loans.len(),
             volumes: state.volumes.len(),
             snapshots: state.snapshots.len(),
             recovery_incomplete: self.inner.recovery_incomplete.load(Ordering::Acquire),

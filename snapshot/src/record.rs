@@ -795,6 +795,11 @@ pub fn decode_journal(txg: u64, seq: u32, value: &[u8]) -> Result<Vec<Delta>> {
     Ok(deltas)
 }
 
+/// A count of mapped grains for people: while a loan runs it may be below zero.
+pub(crate) fn counted(mapped_grains: u64) -> u64 {
+    u64::try_from(mapped_grains.cast_signed()).unwrap_or(0)
+}
+
 /// What a background job does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -823,6 +828,19 @@ pub enum JobKind {
         /// To holes; otherwise what was mapped becomes explicit zeroes.
         unmap: bool,
     },
+    /// Gives whole pages of a branch what a snapshot shows, for everybody who looks as of a later epoch (a loan).
+    Lend {
+        /// The branch, and the snapshot of what it showed before.
+        to: SnapshotId,
+        /// Whose pages are lent.
+        from: SnapshotId,
+        /// First page.
+        first: PageNo,
+        /// The page after the last.
+        end: PageNo,
+        /// Number of the lender's grain that the first entry of the first page shows.
+        grain: u64,
+    },
 }
 
 /// Value of `D`.
@@ -834,9 +852,22 @@ pub struct JobRecord {
     pub cursor: PageNo,
     /// Of a tombstone: entries with a grain that it has taken from what the map shows. 0 of others.
     pub masked: u64,
+    /// Of a loan: by how many entries with a grain the map shows more than the counts say so far. 0 of others.
+    pub gained: i64,
 }
 
 impl JobRecord {
+    /// A job that has done nothing yet.
+    #[must_use]
+    pub fn new(kind: JobKind) -> Self {
+        Self {
+            kind,
+            cursor: 0,
+            masked: 0,
+            gained: 0,
+        }
+    }
+
     /// The value, sealed under its key.
     #[must_use]
     pub fn encode(&self, id: u64) -> Vec<u8> {
@@ -853,6 +884,7 @@ impl JobRecord {
                 unmap,
                 ..
             } => (if unmap { 4 } else { 5 }, branch, epoch, BranchId(first)),
+            JobKind::Lend { to, first, .. } => (6, to.branch, to.epoch, BranchId(first)),
         };
         e.u8(kind);
         e.u32(branch.0);
@@ -862,6 +894,13 @@ impl JobRecord {
         if let JobKind::Zero { end, .. } = self.kind {
             e.u32(end);
             e.u64(self.masked);
+        }
+        if let JobKind::Lend { from, end, grain, .. } = self.kind {
+            e.u32(end);
+            e.i64(self.gained);
+            e.u32(from.branch.0);
+            e.u32(from.epoch.0);
+            e.u64(grain);
         }
         seal(&key::job(id), e.into_bytes())
     }
@@ -877,11 +916,23 @@ impl JobRecord {
         let (branch, epoch, into) = (BranchId(d.u32()?), Epoch(d.u32()?), BranchId(d.u32()?));
         let from = SnapshotId { branch, epoch };
         let cursor = d.u32()?;
-        let (end, masked) = match kind {
-            4 | 5 => (d.u32()?, d.u64()?),
-            _ => (0, 0),
-        };
+        let (mut end, mut masked, mut gained) = (0, 0, 0);
+        match kind {
+            4 | 5 => (end, masked) = (d.u32()?, d.u64()?),
+            6 => (end, gained) = (d.u32()?, d.i64()?),
+            _ => {}
+        }
         let kind = match kind {
+            6 => JobKind::Lend {
+                to: from,
+                from: SnapshotId {
+                    branch: BranchId(d.u32()?),
+                    epoch: Epoch(d.u32()?),
+                },
+                first: into.0,
+                end,
+                grain: d.u64()?,
+            },
             4 | 5 => JobKind::Zero {
                 branch,
                 epoch,
@@ -895,7 +946,12 @@ impl JobRecord {
             _ => return Err(d.bad("kind")),
         };
         d.end()?;
-        Ok(Self { kind, cursor, masked })
+        Ok(Self {
+            kind,
+            cursor,
+            masked,
+            gained,
+        })
     }
 }
 

@@ -106,6 +106,13 @@ fn records_round_trip() {
     };
     assert!(n.encode(id()).len() <= crate::meta::MAX_VALUE_BYTES);
     assert_eq!(SnapshotRecord::decode(id(), &n.encode(id())).unwrap(), n);
+    assert_eq!(decode_value("k", &encode_value("k", b"v")).unwrap(), b"v");
+    let bits = [0x1234u64; 64];
+    assert_eq!(decode_bitmap(1, &encode_bitmap(1, &bits)).unwrap(), bits);
+}
+
+#[test]
+fn jobs_round_trip() {
     for kind in [
         JobKind::DropSnapshot(id()),
         JobKind::DropHead(BranchId(3)),
@@ -120,22 +127,27 @@ fn records_round_trip() {
             end: 1 << 28,
             unmap: false,
         },
+        JobKind::Lend {
+            to: id(),
+            from: SnapshotId {
+                branch: BranchId(8),
+                epoch: Epoch(2),
+            },
+            first: 4,
+            end: 1 << 28,
+            grain: 1 << 33,
+        },
     ] {
-        let masked = if matches!(kind, JobKind::Zero { .. }) {
-            7
-        } else {
-            0
-        };
+        let zero = matches!(kind, JobKind::Zero { .. });
+        let lend = matches!(kind, JobKind::Lend { .. });
         let j = JobRecord {
-            kind,
             cursor: 12,
-            masked,
+            masked: if zero { 7 } else { 0 },
+            gained: if lend { -7 } else { 0 },
+            ..JobRecord::new(kind)
         };
         assert_eq!(JobRecord::decode(1, &j.encode(1)).unwrap(), j);
     }
-    assert_eq!(decode_value("k", &encode_value("k", b"v")).unwrap(), b"v");
-    let bits = [0x1234u64; 64];
-    assert_eq!(decode_bitmap(1, &encode_bitmap(1, &bits)).unwrap(), bits);
 }
 
 #[test]

@@ -183,10 +183,11 @@ impl State {
         let wanted = |state: &Self, id: &SnapshotId| {
             state.snapshots.get(id).is_some_and(|n| {
                 !n.sealed && n.state != SnapshotState::Dying && n.created_ms <= made_before_ms
-            }) && state
-                .branches
-                .get(&id.branch)
-                .is_some_and(|b| b.record.checksums != Checksums::Off)
+            }) && !state.loans.reach(*id)
+                && state
+                    .branches
+                    .get(&id.branch)
+                    .is_some_and(|b| b.record.checksums != Checksums::Off)
         };
         let now = self.seal.now.filter(|(id, _)| wanted(self, id));
         self.seal.now = now.or_else(|| {

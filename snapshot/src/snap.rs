@@ -495,7 +495,7 @@ impl State {
             created_ms: n.created_ms,
             size_bytes: n.size_bytes,
             block_size: n.block_size,
-            mapped_bytes: n.mapped_grains * u64::from(inner.grain_bytes),
+            mapped_bytes: crate::record::counted(n.mapped_grains) * u64::from(inner.grain_bytes),
             consistency: n.consistency,
             state: n.state,
             hold: n.hold,

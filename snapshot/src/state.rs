@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use crate::alloc::{Allocator, Need, Shares};
 use crate::bad::BadGrains;
+use crate::loan::Loans;
 use crate::map::{PageMap, Version};
 use crate::page::{Entry, Page, PageNo};
 use crate::record::{BranchRecord, JobKind, JobRecord, PageKey, SnapshotRecord};
@@ -173,7 +174,7 @@ pub(crate) struct JournalPart {
 }
 
 /// What a page that is stored whole counts for in the size of a transaction group.
-const WHOLE_ENTRIES: u64 = 8;
+pub(crate) const WHOLE_ENTRIES: u64 = 8;
 
 /// Where the grains of published entries come from.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -196,6 +197,8 @@ pub(crate) struct State {
     pub(crate) jobs: BTreeMap<u64, JobRecord>,
     /// Those of the jobs that are tombstones.
     pub(crate) tombs: Tombs,
+    /// Those of the jobs that are loans.
+    pub(crate) loans: Loans,
     /// Transaction group that a job was made in: it starts when that is durable.
     pub(crate) job_since: BTreeMap<u64, u64>,
     pub(crate) values: BTreeMap<String, Vec<u8>>,
@@ -438,7 +441,8 @@ impl State {
         self.map.touch(key, self.open.id);
         self.written(branch, true);
         let record = self.branch_mut(branch)?;
-        record.mapped_grains = (record.mapped_grains + taken).saturating_sub(given);
+        // What a loan shows counts when its job ends, and may go before.
+        record.mapped_grains = record.mapped_grains.wrapping_add(taken).wrapping_sub(given);
         self.publications += 1;
         Ok(Ticket {
             txg: self.open.id,
@@ -474,6 +478,7 @@ impl State {
                 let fresh = Version {
                     epoch: Some(current),
                     page,
+                    lent: None,
                     dirty: None,
                     last_change: 0,
                     based: false,
@@ -512,13 +517,8 @@ impl State {
     pub(crate) fn add_job(&mut self, kind: JobKind) {
         let id = self.next_job;
         self.next_job += 1;
-        let job = JobRecord {
-            kind,
-            cursor: 0,
-            masked: 0,
-        };
-        self.jobs.insert(id, job);
-        self.refresh_tombs();
+        self.jobs.insert(id, JobRecord::new(kind));
+        self.refresh_views();
         self.job_since.insert(id, self.open.id);
         self.open.jobs.insert(id);
         self.open.mark();
@@ -530,7 +530,7 @@ impl State {
     /// Ends a background job.
     pub(crate) fn end_job(&mut self, id: u64) {
         self.jobs.remove(&id);
-        self.refresh_tombs();
+        self.refresh_views();
         self.job_since.remove(&id);
         self.open.jobs.insert(id);
         self.open.mark();
@@ -547,12 +547,17 @@ impl State {
         self.refresh_holds(id.branch);
     }
 
+    /// Whether a pin stands on a snapshot, or a loan needs it.
+    pub(crate) fn is_kept(&self, id: SnapshotId) -> bool {
+        self.pins.contains_key(&id) || self.loans.keep(id)
+    }
+
     /// The owner no longer wants a snapshot: hidden while something stands on it, dying otherwise.
     pub(crate) fn retire(&mut self, id: SnapshotId) {
         let Some(mut record) = self.snapshots.get(&id).cloned() else {
             return;
         };
-        record.state = if self.children(id).next().is_some() || self.pins.contains_key(&id) {
+        record.state = if self.children(id).next().is_some() || self.is_kept(id) {
             SnapshotState::Hidden
         } else {
             SnapshotState::Dying
@@ -574,7 +579,7 @@ impl State {
                 .filter(|(_, n)| n.state == SnapshotState::Hidden);
             let lonely: Vec<SnapshotId> = hidden
                 .map(|(id, _)| *id)
-                .filter(|id| self.children(*id).next().is_none() && !self.pins.contains_key(id))
+                .filter(|id| self.children(*id).next().is_none() && !self.is_kept(*id))
                 .collect();
             lonely.into_iter().for_each(|id| self.retire(id));
             let headless = self
@@ -597,7 +602,7 @@ impl State {
                         self.forget_branch(branch);
                         forgotten = true;
                     }
-                    [(id, SnapshotState::Hidden)] if !self.pins.contains_key(id) => self.fold(*id),
+                    [(id, SnapshotState::Hidden)] if !self.is_kept(*id) => self.fold(*id),
                     _ => {}
                 }
             }
@@ -652,7 +657,7 @@ impl State {
 /// Whether a job changes the pages of a branch.
 fn works_on(kind: JobKind, branch: BranchId) -> bool {
     match kind {
-        JobKind::DropSnapshot(id) => id.branch == branch,
+        JobKind::DropSnapshot(id) | JobKind::Lend { to: id, .. } => id.branch == branch,
         JobKind::DropHead(b) | JobKind::Zero { branch: b, .. } => b == branch,
         JobKind::Collapse { from, into } => from.branch == branch || into == branch,
     }

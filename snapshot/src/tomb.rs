@@ -9,6 +9,7 @@
 use std::collections::BTreeSet;
 
 use crate::inner::Inner;
+use crate::loan::Loans;
 use crate::lock::Mode;
 use crate::map::Version;
 use crate::page::{Entry, Page, PageNo};
@@ -58,6 +59,14 @@ impl Tomb {
             unmap,
             masked: record.masked,
         })
+    }
+
+    /// Where it is in the history of its branch.
+    fn at(&self) -> SnapshotId {
+        SnapshotId {
+            branch: self.branch,
+            epoch: self.epoch,
+        }
     }
 
     /// Whether it changes what a reader of its branch at `epoch` sees of a page.
@@ -150,14 +159,18 @@ impl Tombs {
 impl State {
     /// The head's page, which is in RAM, as a reader sees it.
     pub(crate) fn head_page(&mut self, branch: BranchId, no: PageNo) -> Option<Page> {
+        if !self.loans.is_empty() && !self.has_page((branch, no)) {
+            return None;
+        }
         let mut page = self.map.newest((branch, no))?.page.clone();
         self.tombs.mask(branch, Epoch::MAX, no, &mut page);
         Some(page)
     }
 
     /// Follows the jobs.
-    pub(crate) fn refresh_tombs(&mut self) {
+    pub(crate) fn refresh_views(&mut self) {
         self.tombs = Tombs::of(&self.jobs);
+        self.loans = Loans::of(&self.jobs);
     }
 
     /// Zeroes whole pages of a branch that has more than a few, in one step; `None` when there are too many
@@ -180,8 +193,9 @@ impl State {
         Ok(Some(self.open.id))
     }
 
-    /// Buries a page, which is in RAM, before anything is changed in it.
+    /// Buries a page, which is in RAM, before anything is changed in it. One that a loan shows is taken over before.
     pub(crate) fn bury_page(&mut self, branch: BranchId, no: PageNo) -> Result<()> {
+        self.take_over(branch, no);
         for tomb in self.tombs.over(branch, Epoch::MAX, no).0 {
             self.bury_under(&tomb, no)?;
         }
@@ -251,25 +265,36 @@ impl State {
         Ok(())
     }
 
-    /// Whether anybody looks at the branch as of a later epoch: otherwise a job frees what was below, or older snapshots
-    /// have it.
     fn is_seen(&self, tomb: &Tomb) -> bool {
-        self.branches.get(&tomb.branch).is_some_and(|b| b.record.head)
-            || self
-                .snapshots_of(tomb.branch)
-                .any(|(id, _)| id.epoch > tomb.epoch)
+        self.is_seen_after(tomb.at())
+    }
+
+    /// Whether anybody looks at a branch as of a later epoch: otherwise a job frees what was below, or older snapshots
+    /// have it.
+    pub(crate) fn is_seen_after(&self, at: SnapshotId) -> bool {
+        self.branches.get(&at.branch).is_some_and(|b| b.record.head)
+            || self.snapshots_of(at.branch).any(|(id, _)| id.epoch > at.epoch)
     }
 
     /// All pages are done: the counts of everybody who looks as of a later epoch follow.
     fn finish_zero(&mut self, tomb: &Tomb) -> Result<()> {
         let masked = self.jobs.get(&tomb.job).map_or(0, |j| j.masked);
+        self.recount(tomb.at(), -i64::try_from(masked).unwrap_or(i64::MAX))?;
+        self.end_job(tomb.job);
+        self.follow_up();
+        Ok(())
+    }
+
+    /// Adds to the counts of mapped entries of everybody who looks at a branch as of a later epoch: its head, its later
+    /// snapshots, what stands on those.
+    pub(crate) fn recount(&mut self, at: SnapshotId, by: i64) -> Result<()> {
         let mut after: BTreeSet<SnapshotId> = BTreeSet::new();
         // Numbers grow from parent to child.
-        let branches: Vec<BranchId> = self.branches.range(tomb.branch..).map(|(id, _)| *id).collect();
+        let branches: Vec<BranchId> = self.branches.range(at.branch..).map(|(id, _)| *id).collect();
         for branch in branches {
             let parent = self.branches.get(&branch).and_then(|b| b.record.parent);
             let since = match parent {
-                _ if branch == tomb.branch => tomb.epoch,
+                _ if branch == at.branch => at.epoch,
                 Some(p) if after.contains(&p) => Epoch::ZERO,
                 _ => continue,
             };
@@ -277,7 +302,7 @@ impl State {
             let later: Vec<_> = later.map(|(id, record)| (id, record.clone())).collect();
             for (id, record) in later {
                 after.insert(id);
-                let mapped_grains = record.mapped_grains.saturating_sub(masked);
+                let mapped_grains = record.mapped_grains.wrapping_add_signed(by);
                 self.put_snapshot(
                     id,
                     Some(SnapshotRecord {
@@ -287,10 +312,8 @@ impl State {
                 );
             }
             let record = self.branch_mut(branch)?;
-            record.mapped_grains = record.mapped_grains.saturating_sub(masked);
+            record.mapped_grains = record.mapped_grains.wrapping_add_signed(by);
         }
-        self.end_job(tomb.job);
-        self.follow_up();
         Ok(())
     }
 }

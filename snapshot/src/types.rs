@@ -360,6 +360,8 @@ pub struct PoolStats {
     pub most_pages_per_hold: usize,
     /// Background jobs waiting or running; 0 = what they gave back is given back.
     pub jobs: usize,
+    /// Of these, copies by reference that are answered and not in the map yet.
+    pub loans: usize,
     /// Volumes.
     pub volumes: usize,
     /// Snapshots, hidden and dying ones included.
@@ -466,6 +468,8 @@ pub struct PoolOptions {
     pub checkpoint_bytes: u64,
     /// Zeroing more bytes than this at once leaves a tombstone: answered at once, worked through in the background.
     pub tombstone_bytes: u64,
+    /// Copying more bytes than this within the pool leaves a loan: answered at once, worked through in the background.
+    pub loan_bytes: u64,
     /// Pages that a background job handles per commit.
     pub job_pages: usize,
     /// Age of a snapshot, in milliseconds, from which on its checksums are recorded: short-lived ones cost nothing.
@@ -495,6 +499,7 @@ impl Default for PoolOptions {
             checkpoint_txgs: 16,
             checkpoint_bytes: 8 << 20,
             tombstone_bytes: 1 << 30,
+            loan_bytes: 16 << 20,
             job_pages: 1000,
             seal_after_ms: 10_000,
             seal_rate: 64 << 20,

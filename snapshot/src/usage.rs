@@ -80,7 +80,13 @@ impl Tree {
                 parent: record.parent,
                 snapshots: snapshots
                     .filter(|(_, n)| n.state != SnapshotState::Dying)
-                    .map(|(id, n)| (id.epoch, n.state == SnapshotState::Hidden))
+                    // What a loan needs is read as long as that runs.
+                    .map(|(id, n)| {
+                        (
+                            id.epoch,
+                            n.state == SnapshotState::Hidden && !state.loans.keep(id),
+                        )
+                    })
                     .collect(),
             })
         };

@@ -532,7 +532,7 @@ pub(crate) fn volume_info(
         parent: record.parent,
         read_only: record.read_only,
         checksums: record.checksums,
-        mapped_bytes: record.mapped_grains * u64::from(grain_bytes),
+        mapped_bytes: crate::record::counted(record.mapped_grains) * u64::from(grain_bytes),
         created_ms: record.created_ms,
     }
 }

@@ -33,6 +33,8 @@ const MOST_VOLUMES: usize = 4;
 const MOST_SNAPSHOTS: usize = 9;
 /// Two map pages and a bit, not a multiple of the grain.
 const SECTORS: u64 = 2 * 64 * GRAIN_SECTORS + 3 * GRAIN_SECTORS + 5;
+/// Sectors of a map page.
+const PAGE_SECTORS: u64 = 64 * GRAIN_SECTORS;
 const MOST_SECTORS: u64 = 5 * 64 * GRAIN_SECTORS;
 
 fn number(name: &str) -> Option<u64> {
@@ -176,6 +178,7 @@ fn options() -> PoolOptions {
         checkpoint_bytes: 2 << 10,
         job_pages: 2,
         tombstone_bytes: 128 << 10,
+        loan_bytes: 128 << 10,
         ..PoolOptions::default()
     }
 }
@@ -637,7 +640,13 @@ impl Rig {
         let Some((name, volume)) = self.any_volume(rng, true) else {
             return Ok(());
         };
-        let (sector, count) = self.range(rng, &name);
+        let (mut sector, mut count) = self.range(rng, &name);
+        let sectors = self.model.volumes[&name].len();
+        if rng.chance(40) && sectors >= PAGE_SECTORS {
+            // Whole pages, which are lent.
+            sector = rng.below(sectors / PAGE_SECTORS) * PAGE_SECTORS;
+            count = (PAGE_SECTORS + rng.below(600)).min(sectors - sector);
+        }
         let (offset, len) = (sector * SECTOR as u64, count * SECTOR as u64);
         let (other, handle) = self.any_volume(rng, false).unwrap();
         let snapshot = self.any_snapshot(rng);

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::Result;
+use crate::loan::Loans;
 use crate::offline::Parents;
 use crate::record::{self, BadRecord, BranchRecord, JobKind, JobRecord, Key, SnapshotRecord};
 use crate::tomb::Tombs;
@@ -46,15 +47,21 @@ impl Records {
     pub(crate) fn abandoned(&self) -> BTreeSet<BranchId> {
         let branch = |job: &JobRecord| match job.kind {
             JobKind::DropHead(branch) => Some(branch),
-            JobKind::DropSnapshot(_) | JobKind::Collapse { .. } | JobKind::Zero { .. } => None,
+            JobKind::DropSnapshot(_)
+            | JobKind::Collapse { .. }
+            | JobKind::Zero { .. }
+            | JobKind::Lend { .. } => None,
         };
         self.jobs.values().filter_map(branch).collect()
     }
 
-    /// By how much the recorded count of mapped entries of a reader is ahead of the map, see [`Tombs::ahead`].
-    pub(crate) fn ahead(&self, branch: BranchId, epoch: Epoch) -> u64 {
+    /// By how much the recorded count of mapped entries of a reader is ahead of the map: tombstones and loans bring the
+    /// counts up to date when they end.
+    pub(crate) fn ahead(&self, branch: BranchId, epoch: Epoch) -> i64 {
         let below = |branch| self.branches.get(&branch)?.parent;
-        Tombs::of(&self.jobs).ahead(SnapshotId { branch, epoch }, below)
+        let reader = SnapshotId { branch, epoch };
+        let masked = Tombs::of(&self.jobs).ahead(reader, below);
+        i64::try_from(masked).unwrap_or(i64::MAX) - Loans::of(&self.jobs).gained(reader, below)
     }
 
     /// Parents that can be followed: known, and not in a ring.
@@ -98,6 +105,7 @@ impl JobKind {
         match self {
             Self::DropHead(branch) | Self::Zero { branch, .. } => vec![branch],
             Self::DropSnapshot(snapshot) => vec![snapshot.branch],
+            Self::Lend { to, .. } => vec![to.branch],
             Self::Collapse { from, into } => vec![from.branch, into],
         }
     }

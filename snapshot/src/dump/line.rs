@@ -108,6 +108,8 @@ pub(super) enum Line {
         cursor: u32,
         #[serde(default)]
         masked: u64,
+        #[serde(default)]
+        gained: i64,
     },
     Value {
         name: String,
@@ -167,6 +169,7 @@ pub(super) fn record_line(key: &Key, value: &[u8]) -> Result<Line> {
                 kind: job.kind,
                 cursor: job.cursor,
                 masked: job.masked,
+                gained: job.gained,
             }
         }
         Key::Value(name) => Line::Value {

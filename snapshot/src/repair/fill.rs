@@ -83,7 +83,7 @@ impl Repair {
         for (id, branch) in &self.records.branches {
             let record = BranchRecord {
                 mapped_grains: heads.get(id).map_or(branch.mapped_grains, |n| {
-                    n + self.records.ahead(*id, Epoch(u32::MAX))
+                    n.wrapping_add_signed(self.records.ahead(*id, Epoch(u32::MAX)))
                 }),
                 ..branch.clone()
             };
@@ -92,7 +92,7 @@ impl Repair {
         for (id, snapshot) in &self.records.snapshots {
             let record = SnapshotRecord {
                 mapped_grains: snapshots.get(id).map_or(snapshot.mapped_grains, |n| {
-                    n + self.records.ahead(id.branch, id.epoch)
+                    n.wrapping_add_signed(self.records.ahead(id.branch, id.epoch))
                 }),
                 ..snapshot.clone()
             };
@@ -132,12 +132,7 @@ impl Repair {
             .next_back()
             .map_or(0, |id| id + 1)
             .max(self.system.next_job);
-        let job = |kind| JobRecord {
-            kind,
-            cursor: 0,
-            masked: 0,
-        };
-        (first..).zip(missing.map(job))
+        (first..).zip(missing.map(JobRecord::new))
     }
 
     fn next_job(&self) -> u64 {

@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::{first_new_grain, is_seen};
 use crate::Result;
 use crate::check::Records;
+use crate::loan::Loans;
 use crate::meta::MetaStore;
 use crate::offline::{Overlay, Pages, Versions, each};
 use crate::page::{Entry, PAGE_ENTRIES, Page, PageNo};
@@ -67,9 +68,10 @@ impl LostPages {
         mut visit: impl FnMut(Versions, Vec<String>) -> Result<()>,
     ) -> Result<()> {
         let parents = records.parents();
-        let tombs = Tombs::of(&records.jobs);
+        let (tombs, loans) = (Tombs::of(&records.jobs), Loans::of(&records.jobs));
         let pages = Pages {
             tombs: &tombs,
+            loans: &loans,
             overlay,
             parents: &parents,
         };

@@ -291,7 +291,7 @@ impl record::JobKind {
     pub(super) fn touches(self, branch: BranchId) -> bool {
         match self {
             Self::DropHead(b) | Self::Zero { branch: b, .. } => b == branch,
-            Self::DropSnapshot(s) => s.branch == branch,
+            Self::DropSnapshot(s) | Self::Lend { to: s, .. } => s.branch == branch,
             Self::Collapse { from, into } => from.branch == branch || into == branch,
         }
     }

@@ -93,7 +93,8 @@ impl Volume {
                 check_range(source_offset, len, volume.size_bytes())?;
                 let apart = source_offset.abs_diff(offset) >= len;
                 // Where both overlap, a grain could lose its old place before it has its new one.
-                if len <= DIRECT_BYTES && (apart || self.shared.id != volume.shared.id) {
+                let direct = len <= DIRECT_BYTES.min(self.pool.options.loan_bytes);
+                if direct && (apart || self.shared.id != volume.shared.id) {
                     self.copy_direct(offset, volume, source_offset, &parts)?;
                 } else {
                     self.copy_pinned(offset, &volume.pin()?, source_offset, &parts)?;
@@ -176,8 +177,28 @@ impl Volume {
                 edge.end - edge.start,
             )?;
         }
+        let (begin, end) = (offset + parts.head, offset + parts.head + parts.grains);
+        let source = |at: u64| source_offset + (at - offset);
+        if parts.grains > self.pool.options.loan_bytes {
+            let page_bytes = self.pool.page_bytes();
+            let (first, last) = (begin.next_multiple_of(page_bytes), end - end % page_bytes);
+            if first < last {
+                self.place_pinned(begin..first, pin, source(begin))?;
+                let pages = self.page_of(first)..self.page_of(last - 1) + 1;
+                let grain = source(first) / u64::from(self.pool.grain_bytes);
+                if !self.borrow_pages(pages, pin, grain)? {
+                    self.place_pinned(first..last, pin, source(first))?;
+                }
+                return self.place_pinned(last..end, pin, source(last));
+            }
+        }
+        self.place_pinned(begin..end, pin, source(begin))
+    }
+
+    /// Places whole grains from a point in time, slice by slice.
+    fn place_pinned(&self, range: Range<u64>, pin: &Pin, source_offset: u64) -> Result<()> {
         let grain = u64::from(self.pool.grain_bytes);
-        let (mut at, end) = (offset + parts.head, offset + parts.head + parts.grains);
+        let (offset, mut at, end) = (range.start, range.start, range.end);
         while at < end {
             let slice = self.pool.page_bytes() * SLICE_PAGES;
             let next = (at - at % slice + slice).min(end);

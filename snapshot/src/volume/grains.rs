@@ -146,6 +146,9 @@ impl Volume {
             let Some(page) = state.head_page(branch, piece.page) else {
                 return Ok(None);
             };
+            if state.is_lent((branch, piece.page)) {
+                return Ok(None);
+            }
             for (index, within, buffer) in self.grains(&piece) {
                 let grain = self.in_place(page.at(index), held);
                 let Some(grain) = grain.filter(|g| !state.bad.contains(*g)) else {
@@ -223,9 +226,12 @@ impl Volume {
     ) -> Result<Option<Need>> {
         let held = state.write_hold(branch, piece.page)?;
         let page = state.head_page(branch, piece.page).unwrap_or_default();
+        let lent = state.is_lent((branch, piece.page));
         for (index, _, _) in self.grains(piece).skip(steps.len()) {
             let old = page.at(index);
-            let place = self.in_place(old, held).filter(|g| !state.bad.contains(*g));
+            let place = self
+                .in_place(old, held)
+                .filter(|g| !lent && !state.bad.contains(*g));
             // What is placed elsewhere too is not ours alone.
             let place = match place.map(|g| state.is_shared(g).map(|shared| (g, shared))) {
                 Some(Err(need)) => return Ok(Some(need)),

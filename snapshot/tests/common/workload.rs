@@ -79,6 +79,7 @@ pub(crate) fn options() -> PoolOptions {
         checkpoint_txgs: 6,
         job_pages: 2,
         tombstone_bytes: TOMBSTONE_SECTORS * SECTOR as u64,
+        loan_bytes: 128 << 10,
         seal_after_ms: 0,
         seal_rate: 1 << 30,
         ..PoolOptions::default()
@@ -434,7 +435,7 @@ impl Coordinator<'_> {
     /// Sectors of the first `size` bytes, more often whole grains than not.
     fn some_range(&mut self, size: u64) -> (u64, u64) {
         let sectors = size / SECTOR as u64;
-        let (mut sector, mut count) = (self.rng.below(sectors), 1 + self.rng.below(600));
+        let (mut sector, mut count) = (self.rng.below(sectors), 1 + self.rng.below(1200));
         if self.rng.chance(70) {
             sector -= sector % GRAIN_SECTORS;
             count = count.next_multiple_of(GRAIN_SECTORS);
