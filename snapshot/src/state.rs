@@ -540,7 +540,11 @@ impl State {
     pub(crate) fn put_snapshot(&mut self, id: SnapshotId, record: Option<SnapshotRecord>) {
         match record {
             Some(record) => drop(self.snapshots.insert(id, record)),
-            None => drop(self.snapshots.remove(&id)),
+            None => {
+                self.snapshots.remove(&id);
+                // The newest one that is left need not be what the head shows.
+                self.written(id.branch, true);
+            }
         }
         self.open.snapshots.insert(id);
         self.open.mark();

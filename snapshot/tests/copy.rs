@@ -414,6 +414,24 @@ fn a_pin_outlives_snapshot_revert_and_volume_and_leaves_nothing_behind() {
 }
 
 #[test]
+fn a_copy_after_the_newest_snapshot_was_deleted_is_of_the_volume_and_not_of_an_older_snapshot() {
+    let b = bench();
+    let (from, to) = (b.volume("from", SIZE), b.volume("to", SIZE));
+    fill(&from, 0, 70, 1);
+    b.snapshot(&from, "old");
+    fill(&from, 0, 70, 2);
+    let newest = b.snapshot(&from, "new");
+    b.pool.delete_snapshot(newest.id).unwrap();
+    b.jobs();
+    let pin = from.pin().unwrap();
+    to.copy(0, &CopySource::Pin(&pin), 0, 70 * GRAIN).unwrap();
+    assert_eq!((byte(&to, 0), byte(&to, 69 * GRAIN)), (2, 2));
+    drop(pin);
+    b.jobs();
+    b.check();
+}
+
+#[test]
 fn refusals() {
     let (b, other) = (bench(), bench());
     let (a, far) = (b.volume("a", PAGE), other.volume("far", PAGE));
