@@ -31,6 +31,7 @@ mod listener;
 mod log;
 mod manual;
 mod plan;
+mod private;
 mod registration;
 mod report;
 mod run;

@@ -12,7 +12,6 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -93,8 +92,7 @@ impl StateDir {
     /// Opens the directory, and makes it (mode 0700) when it is not there.
     pub(crate) fn open(path: &Path) -> Result<Self, StateError> {
         for dir in [path.to_owned(), path.join("targets"), path.join("generations")] {
-            let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir);
-            made.map_err(|error| StateError::Io { path: dir, error })?;
+            crate::private::make_dir(&dir).map_err(|error| StateError::Io { path: dir, error })?;
         }
         Ok(Self(path.to_owned()))
     }
@@ -245,20 +243,17 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&beside)?;
+    let mut file = crate::private::create(&beside)?;
     file.write_all(bytes)?;
     file.sync_all()?;
     fs::rename(&beside, path)?;
-    fs::File::open(path.parent().unwrap_or_else(|| Path::new("/")))?.sync_all()
+    crate::private::sync_dir(path.parent().unwrap_or_else(|| Path::new("/")))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    #[cfg(unix)]
     use std::os::unix::fs::PermissionsExt;
 
     fn target(byte: u8) -> Target {
