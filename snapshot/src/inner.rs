@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use crate::alloc::Need;
 use crate::disk::Disk;
@@ -454,7 +455,13 @@ impl Inner {
 
     /// Remembers and tells that there is no room.
     pub(crate) fn out_of_space(&self) -> Error {
-        if !std::mem::replace(&mut self.state().space.out, true) {
+        let mut state = self.state();
+        let first = !std::mem::replace(&mut state.space.out, true);
+        if first {
+            state.space.out_since = Some(Instant::now());
+        }
+        drop(state);
+        if first {
             tracing::warn!("no space for new data: writes that need a grain are refused");
             self.tell(StoreEvent::OutOfSpace);
         }

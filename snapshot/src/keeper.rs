@@ -5,10 +5,15 @@ use std::time::{Duration, Instant};
 
 use crate::Result;
 use crate::inner::Inner;
+use crate::record::{JobKind, JobRecord};
+use crate::space::room_at_thresholds;
 use crate::types::StoreEvent;
 
 /// The keeper looks at least this often, whatever it was told.
 const KEEPER_TURN: Duration = Duration::from_secs(1);
+
+/// How long after the beginning of a shortage its end may be near: Windows tries four times, a second apart.
+const SOON: Duration = Duration::from_secs(4);
 
 /// A pause between two steps of a job is as long as the step was, up to this.
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
@@ -100,6 +105,22 @@ impl Inner {
             0 => room,
             max => room.min(max.saturating_sub(used)),
         }
+    }
+
+    /// Whether a write that finds no room may find some in a moment, because what was deleted is being freed. After the first
+    /// seconds of a shortage it is one all the same: nobody shall try again and again for a job that takes an hour.
+    pub(crate) fn makes_room(&self) -> bool {
+        let state = self.state();
+        let begun = state.space.out_since.is_some_and(|since| since.elapsed() < SOON);
+        let frees = |job: &JobRecord| !matches!(job.kind, JobKind::Zero { unmap: false, .. });
+        begun && (!state.open.releases.is_empty() || state.jobs.values().any(frees))
+    }
+
+    /// What is left at each threshold of fullness, in bytes.
+    pub(crate) fn room_at_thresholds(&self) -> [u64; 3] {
+        let available = self.available_bytes();
+        let used = self.state().alloc.in_use() * u64::from(self.grain_bytes);
+        room_at_thresholds(used.saturating_add(available))
     }
 
     /// Tells when the pool passes a threshold of fullness, in either direction.

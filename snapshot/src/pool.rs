@@ -340,6 +340,13 @@ impl Pool {
         }
     }
 
+    /// The bytes of new data that the pool still takes when it passes each of its thresholds of fullness
+    /// ([`StoreEvent::Threshold`]), the lowest first. Without an operator's bound they change with the file system's free space.
+    #[must_use]
+    pub fn room_at_thresholds(&self) -> [u64; 3] {
+        self.inner.room_at_thresholds()
+    }
+
     /// Tells what happens from now on.
     #[must_use]
     pub fn subscribe(&self) -> Receiver<StoreEvent> {

@@ -24,6 +24,8 @@ pub(crate) struct Space {
     asked: Option<Instant>,
     /// Writes that need a grain are being refused.
     pub(crate) out: bool,
+    /// When the last shortage began.
+    pub(crate) out_since: Option<Instant>,
     /// Ask at every allocation (deterministic tests).
     always: bool,
     /// How many of [`THRESHOLDS`] the pool has passed.
@@ -47,6 +49,7 @@ impl Space {
             handed_out: 0,
             asked: None,
             out: false,
+            out_since: None,
             always,
             passed: 0,
         }
@@ -118,6 +121,14 @@ impl Space {
     }
 }
 
+/// What is left of so many bytes when each threshold is reached.
+pub(crate) fn room_at_thresholds(all_bytes: u64) -> [u64; 3] {
+    THRESHOLDS.map(|percent| {
+        let left = u128::from(all_bytes) * u128::from(100 - percent) / 100;
+        u64::try_from(left).unwrap_or(u64::MAX)
+    })
+}
+
 /// Percent in use of what the pool can hold.
 fn fullness(used: u64, available: u64) -> u8 {
     let all = u128::from(used) + u128::from(available);
@@ -128,6 +139,16 @@ fn fullness(used: u64, available: u64) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_room_at_a_threshold_is_where_it_is_told() {
+        for all in [1000, 100, 64 << 20, u64::MAX] {
+            for (percent, room) in THRESHOLDS.into_iter().zip(room_at_thresholds(all)) {
+                assert_eq!(fullness(all - room, room), percent, "{all}");
+                assert!(fullness(all - room - all / 100 - 1, room + all / 100 + 1) < percent);
+            }
+        }
+    }
 
     #[test]
     fn thresholds_are_told_once_and_end_with_hysteresis() {

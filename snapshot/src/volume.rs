@@ -169,6 +169,12 @@ impl Volume {
         })
     }
 
+    /// Whether a write that was refused for want of space may succeed in a moment: a deletion frees some right now.
+    #[must_use]
+    pub fn makes_room(&self) -> bool {
+        self.pool.makes_room()
+    }
+
     /// Name.
     ///
     /// # Errors
