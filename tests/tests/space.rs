@@ -172,6 +172,13 @@ fn thin_thresholds() {
             }
             Ok(())
         };
+        // Mode page 1Ch/02h, in mebibytes: what is left of 64 MiB at 75, 85 and 95 %.
+        let page = other.run(&Cdb::reads(0, &[0x1a, 8, 0x1c, 2, 255, 0], 255))?;
+        let counts = page.data.get(4 + 16..).unwrap_or_default().chunks_exact(8);
+        let counts: Vec<u8> = counts
+            .filter_map(|descriptor| descriptor.last().copied())
+            .collect();
+        ensure!(counts == [16, 9, 3], "the mode page lists {counts:?}");
         write_mib(40)?;
         ensure!(
             thresholds(&daemon)? == (0, 0),

@@ -194,6 +194,9 @@ impl LunBackend {
         };
         match done {
             Ok(()) => BlockResult::Done,
+            // Windows tries four times more, a second apart, and Linux waits too: better than a file system that goes offline
+            // while the snapshots that took its space are being deleted.
+            Err(BlockError::NoSpace) if volume.makes_room() => BlockResult::Failed(BlockError::Growing),
             Err(error) => BlockResult::Failed(error),
         }
     }

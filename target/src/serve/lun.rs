@@ -172,6 +172,11 @@ impl Lun {
         self.unit().report_luns_changed();
     }
 
+    /// What is left in the pool, in bytes, when its thresholds are passed: mode page 1Ch/02h lists them.
+    pub(crate) fn set_thin_thresholds(&self, available_bytes: &[u64]) {
+        self.unit().set_thin_thresholds(available_bytes);
+    }
+
     /// The pool below has passed a threshold of fullness (6/38/07).
     pub(crate) fn thin_threshold_reached(&self) {
         self.unit().thin_threshold_reached();

@@ -76,6 +76,13 @@ fn take(daemon: &Daemon, report: StoreEvent) {
             available_bytes,
         } => {
             let (used, left) = (Size(used_bytes), Size(available_bytes));
+            // Without `max_size` they move with the file system's free space: whoever is told looks them up.
+            let room = daemon.pool.room_at_thresholds();
+            daemon
+                .registry
+                .luns()
+                .iter()
+                .for_each(|lun| lun.set_thin_thresholds(&room));
             if reached {
                 tell(
                     code::STORE_FILLS,

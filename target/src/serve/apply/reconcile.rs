@@ -36,14 +36,16 @@ pub(crate) fn make_lun(
         write_cache,
         read_only,
     };
-    Lun::new(
+    let lun = Lun::new(
         name,
         tag.identity,
         LunBackend::Local(volume),
         settings,
         daemon.state.clone(),
     )
-    .map_err(|e| Refusal::failed("lun", format!("{e:#}"), "see the log"))
+    .map_err(|e| Refusal::failed("lun", format!("{e:#}"), "see the log"))?;
+    lun.set_thin_thresholds(&daemon.pool.room_at_thresholds());
+    Ok(lun)
 }
 
 /// Makes volumes, LUNs and targets like `config`. Blocks.
