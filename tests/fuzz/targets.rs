@@ -1,6 +1,8 @@
 //! One function per parser: it may refuse the bytes, but not panic, hang or grow. Shared by the libFuzzer program and by the
 //! test that replays the corpus on stable Rust.
 
+mod reservations;
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -8,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use stillpoint_iscsi::{
-    Admission, Connection, ConnectionConfig, Directory, DiscoveryAsk, Event, LoginAsk, LoginStatus, Outcome,
-    TargetGrant, TargetRecord, TmfResponse, Tsih,
+    Admission, Connection, ConnectionConfig, Directory, DiscoveryAsk, Event, Isid, LoginAsk, LoginStatus,
+    Outcome, TargetGrant, TargetRecord, TmfResponse, Tsih,
 };
 use stillpoint_scsi::{
     BlockResult, BlockSize, Context, Limits, NexusId, NexusName, Plan, TargetPort, Unit, UnitSpec,
@@ -48,6 +50,11 @@ pub(crate) const ALL: &[Target] = &[
         seeds: list_seeds,
     },
     Target {
+        name: "scsi_reservations",
+        run: reservations::run,
+        seeds: reservations::seeds,
+    },
+    Target {
         name: "agent_frames",
         run: agent_frames,
         seeds: frame_seeds,
@@ -79,6 +86,10 @@ impl Directory for Anything {
             portal_group: 1,
             chap: None,
         })
+    }
+
+    fn has_session(&self, _: &str, _: Isid, tsih: Tsih) -> bool {
+        tsih.0.is_multiple_of(2)
     }
 
     fn discover(&self, _: &DiscoveryAsk<'_>) -> Vec<TargetRecord> {

@@ -20,6 +20,9 @@ pub trait Directory: Send + Sync {
     /// The status that the login is refused with.
     fn login(&self, ask: &LoginAsk<'_>) -> Result<TargetGrant, LoginStatus>;
 
+    /// Whether there is a session of this name, which a second connection could want to join.
+    fn has_session(&self, initiator: &str, isid: Isid, tsih: Tsih) -> bool;
+
     /// The targets that this initiator may see (RFC 7143 appendix C).
     fn discover(&self, ask: &DiscoveryAsk<'_>) -> Vec<TargetRecord>;
 }

@@ -139,7 +139,23 @@ fn version_tsih_and_identity() {
         tsih: Tsih(5),
         ..security(None)
     };
-    assert_eq!(refused_at_once(&joining, &data), LoginStatus::SessionDoesNotExist);
+    let others = [
+        LoginRequest {
+            tsih: Tsih(6),
+            ..joining
+        },
+        LoginRequest {
+            isid: Isid([9; 6]),
+            ..joining
+        },
+    ];
+    for stranger in others {
+        assert_eq!(
+            refused_at_once(&stranger, &data),
+            LoginStatus::SessionDoesNotExist
+        );
+    }
+    assert_eq!(refused_at_once(&joining, &data), LoginStatus::TooManyConnections);
     type Change = fn(&mut LoginRequest);
     let changes: [(&str, Change); 4] = [
         ("InitiatorTaskTag", |r| r.itt = Itt(2)),

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use stillpoint_config::{Chap, ChapAlgorithm, Credentials};
 use stillpoint_iscsi::{
-    ChapPolicy, ConnectionConfig, Directory, DiscoveryAsk, LoginAsk, LoginStatus, TargetGrant, TargetRecord,
+    ChapPolicy, ConnectionConfig, Directory, DiscoveryAsk, Isid, LoginAsk, LoginStatus, TargetGrant,
+    TargetRecord, Tsih,
 };
 
 use super::Daemon;
-use super::registry::TargetRules;
+use super::registry::{Session, TargetRules};
 
 /// The targets as one connection may see them.
 pub(crate) struct Portal {
@@ -95,6 +96,16 @@ impl Directory for Portal {
             portal_group: ask.portal_group,
             chap,
         })
+    }
+
+    fn has_session(&self, initiator: &str, isid: Isid, tsih: Tsih) -> bool {
+        let named = |session: &Session| {
+            session.tsih == tsih.0
+                && session.isid == isid.0
+                && session.is_active()
+                && session.initiator.eq_ignore_ascii_case(initiator)
+        };
+        !self.daemon.registry.sessions_with(named).is_empty()
     }
 
     fn discover(&self, ask: &DiscoveryAsk<'_>) -> Vec<TargetRecord> {

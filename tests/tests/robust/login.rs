@@ -459,3 +459,33 @@ fn a_session_is_dropped_while_its_login_is_being_decided() {
         wait_until("an empty table", SERVED, || Ok(sessions(daemon)?.is_empty()))
     });
 }
+
+#[test]
+fn a_second_connection_of_a_session_is_refused_and_the_first_goes_on() {
+    attack("MCS", |daemon| {
+        let mut raw = log_in(daemon, ME)?;
+        let rows = sessions(daemon)?;
+        let tsih = rows
+            .first()
+            .and_then(|row| row.get("tsih"))
+            .and_then(Value::as_u64);
+        let tsih = u16::try_from(tsih.context("no tsih")?)?;
+        let join = |tsih: u16, cid: u8| -> Result<(u8, u8)> {
+            let mut second = Raw::connect(address(daemon))?;
+            let request = Nexus::new(ME, DISK).request();
+            second.send(&request.bytes(14, &tsih.to_be_bytes()).byte(21, cid))?;
+            let refusal = second.expect("a Login Response", |pdu| pdu.opcode() == op::LOGIN_RESPONSE)?;
+            second.ends_within(SERVED)?;
+            Ok((refusal.at(36), refusal.at(37)))
+        };
+        for cid in [0, 1, 7] {
+            ensure!(join(tsih, cid)? == (2, 6), "MaxConnections is 1");
+            ensure!(
+                join(tsih.wrapping_add(1), cid)? == (2, 0x0a),
+                "there is no such session"
+            );
+        }
+        ensure!(raw.ping(b"still here")? == b"still here");
+        raw.read(0, 0, 8).map(drop)
+    });
+}

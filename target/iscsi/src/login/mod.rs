@@ -209,12 +209,7 @@ impl Login {
             if request.version_min > 0 {
                 return Err(LoginStatus::UnsupportedVersion);
             }
-            // MaxConnections is 1: there is no session that a second connection could join (§6.3.1).
-            return if request.tsih == Tsih(0) {
-                Ok(())
-            } else {
-                Err(LoginStatus::SessionDoesNotExist)
-            };
+            return Ok(());
         };
         let changed = if first.itt != identity.itt {
             "InitiatorTaskTag"
@@ -298,6 +293,17 @@ impl Login {
             local: config.local,
             portal_group: config.portal_group,
         })?;
+        if request.tsih != Tsih(0) {
+            // MaxConnections is 1: no session takes a second connection (§6.3.1). Which of the two is wrong tells an initiator
+            // whether its session lives: Windows' "MCS" is refused, and goes on with what it has.
+            let there =
+                names.target.is_some() && directory.has_session(&names.initiator, request.isid, request.tsih);
+            return Err(if there {
+                LoginStatus::TooManyConnections
+            } else {
+                LoginStatus::SessionDoesNotExist
+            });
+        }
         if grant.chap.is_some() && request.current != Stage::SECURITY {
             return Err(AuthFault::ChapNotOffered.into());
         }
