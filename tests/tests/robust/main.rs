@@ -104,7 +104,7 @@ fn memory(daemon: &Daemon) -> Result<u64> {
 }
 
 /// A stranger logs in, writes and reads within the time that anybody may expect.
-fn served_in_time(daemon: &Daemon) -> Result<()> {
+fn served_in_time(daemon: &Daemon) -> Result<Duration> {
     let started = Instant::now();
     let mut raw = log_in(daemon, "iqn.2026-11.test.robust:bystander")?;
     raw.ready(1)?;
@@ -116,7 +116,7 @@ fn served_in_time(daemon: &Daemon) -> Result<()> {
     raw.logout()?;
     let took = started.elapsed();
     ensure!(took < SERVED, "the bystander was served after {took:?} only");
-    Ok(())
+    Ok(took)
 }
 
 fn sessions(daemon: &Daemon) -> Result<Vec<Value>> {
