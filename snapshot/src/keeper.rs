@@ -112,7 +112,11 @@ impl Inner {
     pub(crate) fn makes_room(&self) -> bool {
         let state = self.state();
         let begun = state.space.out_since.is_some_and(|since| since.elapsed() < SOON);
-        let frees = |job: &JobRecord| !matches!(job.kind, JobKind::Zero { unmap: false, .. });
+        let frees = |job: &JobRecord| match job.kind {
+            JobKind::DropSnapshot(_) | JobKind::DropHead(_) | JobKind::Collapse { .. } => true,
+            JobKind::Zero { unmap, .. } => unmap,
+            JobKind::Lend { .. } => false,
+        };
         begun && (!state.open.releases.is_empty() || state.jobs.values().any(frees))
     }
 
