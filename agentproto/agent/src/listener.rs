@@ -194,8 +194,10 @@ fn take(channel: &mut Channel, id: u64, engine: &Arc<Engine>, event: ChannelEven
 fn keep_alive(stream: &TcpStream) -> std::io::Result<()> {
     let keepalive = TcpKeepalive::new()
         .with_time(Duration::from_secs(30))
-        .with_interval(Duration::from_secs(15))
-        .with_retries(4);
+        .with_interval(Duration::from_secs(15));
+    // Windows Server 2016 has no such option: its ten attempts cannot be changed.
+    #[cfg(not(windows))]
+    let keepalive = keepalive.with_retries(4);
     SockRef::from(stream).set_tcp_keepalive(&keepalive)
 }
 

@@ -18,7 +18,7 @@ const NAME: &str = "Stillpoint Hardware Provider";
 fn admin() -> Result<IVssAdmin> {
     super::com::join()?;
     // SAFETY: a class of Windows; the interface is asked for by its id.
-    unsafe { CoCreateInstance(&raw const VSSCoordinator, None, CLSCTX_ALL) }
+    unsafe { CoCreateInstance(&VSSCoordinator, None, CLSCTX_ALL) }
 }
 
 /// Registers it. Good when it is registered already.

@@ -343,7 +343,8 @@ fn component(metadata: *mut MetadataObject, index: u32) -> Result<Component, Vss
             paths: Vec::new(),
         };
         let counts = [one.files, one.databases, one.log_files];
-        ((*(*object.0).0).free_component_info)(object.0.cast(), info);
+        let freed = ((*(*object.0).0).free_component_info)(object.0.cast(), info);
+        check("FreeComponentInfo", freed)?;
         (read, counts)
     };
     // SAFETY: the table lives as long as the object.
