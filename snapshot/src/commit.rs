@@ -121,6 +121,11 @@ impl State {
         }
     }
 
+    /// Whether writers must wait for a commit.
+    pub(crate) fn open_is_full(&self) -> bool {
+        self.open.entries >= ENTRIES_MAX || self.open.created.len() >= CREATED_MAX
+    }
+
     fn encode_records(&self, txg: &Txg, batch: &mut Batch) {
         let mut put = |key: Vec<u8>, value: Option<Vec<u8>>| batch.changes.push((key, value));
         for b in &txg.branches {
@@ -391,7 +396,7 @@ impl Inner {
         let mut state = self.state();
         loop {
             self.poison.check()?;
-            if state.open.entries < ENTRIES_MAX && state.open.created.len() < CREATED_MAX {
+            if !state.open_is_full() {
                 return Ok(());
             }
             if !state.committing {

@@ -466,7 +466,10 @@ fn cached_reads_and_in_place_writes_need_no_waiting() {
     assert!(!v.try_read(0, &mut buf).unwrap(), "the map is not in RAM");
     v.read(0, &mut buf).unwrap();
     assert!(v.try_read(0, &mut buf).unwrap() && buf == [0; 4096]);
-    assert!(!v.try_write(0, &buf).unwrap(), "needs a grain");
+    assert!(
+        !v.try_write(0, &buf[..512]).unwrap(),
+        "needs a grain, and the rest of it"
+    );
     fill(&v, 0, 1);
     // tmpfs and ext4 differ in what they can do without waiting; what was said to be done must be.
     if v.try_write(0, &[2; 512]).unwrap() {
@@ -474,6 +477,18 @@ fn cached_reads_and_in_place_writes_need_no_waiting() {
     }
     snap(&pool, &v, "s");
     assert!(!v.try_write(0, &[3; 512]).unwrap(), "held by the snapshot");
+    let before = grains(&pool);
+    if v.try_write(0, &[4; 4096]).unwrap() {
+        assert_eq!(
+            (byte(&v, 0), grains(&pool)),
+            (4, before + 1),
+            "a whole grain goes elsewhere"
+        );
+    }
+    assert!(
+        !v.try_write(64 * 4096, &[5; 4096]).unwrap(),
+        "the map is not in RAM"
+    );
 }
 
 #[test]

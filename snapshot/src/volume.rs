@@ -23,7 +23,7 @@ const EXPLICIT_ZERO_BYTES: u64 = 64 << 20;
 /// Pages that one question for the status looks at.
 const STATUS_PAGES: usize = 4096;
 /// Largest transfer that the non-blocking calls try.
-const TRY_BYTES: u64 = 256 << 10;
+const TRY_BYTES: u64 = 1 << 20;
 
 /// What all handles of a volume share. Its head changes at a revert, under the exclusive lock of the whole volume.
 pub(crate) struct Shared {
@@ -221,8 +221,9 @@ impl Volume {
         if fua { self.pool.flush() } else { Ok(()) }
     }
 
-    /// Like [`Volume::write`] without `fua`, but gives `false` instead of waiting: only for data that is overwritten
-    /// in place, on file systems that can write without waiting. After `false` any part may have been written.
+    /// Like [`Volume::write`] without `fua`, but gives `false` instead of waiting: for data that is overwritten in place, and
+    /// for whole grains whose map is in RAM, on file systems that can write without waiting. After `false` any part may have
+    /// been written.
     ///
     /// # Errors
     /// As [`Volume::write`].
@@ -232,10 +233,15 @@ impl Volume {
         let Some(_range) = self.try_lock(offset, data.len() as u64, Mode::Exclusive)? else {
             return Ok(false);
         };
-        let Some(places) = self.places_in_place(offset, data.len())? else {
-            return Ok(false);
+        let Some(runs) = self.places_in_place(offset, data.len())? else {
+            for piece in self.pieces(offset, data.len()) {
+                if !self.try_write_piece(&piece, data)? {
+                    return Ok(false);
+                }
+            }
+            return Ok(true);
         };
-        for (place, buffer) in places {
+        for (place, buffer) in runs.placed() {
             let part = part(data, buffer);
             let io = |e| Error::io("write", "data file", e);
             if !self.pool.disk.try_write_at(place, part).map_err(io)? {

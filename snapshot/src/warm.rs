@@ -295,6 +295,13 @@ impl WarmLog {
     }
 
     /// Remembers a change; `false` when it cannot, and the change must be committed before it is acknowledged.
+    /// Whether the log takes some more changes for sure, unless its medium fails now.
+    fn has_room(&self) -> bool {
+        let halves = lock(&self.halves);
+        let longest = halves.files.iter().map(|half| half.len).max().unwrap_or(0);
+        !halves.off && longest <= MAX_BYTES / 2 && !self.warned.load(Ordering::Relaxed)
+    }
+
     fn append(&self, ticket: Ticket, delta: &Delta) -> bool {
         let n = usize::from(!ticket.txg.is_multiple_of(2));
         let mut halves = lock(&self.halves);
@@ -372,6 +379,11 @@ struct Replayed {
 }
 
 impl Inner {
+    /// Whether [`Inner::keep_warm`] will not have to commit.
+    pub(crate) fn keeps_warm_at_once(&self) -> bool {
+        self.warm.as_ref().is_none_or(WarmLog::has_room)
+    }
+
     /// Puts a published change into the warm log before it is acknowledged.
     ///
     /// # Errors

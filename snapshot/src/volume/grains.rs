@@ -35,6 +35,11 @@ pub(super) struct Step {
     crc: Option<u32>,
 }
 
+/// The grains that a write has taken for itself.
+fn taken(steps: &[Step]) -> impl Iterator<Item = u64> {
+    steps.iter().filter(|s| !s.in_place).map(|s| s.grain)
+}
+
 impl Volume {
     /// The grain of an entry that may be overwritten: nothing holds it but the head, and its bytes have no recorded
     /// checksum, nor shall they get one (I5).
@@ -136,7 +141,7 @@ impl Volume {
     }
 
     /// Where a write goes if all of it is overwritten in place and its map is in RAM.
-    pub(super) fn places_in_place(&self, offset: u64, len: usize) -> Result<Option<Vec<Placed>>> {
+    pub(super) fn places_in_place(&self, offset: u64, len: usize) -> Result<Option<Runs>> {
         let branch = self.shared.head();
         let mut runs = Runs::default();
         for piece in self.pieces(offset, len) {
@@ -160,7 +165,7 @@ impl Volume {
                 runs.add(Some(self.pool.place(grain) + within.start), buffer.clone(), 0);
             }
         }
-        Ok(Some(runs.placed().collect()))
+        Ok(Some(runs))
     }
 
     pub(crate) fn write_locked(&self, offset: u64, data: &[u8]) -> Result<()> {
@@ -173,15 +178,51 @@ impl Volume {
         let branch = self.shared.head();
         let mut steps = self.plan(branch, piece)?;
         self.pool.hook("write.chosen");
-        let written = self.write_steps(piece, &mut steps, data);
-        let taken = || steps.iter().filter(|s| !s.in_place).map(|s| s.grain);
-        if let Err(e) = written {
-            self.pool.unreserve(taken());
+        if let Err(e) = self.write_steps(piece, &mut steps, data) {
+            self.pool.unreserve(taken(&steps));
             return Err(e);
         }
+        self.publish_steps(branch, piece, &steps)
+    }
+
+    /// As [`Volume::write_piece`], but gives `false` instead of waiting for the map, the allocator, a commit or a device: a
+    /// piece of whole grains of which the head's page is in RAM, some to be redirected. The range is locked.
+    pub(super) fn try_write_piece(&self, piece: &Piece, data: &[u8]) -> Result<bool> {
+        let grain = u64::from(self.pool.grain_bytes);
+        let whole = piece.within.start.is_multiple_of(grain) && piece.within.end.is_multiple_of(grain);
+        if !whole || !self.pool.keeps_warm_at_once() {
+            return Ok(false);
+        }
+        let branch = self.shared.head();
+        let mut steps = Vec::new();
+        let planned = {
+            let mut state = self.pool.state();
+            if state.open_is_full() || !state.has_page((branch, piece.page)) {
+                return Ok(false);
+            }
+            state.map.hits += 1;
+            self.plan_in(&mut state, branch, piece, &mut steps)
+        };
+        self.pool.hook("write.chosen");
+        let written = match planned {
+            Ok(None) => self.try_write_steps(piece, &mut steps, data),
+            Ok(Some(_)) => Ok(false),
+            Err(e) => Err(e),
+        };
+        match written {
+            Ok(true) => self.publish_steps(branch, piece, &steps).map(|()| true),
+            not_written => {
+                self.pool.unreserve(taken(&steps));
+                not_written
+            }
+        }
+    }
+
+    /// Publishes what was written elsewhere (invariants I3 and I4).
+    fn publish_steps(&self, branch: BranchId, piece: &Piece, steps: &[Step]) -> Result<()> {
         self.pool.wrote(piece.buffer.len() as u64);
         self.pool.hook("write.data");
-        if taken().next().is_none() {
+        if taken(steps).next().is_none() {
             return Ok(());
         }
         let published = self.pool.with_page(branch, piece.page, |state| {
@@ -191,7 +232,7 @@ impl Volume {
             let changes: Vec<_> = fresh.map(|s| (s.index, entry(s))).collect();
             Ok((state.publish(branch, piece.page, &changes)?, changes))
         });
-        let (ticket, changes) = published.inspect_err(|_| self.pool.unreserve(taken()))?;
+        let (ticket, changes) = published.inspect_err(|_| self.pool.unreserve(taken(steps)))?;
         self.pool.hook("write.published");
         self.pool.keep_warm(ticket, branch, piece.page, &changes)
     }
@@ -210,8 +251,7 @@ impl Volume {
                 },
                 Err(e) => e,
             };
-            self.pool
-                .unreserve(steps.iter().filter(|s| !s.in_place).map(|s| s.grain));
+            self.pool.unreserve(taken(&steps));
             return Err(failed);
         }
     }
@@ -279,6 +319,30 @@ impl Volume {
         }
         let write = |(place, buffer): Placed| self.pool.disk.write_at(place, part(data, buffer));
         runs.placed().try_for_each(write).map_err(io)
+    }
+
+    /// As [`Volume::write_steps`] of whole grains, but gives `false` instead of waiting for a device.
+    fn try_write_steps(&self, piece: &Piece, steps: &mut [Step], data: &[u8]) -> Result<bool> {
+        let record = self.shared.checksums() == Checksums::Always;
+        let mut runs = Runs::default();
+        for ((_, _, buffer), step) in self.grains(piece).zip(steps) {
+            if !step.in_place {
+                step.crc = record.then(|| crc32c::crc32c(part(data, buffer.clone())));
+            }
+            runs.add(Some(self.pool.place(step.grain)), buffer, 0);
+        }
+        for (place, buffer) in runs.placed() {
+            let io = |e| Error::io("write", "data file", e);
+            if !self
+                .pool
+                .disk
+                .try_write_at(place, part(data, buffer))
+                .map_err(io)?
+            {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// A whole grain: the old content (of byte `at` of the volume) with `data` at `within`. What is bad is not

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use smallvec::SmallVec;
+
 use crate::bad::Bad;
 use crate::inner::Inner;
 use crate::page::Entry;
@@ -175,10 +177,13 @@ impl Sum {
     }
 }
 
+/// Runs that need no allocation: most reads and writes are one.
+const FEW: usize = 4;
+
 /// Joins neighbours into runs: one system call for each; and remembers what to verify.
 #[derive(Default)]
 pub(crate) struct Runs {
-    runs: Vec<Run>,
+    runs: SmallVec<[Run; FEW]>,
     sums: Vec<Sum>,
 }
 
