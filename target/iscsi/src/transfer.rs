@@ -251,6 +251,7 @@ pub(crate) struct Outbound {
     pub(crate) itt: Itt,
     pub(crate) status: u8,
     pub(crate) sense: Bytes,
+    /// What is not yet sent.
     pub(crate) data: Bytes,
     pub(crate) residual: Residual,
     pub(crate) bidi_residual: Residual,
@@ -259,6 +260,7 @@ pub(crate) struct Outbound {
     pub(crate) bidirectional: bool,
     /// Whether it holds a place in the command window, or one of the immediate ones.
     pub(crate) windowed: bool,
+    /// Bytes of data that are sent.
     pub(crate) sent: usize,
     pub(crate) in_burst: usize,
 }
@@ -303,7 +305,7 @@ impl Piece {
 impl Outbound {
     /// Bytes of data that are not yet sent.
     pub(crate) fn unsent(&self) -> usize {
-        self.data.len() - self.sent
+        self.data.len()
     }
 
     /// "Status can accompany the last Data-In PDU if the command did not end with an exception", and never in a
@@ -322,6 +324,7 @@ impl Outbound {
         let segment = (limits.max_recv & !3) as usize;
         let len = self.unsent().min(segment).min(burst_left);
         let offset = self.sent;
+        let data = self.data.split_to(len);
         self.sent += len;
         self.in_burst += len;
         let last = self.unsent() == 0;
@@ -340,7 +343,7 @@ impl Outbound {
                 data_sn,
                 buffer_offset: u32::try_from(offset).expect("at most EDTL bytes are sent"),
             },
-            data: self.data.slice(offset..offset + len),
+            data,
         }
     }
 

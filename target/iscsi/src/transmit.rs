@@ -73,7 +73,7 @@ impl Control {
 /// Commands answered in order, and what must not overtake their answers.
 #[derive(Debug)]
 enum Bulk {
-    Answer(Box<Outbound>),
+    Answer(Outbound),
     Fenced(Control),
 }
 
@@ -139,7 +139,7 @@ impl Transmitter {
     }
 
     pub(crate) fn answer(&mut self, outbound: Outbound) {
-        self.bulk.push_back(Bulk::Answer(Box::new(outbound)));
+        self.bulk.push_back(Bulk::Answer(outbound));
     }
 
     /// Drops answers, whole or half sent, and what waits behind them: their session is over. A task management response
@@ -164,9 +164,13 @@ impl Transmitter {
         if let Some(control) = self.urgent.pop_front() {
             return Some(self.send_control(control, window));
         }
+        if let Some(Bulk::Answer(_)) = self.bulk.front() {
+            return self.send_answer(window, limits);
+        }
         match self.bulk.pop_front()? {
             Bulk::Fenced(control) => Some(self.send_control(control, window)),
-            Bulk::Answer(answer) => Some(self.send_answer(answer, window, limits)),
+            // It was looked at above.
+            Bulk::Answer(_) => None,
         }
     }
 
@@ -180,33 +184,30 @@ impl Transmitter {
         }
     }
 
-    fn send_answer(
-        &mut self,
-        mut answer: Box<Outbound>,
-        window: &mut CommandWindow,
-        limits: SegmentLimits,
-    ) -> Sent {
+    /// The next piece of the answer whose turn it is.
+    fn send_answer(&mut self, window: &mut CommandWindow, limits: SegmentLimits) -> Option<Sent> {
+        let Some(Bulk::Answer(answer)) = self.bulk.front_mut() else {
+            return None;
+        };
         let before = answer.unsent();
         let piece = answer.next_piece(limits);
-        let read_bytes = before - answer.unsent();
+        let (read_bytes, windowed) = (before - answer.unsent(), answer.windowed);
         let over = piece.is_last();
         // The place in the window is free as soon as the status says so, hence in the same PDU.
-        if over && answer.windowed {
+        if over && windowed {
             window.release();
         }
         let (bhs, data) = piece.encode();
         let stat = if over { Stat::Advance } else { Stat::Reserved };
-        let frame = self.frame(bhs, data, stat, window);
-        let command_over = over.then_some(answer.windowed);
-        if !over {
-            self.bulk.push_front(Bulk::Answer(answer));
+        if over {
+            self.bulk.pop_front();
         }
-        Sent {
-            frame,
+        Some(Sent {
+            frame: self.frame(bhs, data, stat, window),
             mark: Mark::None,
             read_bytes,
-            command_over,
-        }
+            command_over: over.then_some(windowed),
+        })
     }
 
     fn frame(&mut self, mut bhs: Bhs, data: Bytes, stat: Stat, window: &CommandWindow) -> Frame {

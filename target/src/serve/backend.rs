@@ -10,6 +10,8 @@ use bytes::{Bytes, BytesMut};
 use stillpoint_scsi::{BlockError, BlockOp, BlockResult, Compare, LbaExtent, ThinFigures};
 use stillpoint_snapshot::{Caw, CopySource, Error as StoreError, ExtentKind, Pin, Volume};
 
+use super::buffers;
+
 /// Long operations (VERIFY, WRITE SAME) go through the store in steps of this many bytes: the memory they take is bounded, and
 /// other commands get their turn in between.
 const STEP: u64 = 1 << 20;
@@ -91,10 +93,8 @@ impl LunBackend {
         let tried = match *op {
             BlockOp::Read { len, .. } | BlockOp::Write { len, .. } if len > IN_PLACE_MAX => return None,
             BlockOp::Read { offset, len, .. } => {
-                let mut buffer = BytesMut::zeroed(len as usize);
-                volume
-                    .try_read(offset, &mut buffer)
-                    .map(|done| done.then(|| BlockResult::Data(buffer.freeze())))
+                let (done, data) = buffers::read_into(len as usize, |buffer| volume.try_read(offset, buffer));
+                done.map(|done| done.then_some(BlockResult::Data(data)))
             }
             BlockOp::Write {
                 offset,

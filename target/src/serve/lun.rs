@@ -243,17 +243,16 @@ impl Lun {
         &self,
         session: &Session,
         rules: &TargetRules,
-        command: &Command,
+        command: Command,
         token: Running,
     ) -> Step {
         self.counters.commands.fetch_add(1, Relaxed);
         self.counters
             .written_bytes
             .fetch_add(command.data.len() as u64, Relaxed);
-        let numbers: Vec<u16> = rules.luns.iter().map(|(number, _)| *number).collect();
         let context = Context {
             nexus: NexusId(session.id),
-            luns: &numbers,
+            luns: rules.numbers(),
             data_in_max: if command.read {
                 command.bidi_read_edtl.unwrap_or(command.edtl).into()
             } else {
@@ -265,7 +264,7 @@ impl Lun {
             Plan::Early(reply, op) => Step::Early(self.outcome(reply), Trailing { op, token }),
             Plan::Op(planned) => Step::Work(Planned {
                 planned,
-                data: command.data.clone(),
+                data: command.data,
                 token,
             }),
         }

@@ -8,6 +8,7 @@ mod admit;
 pub(crate) mod agents;
 pub(crate) mod apply;
 mod backend;
+mod buffers;
 pub(crate) mod control;
 mod copy;
 pub(crate) mod events;

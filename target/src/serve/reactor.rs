@@ -18,7 +18,22 @@ const THREADS_MAX: usize = 16;
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct Reactors(Vec<Reactor>);
+pub(crate) struct Reactors {
+    threads: Vec<Reactor>,
+    /// Connections that watch instead of sleeping.
+    watching: AtomicUsize,
+    watching_max: usize,
+}
+
+/// The right to keep a processor busy while waiting; see `session::watch`. Given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Watching<'a>(&'a AtomicUsize);
+
+impl Drop for Watching<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
 
 #[derive(Debug)]
 struct Reactor {
@@ -40,18 +55,28 @@ impl Reactors {
     /// # Errors
     /// The system gives no more threads or file descriptors.
     pub(crate) fn start() -> io::Result<Self> {
-        let threads = thread::available_parallelism()
-            .map_or(1, usize::from)
-            .min(THREADS_MAX);
-        (0..threads)
-            .map(Reactor::start)
-            .collect::<io::Result<_>>()
-            .map(Self)
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        let threads = (0..processors.min(THREADS_MAX)).map(Reactor::start);
+        Ok(Self {
+            threads: threads.collect::<io::Result<_>>()?,
+            watching: AtomicUsize::new(0),
+            watching_max: processors / 2,
+        })
+    }
+
+    /// The right to watch, unless half of the processors watch already.
+    pub(crate) fn watch(&self) -> Option<Watching<'_>> {
+        let free = |watching| (watching < self.watching_max).then_some(watching + 1);
+        let taken = self.watching.fetch_update(Relaxed, Relaxed, free);
+        taken.is_ok().then_some(Watching(&self.watching))
     }
 
     /// A place on the thread that serves the fewest connections.
     pub(crate) fn place(&self) -> Place {
-        let least = self.0.iter().min_by_key(|reactor| reactor.load.load(Relaxed));
+        let least = self
+            .threads
+            .iter()
+            .min_by_key(|reactor| reactor.load.load(Relaxed));
         let Reactor { handle, load } = least.expect("at least one thread was started");
         load.fetch_add(1, Relaxed);
         Place {

@@ -51,9 +51,26 @@ pub(crate) struct TargetRules {
     pub(crate) agents: bool,
     /// Where the target comes from.
     pub(crate) origin: TargetOrigin,
+    /// See [`TargetRules::numbers`].
+    pub(crate) numbers: OnceLock<Vec<u16>>,
 }
 
 impl TargetRules {
+    /// The LUN behind a number.
+    pub(crate) fn lun(&self, number: u16) -> Option<&Arc<Lun>> {
+        let at = self
+            .luns
+            .binary_search_by_key(&number, |(number, _)| *number)
+            .ok()?;
+        self.luns.get(at).map(|(_, lun)| lun)
+    }
+
+    /// The numbers of all LUNs: collected once, since every command needs them.
+    pub(crate) fn numbers(&self) -> &[u16] {
+        self.numbers
+            .get_or_init(|| self.luns.iter().map(|(number, _)| *number).collect())
+    }
+
     /// The number under which the target shows this LUN.
     pub(crate) fn number_of(&self, lun: &Lun) -> Option<u16> {
         self.luns
@@ -640,6 +657,7 @@ pub(super) mod testing {
             max_sessions,
             agents: false,
             origin: TargetOrigin::Configured,
+            numbers: OnceLock::new(),
         }
     }
 

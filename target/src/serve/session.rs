@@ -4,8 +4,10 @@
 //! the LUN, outcomes back, PDUs out in one `writev`. Nothing here blocks: what may wait for a disk goes to a worker and comes
 //! back through `done`.
 
+mod recording;
 mod reset;
 mod socket;
+mod watch;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -28,7 +30,8 @@ use super::copy::{Cancel, Job};
 use super::lun::{Lun, Planned, Step, absent};
 use super::net::{DiscoveryName, DiscoveryPlace, PendingSeat};
 use super::registry::{Control, Entering, NotNow, Session};
-use super::trace::{self, Trace};
+use super::trace::Trace;
+use watch::Habits;
 
 /// What one `readv` may bring beyond the place that the protocol named: the next PDUs' headers.
 const AHEAD: usize = 64 << 10;
@@ -110,6 +113,10 @@ struct Task {
     trace: Option<Trace>,
     /// Since when the socket takes nothing. The protocol layer watches what it still has, not what waits in `out`.
     stalled: Option<Instant>,
+    /// What its waits were like lately.
+    habits: Habits,
+    /// Commands so far.
+    commands: u64,
 }
 
 impl Task {
@@ -150,6 +157,8 @@ impl Task {
             sent: 0,
             trace: None,
             stalled: None,
+            habits: Habits::default(),
+            commands: 0,
         })
     }
 
@@ -203,6 +212,11 @@ impl Task {
         let reads = !self.conn.receiving_paused();
         let buffered = reads && self.ahead_at < self.ahead_end;
         let mut more = false;
+        let (began, before) = (Instant::now(), self.commands);
+        let on_workers = !self.running.is_empty();
+        let habit = self.habits.of(on_workers);
+        let worth_it = habit.is_worth_it(began);
+        let permit = worth_it.then(|| daemon.reactors.watch()).flatten();
         tokio::select! {
             biased;
             why = cut(self.seat.as_ref()), if self.seat.is_some() => return Err(End::Cut(why)),
@@ -216,8 +230,12 @@ impl Task {
                 ready.map_err(End::Socket)?;
                 more = self.read(stream)?;
             }
+            () = habit.watch(began), if permit.is_some() => return Ok(()),
             () = sleep => self.timeout()?,
         }
+        drop(permit);
+        let brought = self.commands - before;
+        self.habits.of(on_workers).came(began, Instant::now(), brought);
         while let Ok(finished) = self.done.try_recv() {
             self.finished(finished);
         }
@@ -388,6 +406,7 @@ impl Task {
 
     fn command(&mut self, command: Command) {
         let now = Instant::now();
+        self.commands += 1;
         let Some(session) = self.session.clone() else {
             // A discovery session has no LUNs; the protocol layer refuses commands there.
             self.conn.complete(now, command.task, absent(&command.cdb, &[]));
@@ -399,36 +418,33 @@ impl Task {
             .written_bytes
             .fetch_add(command.data.len() as u64, Relaxed);
         let rules = session.target.rules();
-        let found = command
-            .lun
-            .number()
-            .and_then(|n| rules.luns.iter().find(|(number, _)| *number == n));
-        let Some((number, lun)) = found else {
-            let numbers: Vec<u16> = rules.luns.iter().map(|(number, _)| *number).collect();
+        let number = command.lun.number();
+        let Some((number, lun)) = number.and_then(|n| rules.lun(n).map(|lun| (n, lun))) else {
             self.conn
-                .complete(now, command.task, absent(&command.cdb, &numbers));
+                .complete(now, command.task, absent(&command.cdb, rules.numbers()));
             return;
         };
-        self.attach(*number, lun);
+        self.attach(number, lun);
         let token = lun.begin();
         if session.ending().is_some() {
             // Whoever ended it may have waited for its commands already. Unanswered: the connection goes down with it.
             return;
         }
-        let step = match lun.plan(&session, &rules, &command, token) {
+        let task = command.task;
+        let step = match lun.plan(&session, &rules, command, token) {
             Step::Work(planned) => planned.try_now(lun),
             step => step,
         };
         match step {
-            Step::Answer(outcome) => self.answer(command.task, outcome),
+            Step::Answer(outcome) => self.answer(task, outcome),
             Step::Early(outcome, trailing) => {
-                self.answer(command.task, outcome);
-                self.work(command.task, lun, |job| {
+                self.answer(task, outcome);
+                self.work(task, lun, |job| {
                     trailing.execute(job);
                     None
                 });
             }
-            Step::Work(planned) => self.start(command.task, lun, planned),
+            Step::Work(planned) => self.start(task, lun, planned),
         }
     }
 
@@ -523,26 +539,6 @@ impl Task {
                     self.abort_lun(number, cause);
                 }
                 let _ = done.send(());
-            }
-        }
-    }
-
-    fn trace(&mut self, order: trace::Order) {
-        let Some(session) = &self.session else { return };
-        if let Some((trace, payload)) = Trace::begin(order, session, self.trace.as_ref()) {
-            self.trace = Some(trace);
-            self.conn.record(Some(payload));
-        }
-    }
-
-    /// Hands on what was recorded since the last time.
-    fn record(&mut self) {
-        let Some(trace) = &mut self.trace else { return };
-        while let Some(pdu) = self.conn.poll_recorded() {
-            if !trace.record(&pdu) {
-                self.trace = None;
-                self.conn.record(None);
-                return;
             }
         }
     }

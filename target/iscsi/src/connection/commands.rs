@@ -333,10 +333,11 @@ impl Full<'_> {
         self.session.read_running -= read_limit.min(self.config.limits.transfer_bytes) as usize;
     }
 
-    fn answer(&mut self, task: &Task, outcome: Outcome) {
+    fn answer(&mut self, task: &Task, mut outcome: Outcome) {
         let limit = task.read_limit() as usize;
         let delivered = outcome.data.len();
-        let data = outcome.data.slice(..delivered.min(limit));
+        outcome.data.truncate(limit);
+        let data = outcome.data;
         let bidirectional = task.read && task.write;
         let transfer_len = if bidirectional {
             outcome.transfer_len

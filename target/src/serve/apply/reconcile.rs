@@ -1,7 +1,7 @@
 //! Makes volumes, LUNs and targets like the configuration, comparing with what there is.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use stillpoint_config::{Config, Size, Target};
 use stillpoint_snapshot::{Volume, VolumeSpec};
@@ -245,5 +245,6 @@ fn rules(target: &Target, luns: &BTreeMap<String, Arc<Lun>>) -> TargetRules {
         max_sessions: target.max_sessions(),
         agents: target.has_agents(),
         origin: TargetOrigin::Configured,
+        numbers: OnceLock::new(),
     }
 }

@@ -9,8 +9,10 @@ use tokio::net::TcpStream;
 
 use super::{End, Task};
 
-/// PDUs that one `writev` takes; each is up to three slices.
+/// PDUs that one `writev` takes.
 const BATCH: usize = 32;
+/// Slices of one PDU, at most: header, data, padding with digest.
+const SLICES: usize = 3;
 /// Rounds of reading before the loop looks after everything else.
 const READS_PER_TURN: usize = 16;
 
@@ -71,20 +73,25 @@ impl Task {
                 self.stalled = None;
                 return Ok(());
             }
-            let mut slices: Vec<IoSlice<'_>> = Vec::with_capacity(self.out.len() * 3);
+            let mut slices = [IoSlice::new(&[]); BATCH * SLICES];
+            let mut places = slices.iter_mut();
             let mut skip = self.sent;
             for chunk in self.out.iter().flat_map(Frame::chunks) {
                 match chunk.get(skip..) {
                     Some(rest) => {
                         skip = 0;
-                        if !rest.is_empty() {
-                            slices.push(IoSlice::new(rest));
+                        if !rest.is_empty()
+                            && let Some(place) = places.next()
+                        {
+                            *place = IoSlice::new(rest);
                         }
                     }
                     None => skip -= chunk.len(),
                 }
             }
-            match stream.try_write_vectored(&slices) {
+            let unused = places.len();
+            let filled = slices.get(..slices.len() - unused).unwrap_or_default();
+            match stream.try_write_vectored(filled) {
                 Ok(n) => {
                     self.stalled = None;
                     self.take_sent(n);

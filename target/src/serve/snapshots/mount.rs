@@ -4,7 +4,7 @@
 //! the record, and a record without a volume is a mount that never began or has ended.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use serde_json::{Value, json};
 use stillpoint_config::{
@@ -203,6 +203,7 @@ fn serve(daemon: &Daemon, config: &Config, mount: &Mount) -> Result<(), Refusal>
         max_sessions,
         agents: false,
         origin: TargetOrigin::Mount,
+        numbers: OnceLock::new(),
     };
     daemon.registry.put_target(&mount.iqn, rules);
     Ok(())
