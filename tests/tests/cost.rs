@@ -45,35 +45,35 @@ const LOADS: &[Load] = &[
     Load {
         name: "4 KiB reads, one by one",
         commands: 256,
-        allocations: 6.00,
+        allocations: 0.05,
         calls: 3.00,
         run: |client, commands| (0..commands).try_for_each(|_| client.read(SMALL)),
     },
     Load {
         name: "4 KiB reads, 32 at once",
         commands: 512,
-        allocations: 5.03,
+        allocations: 0.05,
         calls: 1.07,
         run: |client, commands| (0..commands / 32).try_for_each(|_| client.reads_at_once(32)),
     },
     Load {
         name: "4 KiB writes in place",
         commands: 256,
-        allocations: 7.00,
+        allocations: 1.00,
         calls: 3.00,
         run: |client, commands| (0..commands).try_for_each(|_| client.overwrite(SMALL)),
     },
     Load {
         name: "4 KiB first writes",
         commands: 256,
-        allocations: 20.30,
-        calls: 5.00,
+        allocations: 13.40,
+        calls: 4.10,
         run: |client, commands| (0..commands).try_for_each(|_| client.write_anew(SMALL)),
     },
     Load {
         name: "4 KiB writes, each flushed",
         commands: 128,
-        allocations: 6.00,
+        allocations: 1.50,
         calls: 3.00,
         run: |client, commands| {
             (0..commands / 2).try_for_each(|_| {
@@ -85,14 +85,14 @@ const LOADS: &[Load] = &[
     Load {
         name: "64 KiB reads",
         commands: 64,
-        allocations: 6.00,
+        allocations: 0.05,
         calls: 3.00,
         run: |client, commands| (0..commands).try_for_each(|_| client.read(LARGE)),
     },
     Load {
         name: "64 KiB writes in place",
         commands: 64,
-        allocations: 6.00,
+        allocations: 1.00,
         calls: 3.00,
         run: |client, commands| (0..commands).try_for_each(|_| client.overwrite(LARGE)),
     },
