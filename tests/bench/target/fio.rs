@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use stillpoint_tests::run;
 
-use crate::points::Point;
+use crate::points::{Digests, Point};
 
 /// Clock ticks of `/proc` (USER_HZ, fixed on Linux).
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -68,9 +68,15 @@ pub(crate) struct Fio<'a> {
 impl Fio<'_> {
     /// Measures `point` against a server.
     pub(crate) fn measure(&self, point: &Point, luns: &[Address], server: Option<u32>) -> Result<Measured> {
+        if point.own_initiator {
+            let (Some(Address::Iscsi(url)), Some(pid)) = (luns.first(), server) else {
+                bail!("{}: not an iSCSI target", point.name);
+            };
+            return crate::initiator::measure(point, url, self.size_bytes, self.seconds, pid);
+        }
         let text = self.job_file(point, luns)?;
         let before = Times::now(server)?;
-        let report = self.run(&text, point.digest)?;
+        let report = self.run(&text, point.digests == Digests::Header)?;
         let after = Times::now(server)?;
         measured(&report, &before, &after, server)
     }
@@ -244,8 +250,54 @@ impl Measured {
     }
 }
 
+/// Latencies of commands, collected by a load that is not fio's.
+#[derive(Debug, Default)]
+pub(crate) struct Latencies(Vec<Duration>);
+
+impl Latencies {
+    /// One command took this long.
+    pub(crate) fn add(&mut self, one: Duration) {
+        self.0.push(one);
+    }
+
+    fn percentile(&self, share: f64) -> f64 {
+        // Of at most some millions: exact in f64, and not negative.
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an index")]
+        let at = (self.0.len() as f64 * share) as usize;
+        let one = self.0.get(at).or_else(|| self.0.last());
+        one.map_or(0.0, |one| one.as_secs_f64() * 1e6)
+    }
+
+    /// What a load of commands of `block` bytes gave that ran for `seconds`.
+    pub(crate) fn measured(
+        mut self,
+        block: u32,
+        seconds: f64,
+        client_cores: f64,
+        before: &Times,
+        after: &Times,
+        server: u32,
+    ) -> Measured {
+        self.0.sort_unstable();
+        let iops = self.0.len() as f64 / seconds.max(1e-9);
+        let server_seconds = after.server - before.server;
+        Measured {
+            iops,
+            mib_s: iops * f64::from(block) / f64::from(1 << 20),
+            p50_us: self.percentile(0.5),
+            p99_us: self.percentile(0.99),
+            p999_us: self.percentile(0.999),
+            server_us: server_seconds * 1e6 / (self.0.len() as f64).max(1.0),
+            client_cores,
+            server_cores: server_seconds / seconds.max(1e-9),
+            box_load: (after.busy - before.busy) / (after.total - before.total).max(1e-9),
+            rss_bytes: rss(server),
+        }
+    }
+}
+
 /// Processor times as the kernel counts them, in seconds.
-struct Times {
+pub(crate) struct Times {
     wall: f64,
     server: f64,
     busy: f64,
@@ -253,7 +305,8 @@ struct Times {
 }
 
 impl Times {
-    fn now(server: Option<u32>) -> Result<Self> {
+    /// Now.
+    pub(crate) fn now(server: Option<u32>) -> Result<Self> {
         let stat = fs::read_to_string("/proc/stat").context("/proc/stat")?;
         let cpu: Vec<f64> = stat
             .lines()

@@ -3,35 +3,51 @@
 //! All servers run side by side with equal LUNs; each point is measured on one after the other, forwards and backwards in turn
 //! (A B C, C B A, …), so that a machine that changes its speed treats all alike. Medians are shown, with the spread of the ratios.
 
+mod curve;
 mod fio;
+mod goals;
 mod grow;
+mod initiator;
 mod peers;
 mod points;
+mod publish;
 mod report;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
 use fio::{Fio, Measured};
 use peers::{Peer, Plan, Served};
-use points::{POINTS, Point, SNAPSHOT_POINTS};
+use points::{DISK_POINTS, POINTS, Point, SNAPSHOT_POINTS};
 use report::{Row, Table};
 
+/// Everybody; some cannot be measured at some points.
+const PEERS: &[Peer] = &[Peer::Stillpoint, Peer::Tgt, Peer::Istgt, Peer::Nbdkit, Peer::Raw];
+/// One daemon in three states.
+const STATES: &[Peer] = &[Peer::Stillpoint, Peer::AfterSnapshot, Peer::ManySnapshots];
 /// LUNs of each server: what the widest point needs.
 const LUNS: u32 = 17;
 
-const HELP: &str = "usage: tests/bench/run [sweep|idle] [OPTION…]
+const HELP: &str = "usage: tests/bench/run [all|states|sweep|idle] [OPTION…]
+
+  all                points, states, sweep and idle
+  states             our daemon alone: no snapshot, right after one, with --snapshots of them
+  sweep              how the cost grows with sessions, LUNs, snapshots and size
+  idle               what an idle daemon with 1,000 LUNs costs
 
   --on DIR           file system under test; default: /dev/shm and build/bench in turn
   --only TEXT        points whose name contains TEXT
-  --peers A,B        default: stillpoint,tgt,istgt,nbdkit
-  --states           our daemon alone: no snapshot, right after one, with --snapshots of them
+  --peers A,B        default: stillpoint,tgt,istgt,nbdkit,raw-file
+  --states           the same as `states`
   --snapshots N      default 1000
   --size-mib N       each LUN, filled before; default 256
   --fill BYTES       size of one write of the fill; default 4096 (see snapshot-store notes on large folios)
   --seconds S        one measurement; default 2
   --rounds N         default 3
+  --quick            64 MiB, 0.5 s, fewer steps; on disk the most telling points only: `all` takes about 11 minutes
+  --publish          writes the README's tables and tests/bench/results (with `all`)
 ";
 
 /// What the command line says.
@@ -39,6 +55,7 @@ pub(crate) struct Options {
     pub(crate) tools: PathBuf,
     pub(crate) daemon: PathBuf,
     pub(crate) out: PathBuf,
+    root: PathBuf,
     pub(crate) on: Vec<PathBuf>,
     only: String,
     peers: Vec<Peer>,
@@ -47,6 +64,8 @@ pub(crate) struct Options {
     fill: u32,
     pub(crate) seconds: f64,
     pub(crate) rounds: u32,
+    pub(crate) quick: bool,
+    publish: bool,
     command: String,
 }
 
@@ -56,14 +75,17 @@ impl Options {
             tools: PathBuf::new(),
             daemon: PathBuf::new(),
             out: PathBuf::new(),
+            root: PathBuf::new(),
             on: Vec::new(),
             only: String::new(),
-            peers: vec![Peer::Stillpoint, Peer::Tgt, Peer::Istgt, Peer::Nbdkit],
+            peers: PEERS.to_vec(),
             snapshots: 1000,
             size_mib: 256,
             fill: 4096,
             seconds: 2.0,
             rounds: 3,
+            quick: false,
+            publish: false,
             command: "points".to_owned(),
         };
         let mut arguments = std::env::args().skip(1);
@@ -74,7 +96,11 @@ impl Options {
                     .with_context(|| format!("{name} needs a value\n{HELP}"))
             };
             match name.as_str() {
-                "sweep" | "idle" => options.command = name,
+                "all" | "states" | "sweep" | "idle" => options.command = name,
+                "--states" => options.command = "states".to_owned(),
+                "--quick" => (options.quick, options.seconds, options.size_mib) = (true, 0.5, 64),
+                "--publish" => options.publish = true,
+                "--root" => options.root = value()?.into(),
                 "--help" | "-h" => {
                     print!("{HELP}");
                     std::process::exit(0);
@@ -85,9 +111,6 @@ impl Options {
                 "--on" => options.on.push(value()?.into()),
                 "--only" => options.only = value()?,
                 "--peers" => options.peers = value()?.split(',').map(peer).collect::<Result<_>>()?,
-                "--states" => {
-                    options.peers = vec![Peer::Stillpoint, Peer::AfterSnapshot, Peer::ManySnapshots]
-                }
                 "--snapshots" => options.snapshots = value()?.parse().context("--snapshots")?,
                 "--size-mib" => options.size_mib = value()?.parse().context("--size-mib")?,
                 "--fill" => options.fill = value()?.parse().context("--fill")?,
@@ -107,18 +130,16 @@ impl Options {
         Ok(options)
     }
 
-    fn states(&self) -> bool {
-        self.peers.contains(&Peer::AfterSnapshot)
-    }
-
-    fn points(&self) -> impl Iterator<Item = &'static Point> {
+    fn points(&self, on: &Path, states: bool) -> impl Iterator<Item = &'static Point> {
+        let few = self.quick && !states && !report::is_memory(on);
         POINTS
             .iter()
             .filter(|point| point.name.contains(&self.only))
-            .filter(|point| !self.states() || SNAPSHOT_POINTS.contains(&point.name))
+            .filter(move |point| !states || SNAPSHOT_POINTS.contains(&point.name))
+            .filter(move |point| !few || DISK_POINTS.contains(&point.name))
     }
 
-    pub(crate) fn plan<'a>(&'a self, on: &'a std::path::Path, luns: u32) -> Plan<'a> {
+    pub(crate) fn plan<'a>(&'a self, on: &'a Path, luns: u32) -> Plan<'a> {
         Plan {
             daemon: &self.daemon,
             tools: &self.tools,
@@ -128,7 +149,7 @@ impl Options {
         }
     }
 
-    pub(crate) fn fio<'a>(&self, dir: &'a std::path::Path) -> Fio<'a> {
+    pub(crate) fn fio<'a>(&self, dir: &'a Path) -> Fio<'a> {
         Fio {
             program: self.tools.join("fio"),
             dir,
@@ -158,51 +179,72 @@ pub(crate) fn median(values: &mut [f64]) -> f64 {
 fn main() -> Result<()> {
     let options = Options::parse()?;
     match options.command.as_str() {
-        "sweep" => return grow::sweep(&options),
-        "idle" => return grow::idle(&options),
-        _ => {}
+        "sweep" => grow::sweep(&options),
+        "idle" => grow::idle(&options).map(drop),
+        "states" => points(&options, STATES).map(drop),
+        "all" => all(&options),
+        _ => points(&options, &options.peers).map(drop),
     }
-    let mut tables = Vec::new();
-    for on in &options.on {
-        tables.push(measure(&options, on)?);
-    }
-    report::save(&options.out, &tables, options.states())
 }
 
-fn measure(options: &Options, on: &std::path::Path) -> Result<Table> {
+fn all(options: &Options) -> Result<()> {
+    let started = Instant::now();
+    let tables = points(options, &options.peers)?;
+    let states = points(options, STATES)?;
+    grow::sweep(options)?;
+    let idle = grow::idle(options)?;
+    let minutes = started.elapsed().as_secs_f64() / 60.0;
+    println!("\nall took {minutes:.1} minutes");
+    if options.publish {
+        publish::publish(&options.root, &options.out, &tables, &states, &idle, minutes)?;
+    }
+    Ok(())
+}
+
+/// All points on all file systems; of the states in a hurry, in memory only.
+fn points(options: &Options, peers: &[Peer]) -> Result<Vec<Table>> {
+    let states = peers.contains(&Peer::AfterSnapshot);
+    let mut tables = Vec::new();
+    for on in &options.on {
+        if !(states && options.quick && !tables.is_empty()) {
+            tables.push(measure(options, on, peers)?);
+        }
+    }
+    report::save(&options.out, &tables, if states { "states" } else { "results" })?;
+    Ok(tables)
+}
+
+/// The servers on one file system, their LUNs filled.
+fn start(options: &Options, on: &Path, peers: &[Peer], luns: u32, fio: &Fio<'_>) -> Result<Vec<Served>> {
+    let plan = options.plan(on, luns);
+    let one = |peer: &Peer| {
+        eprintln!("starting and filling {} on {} …", peer.name(), on.display());
+        let mut served = Served::start(*peer, &plan)?;
+        for lun in &served.luns {
+            fio.fill(lun, options.fill)?;
+        }
+        if *peer == Peer::ManySnapshots {
+            grow::age(&mut served, fio, options.snapshots, options.quick)?;
+        }
+        Ok(served)
+    };
+    peers.iter().map(one).collect()
+}
+
+fn measure(options: &Options, on: &Path, peers: &[Peer]) -> Result<Table> {
+    let states = peers.contains(&Peer::AfterSnapshot);
     let luns = options
-        .points()
+        .points(on, states)
         .map(|point| point.luns + u32::from(point.neighbour))
         .max()
         .with_context(|| format!("no point is called {}", options.only))?
         .min(LUNS);
-    let plan = options.plan(on, luns);
     let scratch = tempfile_dir(on)?;
     let fio = options.fio(scratch.path());
-    let mut servers: Vec<Served> = options
-        .peers
-        .iter()
-        .map(|peer| {
-            eprintln!("starting and filling {} on {} …", peer.name(), on.display());
-            let mut served = Served::start(*peer, &plan)?;
-            for lun in &served.luns {
-                fio.fill(lun, options.fill)?;
-            }
-            if *peer == Peer::ManySnapshots {
-                grow::age(&mut served, &fio, options.snapshots)?;
-            }
-            Ok(served)
-        })
-        .collect::<Result<_>>()?;
-    let mut table = Table::new(
-        on,
-        &options.peers,
-        options.size_mib,
-        options.rounds,
-        options.seconds,
-    );
+    let mut servers = start(options, on, peers, luns, &fio)?;
+    let mut table = Table::new(on, peers, options.size_mib, options.rounds, options.seconds);
     table.head();
-    for point in options.points() {
+    for point in options.points(on, states) {
         let mut runs: Vec<Vec<Measured>> = vec![Vec::new(); servers.len()];
         for round in 0..options.rounds {
             let mut order: Vec<usize> = (0..servers.len()).collect();
@@ -213,6 +255,9 @@ fn measure(options: &Options, on: &std::path::Path) -> Result<Table> {
                 let (Some(server), Some(into)) = (servers.get_mut(index), runs.get_mut(index)) else {
                     continue;
                 };
+                if !server.peer.serves(point) {
+                    continue;
+                }
                 if server.peer == Peer::AfterSnapshot {
                     server.snapshot()?;
                 }
@@ -227,6 +272,6 @@ fn measure(options: &Options, on: &std::path::Path) -> Result<Table> {
     Ok(table)
 }
 
-pub(crate) fn tempfile_dir(on: &std::path::Path) -> Result<stillpoint_tests::Scratch> {
+pub(crate) fn tempfile_dir(on: &Path) -> Result<stillpoint_tests::Scratch> {
     stillpoint_tests::Scratch::below(on)
 }

@@ -198,6 +198,9 @@ impl Served {
             admin(&format!(
                 "--op update --mode target --tid {tid} --name HeaderDigest --value CRC32C,None"
             ))?;
+            admin(&format!(
+                "--op update --mode target --tid {tid} --name DataDigest --value CRC32C,None"
+            ))?;
             admin(&format!("--op bind --mode target --tid {tid} -I ALL"))?;
             self.luns.push(Address::Iscsi(format!(
                 "iscsi://127.0.0.1:{port}/iqn.2026-11.bench:lun{n}/1"

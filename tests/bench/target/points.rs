@@ -1,5 +1,27 @@
 //! What is measured: one load each.
 
+/// What is protected by CRC32C on the wire (RFC 7143 §13.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Digests {
+    /// Nothing.
+    None,
+    /// Headers.
+    Header,
+    /// Headers and data.
+    HeaderAndData,
+}
+
+impl Digests {
+    /// The values of HeaderDigest and DataDigest.
+    pub(crate) fn keys(self) -> (&'static str, &'static str) {
+        match self {
+            Self::None => ("None", "None"),
+            Self::Header => ("CRC32C", "None"),
+            Self::HeaderAndData => ("CRC32C", "CRC32C"),
+        }
+    }
+}
+
 /// One load on one or several LUNs.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Point {
@@ -17,8 +39,10 @@ pub(crate) struct Point {
     pub(crate) sessions: u32,
     /// A flush after each so many writes; 0 = none.
     pub(crate) flush_each: u32,
-    /// CRC32C over each header.
-    pub(crate) digest: bool,
+    /// CRC32C over each header, and over data.
+    pub(crate) digests: Digests,
+    /// Made by the bench's own initiator, and not by fio: random reads.
+    pub(crate) own_initiator: bool,
     /// A further LUN is written at queue depth 32 all the while, and not counted.
     pub(crate) neighbour: bool,
 }
@@ -31,7 +55,8 @@ const PLAIN: Point = Point {
     luns: 1,
     sessions: 1,
     flush_each: 0,
-    digest: false,
+    digests: Digests::None,
+    own_initiator: false,
     neighbour: false,
 };
 
@@ -42,6 +67,15 @@ const fn point(name: &'static str, rw: &'static str, block: u32, depth: u32) -> 
         block,
         depth,
         ..PLAIN
+    }
+}
+
+/// A load of the bench's own initiator.
+const fn own(name: &'static str, block: u32, depth: u32, digests: Digests) -> Point {
+    Point {
+        own_initiator: true,
+        digests,
+        ..point(name, "randread", block, depth)
     }
 }
 
@@ -82,9 +116,14 @@ pub(crate) const POINTS: &[Point] = &[
         ..point("4k-write-16luns-qd4", "randwrite", 4096, 4)
     },
     Point {
-        digest: true,
+        digests: Digests::Header,
         ..point("4k-read-qd32-hdgst", "randread", 4096, 32)
     },
+    own("own-4k-read-qd32", 4096, 32, Digests::None),
+    own("own-4k-read-qd32-h", 4096, 32, Digests::Header),
+    own("own-4k-read-qd32-hd", 4096, 32, Digests::HeaderAndData),
+    own("own-64k-read-qd16", 65_536, 16, Digests::None),
+    own("own-64k-read-qd16-hd", 65_536, 16, Digests::HeaderAndData),
     Point {
         neighbour: true,
         ..point("4k-read-qd1-noisy", "randread", 4096, 1)
@@ -101,4 +140,18 @@ pub(crate) const SNAPSHOT_POINTS: &[&str] = &[
     "64k-write-qd16",
     "1m-write-qd8",
     "4k-write-flush",
+];
+
+/// What a hurried run measures on disk: where a disk makes a difference.
+pub(crate) const DISK_POINTS: &[&str] = &[
+    "4k-read-qd1",
+    "4k-write-qd1",
+    "4k-read-qd32",
+    "4k-write-qd32",
+    "64k-read-qd16",
+    "64k-write-qd16",
+    "1m-read-qd8",
+    "1m-write-qd8",
+    "4k-write-flush",
+    "4k-write-flush-4s",
 ];

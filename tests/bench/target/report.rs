@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::fio::Measured;
+use crate::goals::{Verdict, state_verdicts, verdicts};
 use crate::median;
 use crate::peers::Peer;
 use crate::points::Point;
@@ -17,9 +18,9 @@ const CLIENT_BOUND: f64 = 0.85;
 
 /// One point on every server.
 pub(crate) struct Row {
-    point: &'static str,
-    /// In the order of the servers.
-    runs: Vec<Vec<Measured>>,
+    pub(crate) point: &'static str,
+    /// In the order of the servers; nothing of those that cannot be measured here.
+    pub(crate) runs: Vec<Vec<Measured>>,
     sessions: f64,
 }
 
@@ -31,34 +32,43 @@ impl Row {
             sessions: f64::from(point.sessions * point.luns),
         }
     }
+
+    /// Whether the client could do no more against ours.
+    pub(crate) fn is_client_bound(&self) -> bool {
+        let ours = self.runs.first();
+        ours.is_some_and(|runs| mid(runs, |m| m.client_cores) >= CLIENT_BOUND * self.sessions.min(2.0))
+    }
+}
+
+/// Whether files there live in memory.
+pub(crate) fn is_memory(on: &Path) -> bool {
+    on.starts_with("/dev/shm")
 }
 
 /// One file system.
 pub(crate) struct Table {
     on: String,
-    kind: String,
-    peers: Vec<Peer>,
-    note: String,
-    rows: Vec<Row>,
+    pub(crate) kind: String,
+    pub(crate) peers: Vec<Peer>,
+    pub(crate) note: String,
+    pub(crate) rows: Vec<Row>,
+    pub(crate) states: bool,
 }
 
-fn mid(runs: &[Measured], value: impl Fn(&Measured) -> f64) -> f64 {
+pub(crate) fn mid(runs: &[Measured], value: impl Fn(&Measured) -> f64) -> f64 {
     median(&mut runs.iter().map(value).collect::<Vec<_>>())
 }
 
 impl Table {
     pub(crate) fn new(on: &Path, peers: &[Peer], size_mib: u64, rounds: u32, seconds: f64) -> Self {
-        let kind = if on.starts_with("/dev/shm") {
-            "tmpfs"
-        } else {
-            "disk"
-        };
+        let kind = if is_memory(on) { "tmpfs" } else { "disk" };
         Self {
             on: on.display().to_string(),
             kind: kind.to_owned(),
             peers: peers.to_vec(),
             note: format!("{size_mib} MiB LUNs, warm, {rounds} rounds of {seconds} s"),
             rows: Vec::new(),
+            states: peers.contains(&Peer::AfterSnapshot),
         }
     }
 
@@ -83,7 +93,8 @@ impl Table {
     /// Prints a row as soon as it is there.
     pub(crate) fn add(&mut self, row: Row) {
         let first = row.runs.first().cloned().unwrap_or_default();
-        for (peer, runs) in self.peers.iter().zip(&row.runs) {
+        let measured = self.peers.iter().zip(&row.runs);
+        for (peer, runs) in measured.filter(|(_, runs)| !runs.is_empty()) {
             let (ratio, low, high) = ratio(&first, runs);
             println!(
                 "{:<22} {:<12} {:>9.0} {:>9.1} {:>8.1} {:>8.1} {:>9.1} {:>8.2} {:>6.2} {:>5.2} {:>7.0}  {:.2} ({:.2}-{:.2}){}",
@@ -104,7 +115,20 @@ impl Table {
                 bound(runs, row.sessions)
             );
         }
+        for verdict in self.verdicts(&row) {
+            let word = if verdict.met { "met" } else { "MISSED" };
+            println!("{:<22} {word}: {}", "", verdict.text);
+        }
         self.rows.push(row);
+    }
+
+    /// What is asked of a row, and whether it is met.
+    pub(crate) fn verdicts(&self, row: &Row) -> Vec<Verdict> {
+        if self.states {
+            state_verdicts(row, &self.peers)
+        } else {
+            verdicts(row, &self.peers, &self.rows)
+        }
     }
 
     fn json(&self) -> Value {
@@ -116,9 +140,15 @@ impl Table {
                     .peers
                     .iter()
                     .zip(&row.runs)
+                    .filter(|(_, runs)| !runs.is_empty())
                     .map(|(peer, runs)| json!({ "server": peer.name(), "runs": runs.iter().map(Measured::json).collect::<Vec<_>>() }))
                     .collect();
-                json!({ "point": row.point, "servers": servers })
+                let goals: Vec<Value> = self
+                    .verdicts(row)
+                    .iter()
+                    .map(|verdict| json!({ "goal": verdict.text, "met": verdict.met }))
+                    .collect();
+                json!({ "point": row.point, "servers": servers, "goals": goals })
             })
             .collect();
         json!({ "on": self.kind, "note": self.note, "points": rows })
@@ -126,7 +156,7 @@ impl Table {
 }
 
 /// Speed of ours over theirs: median, lowest and highest over the rounds.
-fn ratio(ours: &[Measured], theirs: &[Measured]) -> (f64, f64, f64) {
+pub(crate) fn ratio(ours: &[Measured], theirs: &[Measured]) -> (f64, f64, f64) {
     let mut all: Vec<f64> = ours
         .iter()
         .zip(theirs)
@@ -154,9 +184,8 @@ fn bound(runs: &[Measured], sessions: f64) -> &'static str {
     }
 }
 
-/// Writes the JSON and the chart.
-pub(crate) fn save(out: &Path, tables: &[Table], states: bool) -> Result<()> {
-    let name = if states { "states" } else { "results" };
+/// Writes the JSON and the charts, as `NAME.json` and `NAME-FILESYSTEM.svg`.
+pub(crate) fn save(out: &Path, tables: &[Table], name: &str) -> Result<()> {
     let path = out.join(format!("{name}.json"));
     let all: Vec<Value> = tables.iter().map(Table::json).collect();
     fs::write(&path, serde_json::to_string_pretty(&all)?).with_context(|| path.display().to_string())?;
@@ -190,6 +219,9 @@ fn chart(table: &Table) -> String {
             .map_or(1.0, |runs| mid(runs, |m| m.iops))
             .max(1e-9);
         for (n, (peer, runs)) in table.peers.iter().zip(&row.runs).enumerate() {
+            if runs.is_empty() {
+                continue;
+            }
             let share = mid(runs, |m| m.iops) / base;
             let colour = COLOURS.get(n % COLOURS.len()).copied().unwrap_or("black");
             if n == 0 {
