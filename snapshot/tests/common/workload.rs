@@ -224,9 +224,7 @@ fn write(pool: &Pool, facts: &Facts, thread: u64, orders: &Orders) -> Result<()>
                     count,
                     fua,
                 };
-                step(facts, thread, &what, |op| {
-                    volume.write(sector * SECTOR as u64, &stamped_run(sector, count, op), fua)
-                })
+                step(facts, thread, &what, |op| put(volume, sector, count, op, fua))
             }
         };
         go_on(done)?;
@@ -260,6 +258,15 @@ fn own_range(rng: &mut Rng, thread: u64) -> (u64, u64) {
         };
         (first + start, 1 + rng.below(64 - start))
     }
+}
+
+/// As the daemon writes: without waiting where that is possible.
+fn put(volume: &Volume, sector: u64, count: u64, op: Stamp, fua: bool) -> Result<()> {
+    let (offset, data) = (sector * SECTOR as u64, stamped_run(sector, count, op));
+    if !fua && volume.try_write(offset, &data)? {
+        return Ok(());
+    }
+    volume.write(offset, &data, fua)
 }
 
 fn zero(volume: &Volume, sector: u64, count: u64, unmap: bool) -> Result<()> {
@@ -350,6 +357,13 @@ impl Coordinator<'_> {
         let sectors = handle.size_bytes() / SECTOR as u64;
         let sector = self.rng.below(sectors);
         let count = 1 + self.rng.below(40.min(sectors - sector));
+        // Half of the time whole grains: those may go without waiting.
+        let (sector, count) = if self.rng.chance(50) {
+            let first = sector - sector % GRAIN_SECTORS;
+            (first, count.next_multiple_of(GRAIN_SECTORS).min(sectors - first))
+        } else {
+            (sector, count)
+        };
         if self.rng.chance(15) {
             let unmap = self.rng.chance(50);
             let what = What::Zero {
@@ -365,9 +379,7 @@ impl Coordinator<'_> {
                 count,
                 fua: false,
             };
-            step(self.facts, 0, &what, |op| {
-                handle.write(sector * SECTOR as u64, &stamped_run(sector, count, op), false)
-            })
+            step(self.facts, 0, &what, |op| put(&handle, sector, count, op, false))
         }
     }
 
