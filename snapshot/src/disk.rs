@@ -44,6 +44,11 @@ pub trait Disk: Send + Sync {
     /// Some of those writes may be lost.
     fn sync_data(&self) -> io::Result<()>;
 
+    /// Whether [`Disk::sync_data`] never waits for anything, because there is no device.
+    fn syncs_at_once(&self) -> bool {
+        false
+    }
+
     /// Gives the range back to the file system; it reads as zeroes afterwards.
     ///
     /// # Errors
@@ -174,6 +179,10 @@ impl Disk for FileDisk {
 
     fn sync_data(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+
+    fn syncs_at_once(&self) -> bool {
+        self.patience.in_ram
     }
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {

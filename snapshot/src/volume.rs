@@ -261,6 +261,24 @@ impl Volume {
         self.pool.flush()
     }
 
+    /// Like [`Volume::flush`], but gives `false` instead of waiting: for a pool in memory whose map has not changed since the
+    /// last commit.
+    ///
+    /// # Errors
+    /// As [`Volume::flush`].
+    pub fn try_flush(&self) -> Result<bool> {
+        self.shared.alive()?;
+        self.pool.poison.check()?;
+        let committed = {
+            let state = self.pool.state();
+            state.open.is_empty() && state.closing.is_none()
+        };
+        if !committed || !self.pool.disk.syncs_at_once() {
+            return Ok(false);
+        }
+        self.pool.sync_data().map(|()| true)
+    }
+
     /// Makes the range read as zeroes: unmapped with `unmap`, otherwise as explicit zeroes that need no grain either
     /// (in ranges above 64 MiB, what was never written stays unmapped).
     ///

@@ -103,6 +103,7 @@ impl LunBackend {
             } => volume
                 .try_write(offset, data.get(..len as usize)?)
                 .map(|done| done.then_some(BlockResult::Done)),
+            BlockOp::Flush => volume.try_flush().map(|done| done.then_some(BlockResult::Done)),
             _ => return None,
         };
         tried.unwrap_or_else(|error| Some(BlockResult::Failed(failure(&error))))
