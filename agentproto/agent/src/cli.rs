@@ -188,6 +188,7 @@ fn carry_out(cli: &Cli) -> anyhow::Result<ExitCode> {
         Verb::Run => {
             let _flush = log::start(&config.log)?;
             end_at_panic();
+            keep_out_of_cores();
             let served = runtime()?.block_on(run::run(config));
             served.inspect_err(|error| tracing::error!("{error:#}"))?;
             Ok(ExitCode::SUCCESS)
@@ -209,6 +210,18 @@ fn end_at_panic() {
         tell(panic);
         std::process::abort();
     }));
+}
+
+/// Memory holds the private key: a core dump, and `gcore`, show registers and the list of mappings only (core(5)). The filter is
+/// inherited; a hook or helper that needs whole cores of its own sets it anew.
+fn keep_out_of_cores() {
+    if std::env::var_os("STILLPOINT_FULL_CORE").is_some() {
+        tracing::warn!("STILLPOINT_FULL_CORE is set: a core dump of this process shows its key");
+        return;
+    }
+    if let Err(error) = std::fs::write("/proc/self/coredump_filter", "0") {
+        tracing::warn!(%error, "a core dump of this process would show its key: /proc/self/coredump_filter cannot be written");
+    }
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {

@@ -18,6 +18,7 @@ mod net;
 mod operations;
 mod reactor;
 pub(crate) mod registry;
+mod secrets;
 mod session;
 pub(crate) mod snapshots;
 pub(crate) mod state;
@@ -134,6 +135,7 @@ fn raise_file_limit() {
 /// Runs the daemon until SIGTERM or SIGINT.
 pub(crate) fn main(options: &ServeOptions) -> anyhow::Result<ExitCode> {
     end_on_panic();
+    secrets::keep_out_of_cores();
     raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
