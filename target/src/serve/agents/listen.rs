@@ -123,6 +123,7 @@ async fn connection(
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     stream.set_nodelay(true)?;
+    let own = stream.local_addr()?;
     let handshake = TlsAcceptor::from(config).accept(stream);
     let stream = tokio::select! {
         stream = tokio::time::timeout(TLS_TIMEOUT, handshake) => stream.context("no TLS handshake in time")??,
@@ -141,6 +142,7 @@ async fn connection(
         shared,
         number: shared.next_connection(),
         peer: SocketAddr::new(peer.ip().to_canonical(), peer.port()),
+        own,
         fingerprint,
         exporter,
         known,
@@ -176,6 +178,8 @@ struct Connection<'a> {
     shared: &'a Arc<Shared>,
     number: u64,
     peer: SocketAddr,
+    /// Where it found us.
+    own: SocketAddr,
     fingerprint: Fingerprint,
     exporter: Zeroizing<[u8; EXPORTER_LEN]>,
     /// The agent that has this key.
@@ -395,8 +399,30 @@ impl Connection<'_> {
             );
             self.shared.event(code::AGENT_TROUBLE, id.to_string(), text);
         }
+        self.look_at_own_address(&record);
         self.dial_back(&record);
         Ok(self.shared.grants(&record))
+    }
+
+    /// Agents dial this target for ever at the address that they enrolled with: one that a lease may take away is told.
+    fn look_at_own_address(&mut self, record: &Record) {
+        let own = self.own.ip().to_canonical();
+        if super::lease::is_temporary(own) != Some(true) {
+            return;
+        }
+        let text = format!(
+            "{} reaches this target at {own}, which is no permanent address of it (a DHCP lease, or autoconfigured): agents need a \
+             fixed one; set it on this host, or reserve it in the DHCP server",
+            record.host
+        );
+        self.shared
+            .event(code::AGENT_TROUBLE, record.id.to_string(), text.clone());
+        self.end.log(LogEvent {
+            severity: Severity::Warning,
+            code: ErrorCode(0),
+            subject: own.to_string(),
+            text,
+        });
     }
 
     async fn heartbeat(&mut self, heartbeat: Heartbeat) -> Vec<LunIdentity> {

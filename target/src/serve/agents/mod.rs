@@ -9,6 +9,7 @@
 //! ```
 
 mod discovery;
+mod lease;
 mod link;
 mod listen;
 mod pipe;

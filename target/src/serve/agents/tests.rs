@@ -1118,3 +1118,35 @@ async fn silence_and_noise_are_dropped() {
     assert!(matches!(ended.expect("closed at once"), Ok(0) | Err(_)));
     daemon.stop().await;
 }
+
+/// "snapshots never wait for the registration listener" (agent-protocol.md §12), and the agent that is registered stays.
+#[tokio::test]
+async fn a_flood_of_strangers_does_not_hold_up_a_snapshot() {
+    let (daemon, host, registration) = connected().await;
+    let (address, made) = (daemon.address(), Arc::new(AtomicU32::new(0)));
+    let counted = Arc::clone(&made);
+    let flood = tokio::spawn(async move {
+        let mut held = std::collections::VecDeque::new();
+        loop {
+            if let Ok(stream) = TcpStream::connect(address).await {
+                held.push_back(stream);
+                counted.fetch_add(1, Ordering::SeqCst);
+            }
+            if held.len() > MAX_HELD {
+                held.pop_front();
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    });
+    while made.load(Ordering::SeqCst) < 100 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let (verdict, store) = daemon.snapshot(Mode::Filesystem, OnFailure::Fail, &host).await;
+    assert_eq!(store.steps, FULL, "{:?}", verdict.failure);
+    assert!(store.frozen_at_cut && !registration.is_finished() && !flood.is_finished());
+    flood.abort();
+    daemon.stop().await;
+}
+
+/// More than the places for strangers.
+const MAX_HELD: usize = 80;
