@@ -82,6 +82,8 @@ pub(crate) struct Engine {
     grants: watch::Sender<Option<Vec<LunIdentity>>>,
     /// Asks the registration channel for a heartbeat now: the answer brings the newest grants.
     pub(crate) refresh: Notify,
+    /// The target got through to this agent.
+    pub(crate) reached: Notify,
     /// Everything is over: [`Engine::drive`] ends.
     ended: CancellationToken,
     /// Lines for the operator, sent on the registration channel.
@@ -112,6 +114,7 @@ impl Engine {
             sessions: Mutex::default(),
             grants: watch::Sender::new(None),
             refresh: Notify::new(),
+            reached: Notify::new(),
             ended: CancellationToken::new(),
             events: broadcast::Sender::new(EVENTS_KEPT),
         })
@@ -138,6 +141,7 @@ impl Engine {
     pub(crate) fn open_channel(&self, channel: u64) -> mpsc::UnboundedReceiver<Answer> {
         // Unbounded is bounded here: a channel has eight requests in flight at most, and each has one answer.
         let (answers, receiver) = mpsc::unbounded_channel();
+        self.reached.notify_one();
         lock(&self.channels).insert(channel, answers);
         receiver
     }

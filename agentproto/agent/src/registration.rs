@@ -166,6 +166,7 @@ impl Registration {
                         self.heartbeat(&mut link.machine);
                     }
                 }
+                () = self.engine.reached.notified() => self.reached(),
                 () = self.engine.refresh.notified() => self.heartbeat(&mut link.machine),
                 event = events.recv() => {
                     if let Ok(event) = event {
@@ -265,6 +266,14 @@ impl Registration {
         };
         let luns = self.engine.granted().unwrap_or_default();
         self.show(luns.iter().map(ToString::to_string).collect());
+    }
+
+    /// What it said of the way is over, however it was opened.
+    fn reached(&mut self) {
+        if self.trouble.take().is_some() {
+            let luns = self.engine.granted().unwrap_or_default();
+            self.show(luns.iter().map(ToString::to_string).collect());
+        }
     }
 
     fn show(&self, luns: Vec<String>) {
