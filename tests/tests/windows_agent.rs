@@ -45,6 +45,7 @@ struct Scene {
     dir: PathBuf,
     port: u16,
     naa: String,
+    serial: String,
     taken: u32,
 }
 
@@ -54,6 +55,7 @@ impl Scene {
         let daemon = Daemon::start(BINARY, scratch, CONFIG)?;
         let shown = daemon.json(&["lun", "show", "app"])?;
         let naa = shown["naa"].as_str().context("its identity")?.to_owned();
+        let serial = shown["serial"].as_str().context("its serial number")?.to_owned();
         let scene = Self {
             daemon,
             agent: None,
@@ -61,6 +63,7 @@ impl Scene {
             dir: scratch.path().to_owned(),
             port: free_port()?,
             naa,
+            serial,
             taken: 0,
         };
         fs::create_dir(scene.dir.join("ps"))?;
@@ -73,7 +76,7 @@ impl Scene {
             "listen = '127.0.0.1:{}'\nstate_dir = '{}'\nmin_interval_s = 1\nlog = 'debug'\n\
              initiators = ['iqn.2026-11.test.host:app']\n{more}\n\
              [hyperv]\ncheckpoints = '{}'\npowershell = '{}'\n\
-             [[test_lun]]\npath = 'S:\\'\nnaa = '{}'\n",
+             [[test_lun]]\npath = 'S:\\'\nnaa = '{}'\nserial = '{}'\n",
             self.port,
             seen(&self.dir.join("state")),
             if more.contains("# memory") {
@@ -83,6 +86,7 @@ impl Scene {
             },
             seen(&self.windows.join("agent/powershell.exe")),
             self.naa,
+            self.serial,
         );
         Ok(fs::write(self.dir.join("agent.toml"), text)?)
     }
