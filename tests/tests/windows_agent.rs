@@ -297,7 +297,7 @@ fn failing_writers(scene: &mut Scene) -> Result<()> {
         ("prepare", "FAILED_AT_PREPARE_BACKUP", false),
         ("freeze", "UNEXPECTED_WRITER_ERROR", false),
         ("thaw", "FAILED_AT_THAW", true),
-        ("gone", "gone", true),
+        ("gone", "SqlServerWriter failed", true),
         ("nocommit", "without Stillpoint's provider", false),
     ] {
         scene.behave(&format!("sql=S:\\db\nfail={fail}\n"))?;
