@@ -19,7 +19,7 @@ use crate::journal::{self, Outcome};
 use crate::plan;
 use crate::state::{StateDir, Target};
 use crate::volumes::{Inventory, Root};
-use crate::{apps, discover, guard, hooks, libvirt, log, manual, report, run};
+use crate::{apps, discover, guard, hooks, libvirt, log, manual, report, run, vcenter};
 
 /// Snapshot agent of Stillpoint: freezes this host's file systems while its target takes a snapshot.
 #[derive(Parser)]
@@ -60,6 +60,9 @@ enum Verb {
         /// Its host, HOST:PORT or fingerprint; may be left out when there is one target only
         target: Option<String>,
     },
+    /// The vCenter whose VMs lie on LUNs of a target
+    #[command(subcommand)]
+    Vcenter(vcenter::Verb),
     /// Show what this agent takes part in, or choose it; a running agent tells its targets, no new enrolment is needed
     Features {
         /// Switch these on
@@ -185,6 +188,7 @@ fn carry_out(cli: &Cli) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Verb::Generate(what) => generate(what),
+        Verb::Vcenter(verb) => vcenter_verb(cli, &config, verb),
         Verb::Run => {
             let _flush = log::start(&config.log)?;
             end_at_panic();
@@ -326,6 +330,12 @@ fn unenrol(cli: &Cli, config: &Config, name: Option<&str>) -> anyhow::Result<Exi
             "{address} is trusted no longer; on the target: `stillpoint agent revoke`"
         ))?;
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn vcenter_verb(cli: &Cli, config: &Config, verb: &vcenter::Verb) -> anyhow::Result<ExitCode> {
+    StateDir::open(&config.state_dir)?;
+    runtime()?.block_on(vcenter::run(cli.json, config, verb))?;
     Ok(ExitCode::SUCCESS)
 }
 

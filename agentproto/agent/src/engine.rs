@@ -10,6 +10,8 @@
 //! Any thread may feed the machine; one task ([`Engine::drive`]) acts on its outputs, in their order. A freeze lives on a
 //! thread of its own that is there before anything is frozen and waits for its release: thawing needs no new thread.
 
+mod vms;
+
 use std::collections::HashMap;
 use std::sync::mpsc as std_mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,8 +19,7 @@ use std::time::{Duration, Instant};
 
 use stillpoint_agentproto::client::{self, Agent, Asked, FreezeReport, Output, ThawReport, Work};
 use stillpoint_agentproto::message::{
-    AppState, Capabilities, FrozenVolume, LogEvent, Mode, PreflightReport, Prepare, Prepared, Reply,
-    Severity, Volumes,
+    AppState, Capabilities, FrozenVolume, LogEvent, Mode, Reply, Severity, Volumes,
 };
 use stillpoint_agentproto::message::{LunIdentity, SessionState};
 use stillpoint_agentproto::{ErrorCode, Fingerprint, LunId, Refusal, SessionId};
@@ -32,6 +33,7 @@ use crate::host;
 use crate::link::sleep_until;
 use crate::plan::{self, Plan};
 use crate::state::StateDir;
+use crate::vcenter::{self, Vcenter};
 use crate::volumes::Inventory;
 
 /// How long a request for a LUN that is not granted waits for the target's newest word.
@@ -48,6 +50,8 @@ pub(crate) struct Shared {
     pub(crate) settings: Settings,
     /// Generations are stored here.
     pub(crate) state: StateDir,
+    /// VMs on LUNs.
+    pub(crate) vcenter: Arc<Vcenter>,
     /// What the operator chose; changes while the agent runs.
     pub(crate) features: Mutex<Features>,
 }
@@ -56,6 +60,16 @@ impl Shared {
     /// What this agent takes part in now.
     pub(crate) fn features(&self) -> Features {
         lock(&self.features).clone()
+    }
+
+    /// The same for the wire: with a vCenter, VMs, too.
+    pub(crate) fn capabilities(&self) -> Capabilities {
+        let vms = if self.vcenter.is_set() {
+            Capabilities::VMWARE.0
+        } else {
+            0
+        };
+        Capabilities(self.features().capabilities().0 | vms)
     }
 
     /// The rules of a freeze that begins now.
@@ -94,6 +108,10 @@ pub(crate) struct Engine {
 #[derive(Default)]
 struct Live {
     plan: Option<Plan>,
+    /// VM snapshots that Prepare made.
+    vms: Option<vcenter::Prepared>,
+    /// The hold of a session that has VMs only.
+    vms_held: bool,
     freezing: Option<(Arc<Hold>, std_mpsc::Sender<bool>)>,
 }
 
@@ -103,7 +121,7 @@ impl Engine {
         let rules = client::Config {
             min_interval: shared.config.min_interval,
             hold_max: shared.config.hold_max,
-            ..client::Config::default()
+            idle: vms::idle(&shared.vcenter),
         };
         Arc::new(Self {
             shared,
@@ -122,7 +140,7 @@ impl Engine {
 
     /// What this agent takes part in now.
     pub(crate) fn capabilities(&self) -> Capabilities {
-        self.shared.features().capabilities()
+        self.shared.capabilities()
     }
 
     /// The pinned key.
@@ -257,49 +275,25 @@ impl Engine {
     fn work(self: &Arc<Self>, work: Work) {
         match work {
             Work::ListVolumes { asked, luns } => {
-                self.blocking(luns, move |engine, luns| {
-                    let result = engine.list(&luns);
-                    engine.feed(|agent| agent.answer(asked, result));
-                });
+                tokio::spawn(Arc::clone(self).volumes(asked, luns));
             }
             Work::Preflight { asked, luns, mode } => {
-                self.blocking(luns, move |engine, luns| {
-                    let findings = engine.survey(&luns, mode).findings();
-                    engine.feed(|agent| {
-                        agent.answer(asked, Ok(Reply::Preflight(PreflightReport { findings })))
-                    });
-                });
+                tokio::spawn(Arc::clone(self).findings(asked, luns, mode));
             }
             Work::Other { asked, request } => {
-                let text = format!("this agent does not serve message {}", request.message_type().0);
-                let refusal = Refusal::new(ErrorCode::Unsupported, text);
-                self.feed(|agent| agent.answer(asked, Err(refusal)));
+                tokio::spawn(Arc::clone(self).other(asked, request));
             }
-            Work::Prepare(prepare) => self.prepare(prepare),
+            Work::Prepare(prepare) => {
+                lock(&self.sessions).insert(prepare.session, Live::default());
+                tokio::spawn(Arc::clone(self).prepare_all(prepare));
+            }
             Work::Freeze { session, hold, .. } => self.freeze(session, hold),
             Work::Thaw { session, released } => self.thaw(session, released),
             Work::Clean { session, .. } => {
-                // Prepare makes nothing on this host. A survey that still runs finds its session gone.
-                lock(&self.sessions).remove(&session);
-                self.feed(|agent| agent.cleaned(Instant::now(), session, None));
+                // Prepare makes nothing on this host, but VM snapshots. A survey that still runs finds its session gone.
+                tokio::spawn(Arc::clone(self).clean_vms(session));
             }
         }
-    }
-
-    /// Runs something that looks at the host, once the target's word on these LUNs is known.
-    fn blocking(
-        self: &Arc<Self>,
-        luns: Vec<LunId>,
-        run: impl FnOnce(&Arc<Self>, Vec<LunId>) + Send + 'static,
-    ) {
-        let engine = Arc::clone(self);
-        tokio::spawn(async move {
-            engine.await_grants(&luns).await;
-            let done = tokio::task::spawn_blocking(move || run(&engine, luns)).await;
-            if let Err(error) = done {
-                tracing::error!(%error, "a look at the host failed");
-            }
-        });
     }
 
     /// `agent allow` on the target reaches this agent with the next heartbeat: a LUN that is not granted asks for one.
@@ -353,25 +347,10 @@ impl Engine {
         }))
     }
 
-    fn prepare(self: &Arc<Self>, prepare: Prepare) {
-        lock(&self.sessions).insert(prepare.session, Live::default());
-        self.blocking(prepare.luns, move |engine, luns| {
-            let result = engine.survey(&luns, prepare.mode).plan(prepare.require);
-            let result = result.map(|plan| {
-                let prepared = Prepared {
-                    apps: plan.apps(),
-                    exclusions: plan.exclusions.clone(),
-                };
-                if let Some(live) = lock(&engine.sessions).get_mut(&prepare.session) {
-                    live.plan = Some(plan);
-                }
-                prepared
-            });
-            engine.feed(|agent| agent.prepared(Instant::now(), prepare.session, result));
-        });
-    }
-
     fn freeze(self: &Arc<Self>, session: SessionId, hold_time: Duration) {
+        if self.freeze_vms(session) {
+            return;
+        }
         let (release, released) = std_mpsc::channel();
         let hold = Hold::new();
         let plan = {
@@ -406,6 +385,9 @@ impl Engine {
     }
 
     fn thaw(&self, session: SessionId, released: bool) {
+        if self.thaw_vms(session, released) {
+            return;
+        }
         let freezing = lock(&self.sessions)
             .get_mut(&session)
             .and_then(|live| live.freezing.take());
@@ -462,10 +444,16 @@ impl Freeze {
                 let report = self
                     .newcomer()
                     .map_or_else(|| Ok(self.freeze_report(&freezer)), Err);
+                let vms = engine.vms_of(session);
+                let report = report.map(|report| with_vms(report, vms.as_ref()));
                 engine.feed(|agent| agent.frozen(Instant::now(), session, report));
                 // A machine that is gone has no word any more: thaw.
                 let released = release.recv().unwrap_or(false);
-                let report = thaw_report(&freezer.release(released));
+                let mut report = thaw_report(&freezer.release(released));
+                if let Some(vms) = &vms {
+                    report.apps.extend(vms.apps_in(AppState::Thawed));
+                    report.documents = vms.documents();
+                }
                 match self.newcomer() {
                     None => report,
                     Some(late) => ThawReport {
@@ -524,6 +512,15 @@ impl Freeze {
             apps: freezer.hooks().iter().filter_map(app).collect(),
         }
     }
+}
+
+/// The VMs beside the file systems.
+fn with_vms(mut report: FreezeReport, vms: Option<&vcenter::Prepared>) -> FreezeReport {
+    if let Some(vms) = vms {
+        report.volumes.extend(vms.volumes.iter().cloned());
+        report.apps.extend(vms.apps_in(AppState::Frozen));
+    }
+    report
 }
 
 /// A hook whose `freeze` failed (and was allowed to) took no part: it is not in the answer to Release.

@@ -8,7 +8,7 @@ use crate::journal;
 use crate::volumes::Root;
 
 /// Initiator names that fit into a message.
-const INITIATORS_MAX: usize = 256;
+pub(crate) const INITIATORS_MAX: usize = 256;
 
 /// The first frame of this agent on any connection.
 pub(crate) fn hello(agent_id: AgentId, capabilities: Capabilities) -> Hello {

@@ -39,6 +39,7 @@ mod state;
 mod status;
 mod sys;
 mod tls;
+mod vcenter;
 mod volumes;
 
 /// Runs the program with the process's arguments.

@@ -70,6 +70,23 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
+    /// For a session that has nothing of this host.
+    pub(crate) fn nothing() -> Self {
+        Self {
+            luns: Vec::new(),
+            volumes: Vec::new(),
+            hooks: Vec::new(),
+            apps_may_fail: false,
+            exclusions: Vec::new(),
+            seen: BTreeSet::new(),
+        }
+    }
+
+    /// Is there nothing of this host in it?
+    pub(crate) fn is_nothing(&self) -> bool {
+        self.luns.is_empty()
+    }
+
     /// A file system on the LUNs that was mounted (or remounted) after the survey: it is not held, and no label may hide that.
     pub(crate) fn newcomer(&self, inventory: &Inventory) -> Option<String> {
         let names: BTreeSet<String> = self.luns.iter().copied().map(naa).collect();

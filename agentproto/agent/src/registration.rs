@@ -132,7 +132,8 @@ impl Registration {
         self.said = self.look().await?;
         let root = &self.shared.settings.root;
         let (features, mounted) = (self.said.features, self.said.mounted.clone());
-        let register = host::register(root, &self.shared.config, features, mounted);
+        let mut register = host::register(root, &self.shared.config, features, mounted);
+        register.initiators.clone_from(&self.said.initiators);
         let generation = self.engine.feed(|agent| agent.generation());
         let hello = host::hello(self.identity.agent_id, features);
         let end = AgentEnd::new(Instant::now(), hello, generation, Purpose::Register(register));
@@ -329,11 +330,17 @@ impl Registration {
                 .into_iter()
                 .filter_map(|naa| naa.parse().ok());
             let ours: Vec<LunId> = granted.unwrap_or_else(|| ours.collect());
-            let mounted = crate::plan::mounted(&inventory, &ours);
+            let mut mounted = crate::plan::mounted(&inventory, &ours);
+            mounted.extend(shared.vcenter.mounted(&ours));
+            mounted.sort_unstable();
+            mounted.dedup();
+            let mut initiators = host::initiators(root, &shared.config);
+            initiators.extend(shared.vcenter.initiators());
+            initiators.truncate(host::INITIATORS_MAX);
             Said {
                 mounted,
-                initiators: host::initiators(root, &shared.config),
-                features: shared.features().capabilities(),
+                initiators,
+                features: shared.capabilities(),
             }
         };
         Ok(tokio::task::spawn_blocking(look).await?)

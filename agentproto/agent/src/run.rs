@@ -24,6 +24,7 @@ use crate::registration::Registration;
 use crate::state::{Identity, StateDir, Target};
 use crate::status::{Board, Connection};
 use crate::tls::{self, Enrolled};
+use crate::vcenter::Vcenter;
 use crate::volumes::Root;
 
 /// How soon an `enrol`, an `unenrol` or a choice of `features` is noticed.
@@ -47,10 +48,12 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let features = Features::load(&config.state_dir)?;
     let shared = Arc::new(Shared {
         settings: settings(&config, root, features.clone()),
+        vcenter: Vcenter::new(&config.state_dir),
         config,
         state,
         features: Mutex::new(features),
     });
+    tokio::spawn(Arc::clone(&shared.vcenter).watch());
     let mut agent = Running {
         shared,
         identity,
