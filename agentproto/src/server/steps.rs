@@ -227,6 +227,7 @@ impl Coordinator {
 
     pub(super) fn verdict(&self) -> Verdict {
         Verdict {
+            session: self.spec.session,
             kept: self.kept,
             levels: self.levels.clone(),
             failure: self.failure.clone(),

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Refusal;
 use crate::freeze::Level;
-use crate::ident::{AgentId, Fingerprint, LunId};
+use crate::ident::{AgentId, Fingerprint, LunId, SessionId};
 use crate::message::{App, Exclusion, Finding};
 
 /// How far a snapshot was when something went wrong.
@@ -123,6 +123,8 @@ pub struct Times {
 /// The end of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
+    /// In which session.
+    pub session: SessionId,
     /// Whether there is a snapshot: it is durable and its levels are recorded.
     pub kept: bool,
     /// Per LUN, in the order asked for. All `crash` unless proved.

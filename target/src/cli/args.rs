@@ -209,6 +209,9 @@ pub(crate) enum SnapshotVerb {
         /// End the sessions of the LUN
         #[arg(long)]
         force: bool,
+        /// Power off VMs that run on the LUN (their hosts let it go and take it again)
+        #[arg(long)]
+        power_off: bool,
         /// Only show what would happen
         #[arg(long)]
         plan: bool,

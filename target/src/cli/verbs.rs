@@ -409,8 +409,9 @@ fn snapshot(global: &Global, verb: SnapshotVerb) -> Result<(), Refusal> {
         SnapshotVerb::Revert {
             snapshot,
             force,
+            power_off,
             plan,
-        } => revert(global, snapshot, force, plan),
+        } => revert(global, snapshot, (force, power_off), plan),
         SnapshotVerb::Mount {
             snapshot,
             read_only,
@@ -423,24 +424,30 @@ fn snapshot(global: &Global, verb: SnapshotVerb) -> Result<(), Refusal> {
                 initiators: initiator,
             },
         ),
-        SnapshotVerb::Unmount { name, force } => {
-            confirm(
-                global,
-                &format!("Unmount {name}? What was written to it is gone then."),
-            )?;
-            show(global, &Request::SnapshotUnmount { name, force })
-        }
+        SnapshotVerb::Unmount { name, force } => unmount(global, name, force),
     }
 }
 
+fn unmount(global: &Global, name: String, force: bool) -> Result<(), Refusal> {
+    let question = format!("Unmount {name}? What was written to it is gone then.");
+    confirm(global, &question)?;
+    show(global, &Request::SnapshotUnmount { name, force })
+}
+
 /// Shows the plan before it asks: what is lost, and whose sessions end.
-fn revert(global: &Global, snapshot: SnapshotRef, force: bool, plan: bool) -> Result<(), Refusal> {
+fn revert(
+    global: &Global,
+    snapshot: SnapshotRef,
+    (force, power_off): (bool, bool),
+    plan: bool,
+) -> Result<(), Refusal> {
     if plan {
         return show(
             global,
             &Request::SnapshotRevert {
                 snapshot,
                 force,
+                power_off,
                 plan: true,
             },
         );
@@ -452,6 +459,7 @@ fn revert(global: &Global, snapshot: SnapshotRef, force: bool, plan: bool) -> Re
                 &Request::SnapshotRevert {
                     snapshot: snapshot.clone(),
                     force,
+                    power_off,
                     plan: true,
                 },
             )?));
@@ -463,6 +471,7 @@ fn revert(global: &Global, snapshot: SnapshotRef, force: bool, plan: bool) -> Re
         &Request::SnapshotRevert {
             snapshot,
             force,
+            power_off,
             plan: false,
         },
     )

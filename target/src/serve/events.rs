@@ -91,6 +91,8 @@ pub(crate) mod code {
     pub(crate) const SNAPSHOT_RELEASED: Code = info(5009);
     pub(crate) const SNAPSHOT_INTERRUPTED: Code = warning(5010);
     pub(crate) const MOUNT_NOT_SERVED: Code = error(5011);
+    pub(crate) const REVERT_ENDED: Code = info(5020);
+    pub(crate) const REVERT_STUCK: Code = error(5021);
     pub(crate) const AGENT_CHANGED: Code = info(6001);
     pub(crate) const AGENT_TROUBLE: Code = warning(6002);
 }

@@ -187,6 +187,9 @@ async fn run(options: &ServeOptions) -> anyhow::Result<ExitCode> {
             .spawn(net::serve(Arc::clone(&daemon), listener, view));
     }
     daemon.tracker.spawn(copy::expire(Arc::clone(&daemon)));
+    daemon
+        .tracker
+        .spawn(snapshots::watch_reverts(Arc::clone(&daemon)));
     ready(&daemon, &data_dir);
     loop {
         tokio::select! {

@@ -353,6 +353,14 @@ impl State {
         (!pieces.is_empty()).then(|| pieces.into_iter().flat_map(|(_, piece)| piece).collect())
     }
 
+    /// The names behind a prefix that have a value of any length.
+    pub(crate) fn luns_of_values(&self, prefix: &str) -> Vec<String> {
+        let pieces = self.0.pool.meta_list(prefix).into_iter();
+        let first =
+            pieces.filter_map(|(key, _)| Some(key.strip_prefix(prefix)?.strip_suffix("/0000")?.to_owned()));
+        first.collect()
+    }
+
     /// Writes, replaces or removes a value of any length up to [`BIG_BYTES`], all pieces in one commit.
     pub(crate) fn big_put(&self, key: &str, value: Option<&[u8]>) -> Result<(), StateError> {
         Ok(self.0.pool.meta_put_many(&self.big_puts(key, value)?)?)

@@ -15,6 +15,7 @@ mod listen;
 mod pipe;
 mod preflight;
 mod records;
+mod revert;
 mod shared;
 mod site;
 mod snapshot;
@@ -39,6 +40,7 @@ use stillpoint_snapshot::Pool;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub(crate) use revert::told;
 use shared::Shared;
 pub(crate) use site::Site;
 use site::{LunFacts, limits};

@@ -118,6 +118,9 @@ pub(crate) enum Request {
     SnapshotRevert {
         snapshot: SnapshotRef,
         force: bool,
+        /// Power off VMs that run on the LUN.
+        #[serde(default)]
+        power_off: bool,
         /// Only say what would happen.
         plan: bool,
     },
@@ -641,6 +644,18 @@ pub(crate) struct Revert {
     pub(crate) automatic_snapshot: Option<String>,
     /// False for `--plan`.
     pub(crate) reverted: bool,
+    /// The host of the agent that takes the LUN from its hypervisors; None when nobody has to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) agent: Option<String>,
+    /// The hosts that let the LUN go and take it again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) hosts: Vec<Value>,
+    /// The VMs on it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) vms: Vec<Value>,
+    /// What stands in the way, or should be known.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) findings: Vec<Value>,
 }
 
 /// `snapshot mount`.
@@ -724,6 +739,7 @@ mod tests {
             Request::SnapshotRevert {
                 snapshot: "a@b".parse().expect("right"),
                 force: true,
+                power_off: false,
                 plan: false,
             },
             Request::SnapshotCreate(SnapshotCreate {

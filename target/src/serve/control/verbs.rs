@@ -55,8 +55,16 @@ pub(super) async fn run(daemon: &Arc<Daemon>, request: Request, caller: &Caller)
         Request::SnapshotRevert {
             snapshot,
             force,
+            power_off,
             plan,
-        } => answer(&snapshots::revert(daemon, snapshot, force, plan, caller).await?),
+        } => {
+            let options = snapshots::RevertOptions {
+                force,
+                power_off,
+                plan,
+            };
+            answer(&Box::pin(snapshots::revert(daemon, snapshot, options, caller)).await?)
+        }
         Request::SnapshotMount {
             snapshot,
             read_only,

@@ -336,6 +336,7 @@ impl Cutter for PoolCutter {
                     .collect::<Result<_, _>>()?,
                 reasons: failure.chain(lun.shortfalls.iter().cloned()).collect(),
                 times: Some(serde_json::to_value(verdict.times)?),
+                session: Some(verdict.session),
             };
             let meta = self.remember(snapshot.id, proof)?;
             let change = SnapshotChange {
@@ -518,6 +519,7 @@ mod tests {
             held_ms: Some(12),
         };
         Verdict {
+            session: stillpoint_agentproto::SessionId([1; 16]),
             kept: true,
             levels: vec![LunLevel {
                 lun: LunId([0; 16]),

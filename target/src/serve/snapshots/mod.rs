@@ -2,6 +2,7 @@
 
 mod create;
 mod mount;
+mod online;
 mod revert;
 
 use std::sync::Arc;
@@ -23,7 +24,8 @@ use super::state::State;
 
 pub(crate) use create::{close_interrupted, create};
 pub(crate) use mount::{mount, serve_mounts, unmount};
-pub(crate) use revert::revert;
+pub(crate) use online::watch as watch_reverts;
+pub(crate) use revert::{RevertOptions, revert};
 
 /// How long `snapshot list` counts what each snapshot alone holds. What is known between two snapshots stays known.
 const COUNTING: Duration = Duration::from_secs(3);
@@ -62,6 +64,9 @@ struct Proof {
     /// When they prepared, froze and thawed, in milliseconds from the beginning.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     times: Option<Value>,
+    /// The session of the agents: VM snapshots are called after it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    session: Option<stillpoint_agentproto::SessionId>,
 }
 
 /// Where the proof of a snapshot is, when it is too long for the record.
