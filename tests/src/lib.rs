@@ -22,6 +22,7 @@ mod scratch;
 mod test_cu;
 mod tgt;
 mod tools;
+mod vcsim;
 pub mod windows;
 
 pub use agent_host::AgentHost;
@@ -36,3 +37,4 @@ pub use scratch::{Scratch, free_port, story};
 pub use test_cu::{Lists, Outcome, Tally, suite, tests_of_suite};
 pub use tgt::Tgt;
 pub use tools::{database_tool, tool, tshark};
+pub use vcsim::{PASSWORD, USER, Vcsim};

@@ -61,7 +61,7 @@ pub(crate) fn guest_parts() -> Result<PathBuf> {
 }
 
 /// Runs a script of `tests/vm/`, which does nothing when its result is there and up to date.
-fn made(script: &str, directory: &str) -> Result<PathBuf> {
+pub(crate) fn made(script: &str, directory: &str) -> Result<PathBuf> {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
     let out = tests
         .parent()
