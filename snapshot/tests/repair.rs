@@ -30,6 +30,7 @@ fn options() -> PoolOptions {
         checkpoint_txgs: 2,
         job_pages: 1,
         tombstone_bytes: 64 * GRAIN as u64,
+        loan_bytes: 64 * GRAIN as u64,
         ..PoolOptions::default()
     }
 }

@@ -168,8 +168,7 @@ impl LostPages {
                             .find(|(at, e)| !e.is_hole() && e.birth() <= *at)
                             .map(|(_, e)| e)
                     });
-                    // A tombstone makes zeroes where this version, for older readers, has data.
-                    let copied = copied.filter(|e| !may_be_buried(records, key, *e));
+                    let copied = copied.filter(|e| !is_no_witness(records, key, *e));
                     if let Some(entry) = copied {
                         content.set(index, entry);
                     } else if fits(records, system, key, index) {
@@ -206,14 +205,15 @@ fn inherited((epoch, page): &(Epoch, Page), index: u8) -> Option<Entry> {
     (!entry.is_hole() && entry.birth() < *epoch).then_some(entry)
 }
 
-/// Whether a younger version's zeroes may come from a tombstone, which took the epoch that they were born in, rather than
-/// from the damaged version. A snapshot that was cut then says that no tombstone was.
-fn may_be_buried(records: &Records, damaged: PageKey, entry: Entry) -> bool {
-    let at = SnapshotId {
-        branch: damaged.branch,
-        epoch: entry.birth(),
-    };
-    entry.is_zero() && entry.birth() >= damaged.epoch && !records.snapshots.contains_key(&at)
+/// Whether an entry of a younger reader says nothing of the damaged version. A loan shows another volume's grains, and a
+/// tombstone zeroes, where older readers have their own: both are born after a snapshot that closed this version, or
+/// in the epoch that the tombstone took (and no snapshot then).
+fn is_no_witness(records: &Records, damaged: PageKey, entry: Entry) -> bool {
+    let (branch, born) = (damaged.branch, entry.birth());
+    let mut closed = records.snapshots_of(branch).map(|(id, _)| id.epoch);
+    let is_later = closed.any(|epoch| epoch >= damaged.epoch && epoch < born);
+    let cut = SnapshotId { branch, epoch: born };
+    is_later || (entry.is_zero() && born >= damaged.epoch && !records.snapshots.contains_key(&cut))
 }
 
 /// What unwritten space does not have.
