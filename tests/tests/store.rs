@@ -6,13 +6,14 @@ use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use stillpoint_snapshot::{Pool, PoolOptions};
 use stillpoint_tests::raw::{Cdb, Nexus, Raw};
-use stillpoint_tests::{Daemon, story, wait_until};
+use stillpoint_tests::{Daemon, Scratch, run, story, wait_until};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_stillpoint-under-test");
 const DISK: &str = "iqn.2026-11.test:disk";
@@ -208,6 +209,9 @@ fn newer(data: &Path) -> Result<()> {
     Ok(())
 }
 
+/// A data file that has seen later commits.
+const LATER: &str = "later-data";
+
 /// What was done to the pool, how, and a word of what is said about it.
 type Damage = (&'static str, fn(&Path, &Path) -> Result<()>, &'static str);
 
@@ -265,6 +269,31 @@ const DAMAGES: &[Damage] = &[
         "different pools",
     ),
     (
+        "metadata of an earlier commit",
+        |pool, other| {
+            fs::copy(other.with_file_name(LATER), pool.join("data"))
+                .map(drop)
+                .map_err(Into::into)
+        },
+        "the data file has seen",
+    ),
+    (
+        "metadata is a file",
+        |pool, _| {
+            fs::remove_dir_all(pool.join("meta"))?;
+            Ok(fs::write(pool.join("meta"), b"x")?)
+        },
+        "pool",
+    ),
+    (
+        "data file is a directory",
+        |pool, _| {
+            fs::remove_file(pool.join("data"))?;
+            Ok(fs::create_dir(pool.join("data"))?)
+        },
+        "pool",
+    ),
+    (
         "settings of the metadata cut off",
         |pool, _| cut(&pool.join("meta/conf"), 2),
         "",
@@ -287,6 +316,20 @@ fn a_file_that_is_not_what_it_should_be_is_refused_and_left_alone() {
             scratch.file("other"),
         );
         copy(&pool, &good)?;
+        daemon.resume()?;
+        for name in ["a", "b"] {
+            daemon.text(&[
+                "snapshot",
+                "create",
+                "disk",
+                "--name",
+                name,
+                "--consistency",
+                "crash",
+            ])?;
+        }
+        ensure!(daemon.stop()? == 0);
+        fs::copy(pool.join("data"), scratch.file(LATER))?;
         let options = PoolOptions {
             ballast_bytes: 0,
             ..PoolOptions::default()
@@ -329,6 +372,158 @@ fn a_file_that_is_not_what_it_should_be_is_refused_and_left_alone() {
         }
         fs::remove_dir_all(&pool)?;
         copy(&good, &pool)?;
+        daemon.resume()?;
+        ensure!(
+            log_in(&daemon)?.read(0, 0, 64)? == content(7, 0, 64),
+            "the pool as it was"
+        );
+        Ok(())
+    });
+}
+
+/// A file system of its own at the daemon's data directory.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn mount(scratch: &Scratch) -> Result<Self> {
+        let dir = scratch.file("data");
+        fs::create_dir(&dir)?;
+        let disk = Self(dir);
+        disk.call(&["-t", "tmpfs", "-o", "size=512M", "tmpfs"])
+            .context("this story needs root, to mount a file system")?;
+        Ok(disk)
+    }
+
+    fn call(&self, arguments: &[&str]) -> Result<()> {
+        let mut command = Command::new("mount");
+        command.args(arguments).arg(&self.0);
+        run(&mut command, Duration::from_secs(30))?.success().map(drop)
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let mut command = Command::new("umount");
+        command.arg("--lazy").arg(&self.0);
+        run(&mut command, Duration::from_secs(30)).ok();
+    }
+}
+
+/// One sentence that has these words, the exit code, and no trace of a panic.
+fn refused(daemon: &Daemon, verb: &[&str], code: i32, word: &str) -> Result<()> {
+    let finished = daemon.cli(verb)?;
+    ensure!(
+        finished.code == code && finished.stderr.contains(word) && !finished.stderr.contains("panick"),
+        "{verb:?}: wanted exit code {code} and {word:?}: {finished:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn on_a_read_only_and_on_a_full_file_system_nothing_changes() {
+    story("store on a read-only or full file system", |scratch| {
+        let disk = Disk::mount(scratch)?;
+        let mut daemon = Daemon::start(BINARY, scratch, CONFIG)?;
+        let mut raw = log_in(&daemon)?;
+        raw.write(0, 0, &content(7, 0, 64))?;
+        raw.hang_up()?;
+        ensure!(daemon.stop()? == 0);
+        let (pool, dump) = (daemon.data().join("pool"), scratch.file("good.dump"));
+        let named = dump.to_str().context("a path of the test")?;
+        let before = files(&pool)?;
+
+        disk.call(&["-o", "remount,ro"])?;
+        daemon.text(&["store", "check"])?;
+        daemon.text(&["store", "dump", "--out", named])?;
+        daemon.text(&["store", "repair", "--plan"])?;
+        refused(
+            &daemon,
+            &["store", "restore", named, "--yes"],
+            1,
+            "ead-only file system",
+        )?;
+        let (code, log) = daemon.refuses_to_start()?;
+        ensure!(
+            code == 1 && log.contains("ead-only file system") && !log.contains("panick"),
+            "exit {code}: {log}"
+        );
+        ensure!(files(&pool)? == before, "a file was changed");
+        disk.call(&["-o", "remount,rw"])?;
+
+        // Not a byte is left for what is made new beside the old.
+        let (full, within) = (disk.0.join("full"), disk.0.join("a.dump"));
+        let mut rest = fs::File::create(&full)?;
+        let filled = std::io::copy(&mut std::io::repeat(1), &mut rest);
+        ensure!(
+            filled.is_err_and(|e| e.kind() == std::io::ErrorKind::StorageFull),
+            "the file system is not full"
+        );
+        daemon.text(&["store", "check"])?;
+        refused(&daemon, &["store", "restore", named, "--yes"], 1, "space")?;
+        let within = within.to_str().context("a path of the test")?;
+        refused(&daemon, &["store", "dump", "--out", within], 1, "space")?;
+        ensure!(!Path::new(within).exists(), "a part of a dump is left");
+        ensure!(files(&pool)? == before, "a file was changed");
+        drop(rest);
+        fs::remove_file(&full)?;
+        daemon.resume()?;
+        ensure!(
+            log_in(&daemon)?.read(0, 0, 64)? == content(7, 0, 64),
+            "the pool as it was"
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn a_dump_that_is_not_what_it_should_be_is_refused_and_nothing_is_changed() {
+    story("bad dumps", |scratch| {
+        let mut daemon = Daemon::start(BINARY, scratch, CONFIG)?;
+        let mut raw = log_in(&daemon)?;
+        raw.write(0, 0, &content(7, 0, 64))?;
+        raw.hang_up()?;
+        ensure!(daemon.stop()? == 0);
+        let (pool, other) = (daemon.data().join("pool"), scratch.file("other"));
+        let text = daemon.text(&["store", "dump"])?;
+        let options = PoolOptions {
+            ballast_bytes: 0,
+            ..PoolOptions::default()
+        };
+        Pool::create(&other, &options)?.shutdown()?;
+        let mut foreign = Vec::new();
+        stillpoint_snapshot::dump(&other, &mut foreign)?;
+        let lines: Vec<&str> = text.lines().collect();
+        let half = lines.len() / 2;
+        let (first, last) = lines.split_at(half);
+        let dumps: [(&str, Vec<u8>, &str); 6] = [
+            ("empty", Vec::new(), ""),
+            ("cut off", first.join("\n").into_bytes(), ""),
+            ("without its begin", last.join("\n").into_bytes(), "line 1"),
+            ("no text", vec![0xfe; 5000], "dump"),
+            (
+                "of a newer version",
+                text.replacen("\"dump\":1", "\"dump\":9", 1)
+                    .replacen("\"format\":1", "\"format\":9", 1)
+                    .into_bytes(),
+                "9",
+            ),
+            ("of another pool", foreign, "not the metadata of"),
+        ];
+        let before = files(&pool)?;
+        for (name, bytes, word) in dumps {
+            let path = scratch.file("bad.dump");
+            fs::write(&path, bytes)?;
+            let named = path.to_str().context("a path of the test")?;
+            let code = if name == "of another pool" { 3 } else { 1 };
+            refused(&daemon, &["store", "restore", named, "--yes"], code, word).context(name)?;
+            ensure!(files(&pool)? == before, "{name}: a file was changed");
+        }
+        refused(
+            &daemon,
+            &["store", "restore", "/nowhere/at-all", "--yes"],
+            1,
+            "/nowhere/at-all",
+        )?;
         daemon.resume()?;
         ensure!(
             log_in(&daemon)?.read(0, 0, 64)? == content(7, 0, 64),

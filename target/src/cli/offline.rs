@@ -67,18 +67,20 @@ fn stopped_data(global: &Global, data_dir: Option<PathBuf>) -> Result<(PathBuf, 
         (None, None) => EMBEDDED_DATA_DIR.into(),
     };
     let lock = data_dir.join("lock");
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&lock)
-        .map_err(|error| {
-            Refusal::failed(
-                "data_dir",
-                format!("{} cannot be opened ({error})", lock.display()),
-                "say where the data directory is with --data-dir or --config",
-            )
-        })?;
+    let mut options = File::options();
+    options.create(true).truncate(false).write(true);
+    let opened = match options.open(&lock) {
+        // What only looks works there too; what would write is told so when it does.
+        Err(error) if error.kind() == std::io::ErrorKind::ReadOnlyFilesystem => File::open(&lock),
+        other => other,
+    };
+    let file = opened.map_err(|error| {
+        Refusal::failed(
+            "data_dir",
+            format!("{} cannot be opened ({error})", lock.display()),
+            "say where the data directory is with --data-dir or --config",
+        )
+    })?;
     match file.try_lock() {
         Ok(()) => Ok((data_dir, file)),
         Err(TryLockError::WouldBlock) => Err(Refusal::refused(
@@ -265,11 +267,18 @@ pub(crate) fn store_dump(
             let name = path.display().to_string();
             let file = File::create_new(&path).map_err(|e| failed(name.clone(), e))?;
             let mut writer = BufWriter::new(&file);
-            stillpoint_snapshot::dump(&pool, &mut writer).map_err(store_error)?;
-            writer.flush().map_err(|e| failed(name.clone(), e))?;
-            drop(writer);
-            // A dump that a power cut can still undo is no safety net.
-            file.sync_all().map_err(|e| failed(name.clone(), e))?;
+            let written = stillpoint_snapshot::dump(&pool, &mut writer)
+                .map_err(store_error)
+                .and_then(|()| writer.flush().map_err(|e| failed(name.clone(), e)))
+                // A dump that a power cut can still undo is no safety net.
+                .and_then(|()| file.sync_all().map_err(|e| failed(name.clone(), e)));
+            // What was not flushed is not worth another try.
+            drop(writer.into_parts());
+            if let Err(refusal) = written {
+                // A part of a dump must not pass for one.
+                std::fs::remove_file(&path).ok();
+                return Err(refusal);
+            }
             let bytes = file.metadata().map_err(|e| failed(name.clone(), e))?.len();
             super::print(
                 global,
