@@ -73,7 +73,8 @@ impl Peer {
             Self::Stillpoint | Self::AfterSnapshot | Self::ManySnapshots | Self::Tgt => true,
             // It stalls under data digests.
             Self::Istgt => point.digests != Digests::HeaderAndData,
-            Self::Nbdkit => !point.own_initiator,
+            // fio's NBD engine refuses fdatasync; the raw file is the ceiling of flushes.
+            Self::Nbdkit => !point.own_initiator && point.flush_each == 0,
             Self::Raw => point.flush_each > 0,
         }
     }
