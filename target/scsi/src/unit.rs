@@ -325,6 +325,15 @@ impl Unit {
         self.raise(UnitAttention::ReportLunsChanged);
     }
 
+    /// As [`Self::report_luns_changed`], for these I_T nexuses alone: a LUN came or went that no other one sees.
+    pub fn report_luns_changed_to(&mut self, nexuses: &[NexusId]) {
+        for id in nexuses {
+            if let Some(nexus) = self.nexuses.get_mut(id) {
+                nexus.pending.raise(UnitAttention::ReportLunsChanged);
+            }
+        }
+    }
+
     /// A write crossed a threshold of the space below: every I_T nexus is told (6/38/07).
     pub fn thin_threshold_reached(&mut self) {
         self.raise(UnitAttention::ThinThreshold);

@@ -47,6 +47,9 @@ const LUNS: &[Column] = &[
     Column("SESSIONS", "sessions", Kind::Number),
     Column("SNAPSHOTS", "snapshots", Kind::Number),
     Column("KIND", "kind", Kind::Text),
+    Column("OF", "source", Kind::Text),
+    Column("FOR", "owner", Kind::Text),
+    Column("MADE", "age_seconds", Kind::Ago),
 ];
 const VOLUMES: &[Column] = &[
     Column("NAME", "name", Kind::Text),

@@ -93,6 +93,11 @@ pub(crate) mod code {
     pub(crate) const MOUNT_NOT_SERVED: Code = error(5011);
     pub(crate) const REVERT_ENDED: Code = info(5020);
     pub(crate) const REVERT_STUCK: Code = error(5021);
+    pub(crate) const VSS_TAKEN: Code = info(5030);
+    pub(crate) const VSS_EXPOSED: Code = info(5031);
+    pub(crate) const VSS_DELETED: Code = info(5032);
+    pub(crate) const VSS_ABANDONED: Code = warning(5033);
+    pub(crate) const VSS_TROUBLE: Code = error(5034);
     pub(crate) const AGENT_CHANGED: Code = info(6001);
     pub(crate) const AGENT_TROUBLE: Code = warning(6002);
 }

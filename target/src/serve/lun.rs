@@ -177,6 +177,12 @@ impl Lun {
         self.unit().set_thin_thresholds(available_bytes);
     }
 
+    /// As [`Self::report_luns_changed`], for these sessions alone.
+    pub(crate) fn report_luns_changed_to(&self, sessions: &[u64]) {
+        let nexuses: Vec<_> = sessions.iter().copied().map(NexusId).collect();
+        self.unit().report_luns_changed_to(&nexuses);
+    }
+
     /// The pool below has passed a threshold of fullness (6/38/07).
     pub(crate) fn thin_threshold_reached(&self) {
         self.unit().thin_threshold_reached();
@@ -250,9 +256,10 @@ impl Lun {
         self.counters
             .written_bytes
             .fetch_add(command.data.len() as u64, Relaxed);
+        let numbers = rules.numbers_for(&session.initiator);
         let context = Context {
             nexus: NexusId(session.id),
-            luns: rules.numbers(),
+            luns: &numbers,
             data_in_max: if command.read {
                 command.bidi_read_edtl.unwrap_or(command.edtl).into()
             } else {

@@ -24,6 +24,7 @@ pub(crate) mod snapshots;
 pub(crate) mod state;
 pub(crate) mod store;
 mod trace;
+pub(crate) mod vss;
 mod welcome;
 
 use std::fs::{File, TryLockError};
@@ -77,6 +78,8 @@ pub(crate) struct Daemon {
     pub(crate) events: events::Events,
     pub(crate) state: state::State,
     pub(crate) copies: copy::Copies,
+    /// Snapshot sets of VSS hardware providers.
+    pub(crate) vss: vss::Sets,
     /// Connections that have not logged in.
     pending: Arc<net::Pending>,
     /// The threads that serve connections.
@@ -190,6 +193,7 @@ async fn run(options: &ServeOptions) -> anyhow::Result<ExitCode> {
     daemon
         .tracker
         .spawn(snapshots::watch_reverts(Arc::clone(&daemon)));
+    daemon.tracker.spawn(vss::watch(Arc::clone(&daemon)));
     ready(&daemon, &data_dir);
     loop {
         tokio::select! {
@@ -254,6 +258,7 @@ fn open(config: Config, control_socket: Option<PathBuf>) -> anyhow::Result<(File
         events,
         state,
         copies: copy::Copies::default(),
+        vss: vss::Sets::default(),
         pending: Arc::default(),
         reactors: reactor::Reactors::start().context("the network threads cannot be started")?,
         workers: tokio::runtime::Handle::current(),

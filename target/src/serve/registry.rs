@@ -4,6 +4,7 @@
 //! change; sessions that the new rules still admit live on untouched.
 
 mod hold;
+mod transient;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -18,6 +19,7 @@ use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::hold::LoginHold;
+pub(crate) use self::transient::Transient;
 use super::fingerprint::fingerprint;
 use super::lun::Lun;
 
@@ -53,6 +55,8 @@ pub(crate) struct TargetRules {
     pub(crate) origin: TargetOrigin,
     /// See [`TargetRules::numbers`].
     pub(crate) numbers: OnceLock<Vec<u16>>,
+    /// LUNs that one initiator alone sees. New rules keep those of the old ones: see [`Registry::put_target`].
+    pub(crate) transients: Vec<Transient>,
 }
 
 impl TargetRules {
@@ -69,14 +73,6 @@ impl TargetRules {
     pub(crate) fn numbers(&self) -> &[u16] {
         self.numbers
             .get_or_init(|| self.luns.iter().map(|(number, _)| *number).collect())
-    }
-
-    /// The number under which the target shows this LUN.
-    pub(crate) fn number_of(&self, lun: &Lun) -> Option<u16> {
-        self.luns
-            .iter()
-            .find(|(_, served)| std::ptr::eq(Arc::as_ptr(served), lun))
-            .map(|(number, _)| *number)
     }
 }
 
@@ -259,8 +255,7 @@ impl Session {
             luns: self
                 .target
                 .rules()
-                .luns
-                .iter()
+                .shown_to(&self.initiator)
                 .map(|(_, lun)| lun.name().to_owned())
                 .collect(),
             peer: self.peer,
@@ -392,7 +387,7 @@ impl Registry {
     }
 
     /// Serves a target, or gives one that is served new rules. Sessions live on; LUNs that came or went are announced to them.
-    pub(crate) fn put_target(&self, iqn: &str, rules: TargetRules) -> Arc<Target> {
+    pub(crate) fn put_target(&self, iqn: &str, mut rules: TargetRules) -> Arc<Target> {
         let mut tables = self.write();
         for (_, lun) in &rules.luns {
             tables.luns.insert(lun.name().to_owned(), Arc::clone(lun));
@@ -400,6 +395,7 @@ impl Registry {
         let name = iqn.to_lowercase();
         let known = tables.targets.get(&name).cloned();
         if let Some(target) = known {
+            rules.transients.clone_from(&target.rules().transients);
             let before = std::mem::replace(
                 &mut *target.rules.write().unwrap_or_else(PoisonError::into_inner),
                 Arc::new(rules),
@@ -472,7 +468,7 @@ impl Registry {
     /// The targets that serve a LUN.
     pub(crate) fn targets_of(&self, lun: &str) -> Vec<Arc<Target>> {
         let serves =
-            |target: &&Arc<Target>| target.rules().luns.iter().any(|(_, served)| served.name() == lun);
+            |target: &&Arc<Target>| target.rules().all_luns().any(|(_, served)| served.name() == lun);
         self.read().targets.values().filter(serves).cloned().collect()
     }
 
@@ -515,9 +511,17 @@ impl Registry {
 
     /// The sessions that see a LUN.
     pub(crate) fn sessions_of_lun(&self, lun: &str) -> Vec<SessionView> {
-        self.targets_of(lun)
+        let targets = self.targets_of(lun);
+        let sees = |session: &Session| {
+            let rules = session.target.rules();
+            targets.iter().any(|target| target.key == session.target.key)
+                && rules
+                    .shown_to(&session.initiator)
+                    .any(|(_, shown)| shown.name() == lun)
+        };
+        self.sessions_with(sees)
             .iter()
-            .flat_map(|target| self.sessions_of_target(target.iqn()))
+            .map(|session| session.view())
             .collect()
     }
 
@@ -658,6 +662,7 @@ pub(super) mod testing {
             agents: false,
             origin: TargetOrigin::Configured,
             numbers: OnceLock::new(),
+            transients: Vec::new(),
         }
     }
 

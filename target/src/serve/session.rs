@@ -391,14 +391,24 @@ impl Task {
         session.figures.active.store(true, Relaxed);
         tracing::info!(target_name = %session.target.iqn(), isid = ?info.isid, tsih = session.tsih, "session logged in");
         let rules = session.target.rules();
-        for (number, lun) in &rules.luns {
-            self.attach(*number, lun);
+        let initiator = session.initiator.clone();
+        for (number, lun) in rules.shown_to(&initiator) {
+            self.attach(number, lun);
         }
     }
 
     fn attach(&mut self, number: u16, lun: &Arc<Lun>) {
         let Some(session) = &self.session else { return };
         if !self.attached.iter().any(|(_, known)| Arc::ptr_eq(known, lun)) {
+            // Shadow copies come and go while a session stays: it must not keep all that it ever saw.
+            let rules = session.target.rules();
+            self.attached.retain(|(_, known)| {
+                let shown = rules.number_of(known).is_some();
+                if !shown {
+                    known.detach(session.id);
+                }
+                shown
+            });
             lun.attach(session);
             self.attached.push((number, Arc::clone(lun)));
         }
@@ -418,10 +428,14 @@ impl Task {
             .written_bytes
             .fetch_add(command.data.len() as u64, Relaxed);
         let rules = session.target.rules();
-        let number = command.lun.number();
-        let Some((number, lun)) = number.and_then(|n| rules.lun(n).map(|lun| (n, lun))) else {
+        let found = command
+            .lun
+            .number()
+            .and_then(|n| rules.find_for(n, &session.initiator));
+        let Some((number, lun)) = found else {
+            let numbers = rules.numbers_for(&session.initiator);
             self.conn
-                .complete(now, command.task, absent(&command.cdb, rules.numbers()));
+                .complete(now, command.task, absent(&command.cdb, &numbers));
             return;
         };
         self.attach(number, lun);

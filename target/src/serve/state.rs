@@ -98,6 +98,15 @@ pub(crate) enum VolumeKind {
     Clone,
     /// Made by `snapshot mount`, and gone with `snapshot unmount`.
     Mount,
+    /// A shadow copy of a VSS hardware provider.
+    Vss,
+}
+
+impl VolumeKind {
+    /// Served by the daemon's own records and not by a `[[lun]]`; gone when its work is done.
+    pub(crate) fn is_passing(self) -> bool {
+        matches!(self, Self::Mount | Self::Vss)
+    }
 }
 
 /// The attributes of a volume, as JSON in the store.
@@ -359,6 +368,22 @@ impl State {
         let first =
             pieces.filter_map(|(key, _)| Some(key.strip_prefix(prefix)?.strip_suffix("/0000")?.to_owned()));
         first.collect()
+    }
+
+    /// All values of any length whose key begins with `prefix`.
+    pub(crate) fn big_list(&self, prefix: &str) -> Vec<(String, Vec<u8>)> {
+        let mut values: Vec<(String, Vec<u8>)> = Vec::new();
+        // In the order of the keys, so that the pieces of one value come one after another.
+        for (piece_key, piece) in self.0.pool.meta_list(prefix) {
+            let Some((key, _)) = piece_key.rsplit_once('/') else {
+                continue;
+            };
+            match values.last_mut() {
+                Some((last, value)) if last == key => value.extend(piece),
+                _ => values.push((key.to_owned(), piece)),
+            }
+        }
+        values
     }
 
     /// Writes, replaces or removes a value of any length up to [`BIG_BYTES`], all pieces in one commit.

@@ -9,7 +9,9 @@ use anyhow::Context as _;
 use rustls::ServerConfig;
 use stillpoint_agentproto::enrol::{EXPORTER_LABEL, EXPORTER_LEN};
 use stillpoint_agentproto::freeze::HOLD_MAX;
-use stillpoint_agentproto::message::{Enrol, Heartbeat, LogEvent, LunIdentity, Register, Severity};
+use stillpoint_agentproto::message::{
+    Enrol, Heartbeat, LogEvent, LunIdentity, Register, Reply, Request, Severity,
+};
 use stillpoint_agentproto::registration::{Peer, TargetEnd, TargetEvent};
 use stillpoint_agentproto::{AgentId, ErrorCode, Fingerprint, LunId, Refusal};
 use tokio::net::{TcpListener, TcpStream};
@@ -35,6 +37,9 @@ const MAX_KNOWN: usize = 2 * MAX_AGENTS;
 const TLS_TIMEOUT: Duration = Duration::from_secs(5);
 /// Log lines of one agent and connection that become events: an agent must not fill the log.
 const MAX_LOG_LINES: u32 = 1000;
+
+/// The answer to a request of the VSS provider, with the request's id.
+type Provided = (u32, Result<Reply, Refusal>);
 
 /// Counts connections before they are authenticated.
 #[derive(Debug, Default)]
@@ -138,6 +143,8 @@ async fn connection(
         known.map_or(Peer::Unknown, Peer::Known),
     );
     let (notes, from_tasks) = mpsc::channel(4);
+    // The protocol bounds the requests in flight, and so what waits here.
+    let (answers, provided) = mpsc::unbounded_channel();
     let mut connection = Connection {
         shared,
         number: shared.next_connection(),
@@ -150,12 +157,13 @@ async fn connection(
         end,
         kick: CancellationToken::new(),
         notes,
+        answers,
         log_lines: 0,
         warned_frozen: false,
         warned_clock: false,
     };
     let permit = known.is_none().then_some(permit);
-    let result = connection.run(stream, from_tasks, shutdown).await;
+    let result = connection.run(stream, from_tasks, provided, shutdown).await;
     connection.leave();
     drop(permit);
     result
@@ -190,6 +198,7 @@ struct Connection<'a> {
     /// Cancelled when the agent is revoked, or comes back over another connection.
     kick: CancellationToken,
     notes: mpsc::Sender<LogEvent>,
+    answers: mpsc::UnboundedSender<Provided>,
     log_lines: u32,
     warned_frozen: bool,
     warned_clock: bool,
@@ -200,6 +209,7 @@ impl Connection<'_> {
         &mut self,
         stream: TlsStream<TcpStream>,
         mut from_tasks: mpsc::Receiver<LogEvent>,
+        mut provided: mpsc::UnboundedReceiver<Provided>,
         shutdown: CancellationToken,
     ) -> anyhow::Result<()> {
         let mut pipe = Pipe::new(stream);
@@ -221,6 +231,10 @@ impl Connection<'_> {
                 turn = pipe.turn(self.end.wants_receive(), Some(self.end.poll_timeout())) => turn,
                 Some(note) = from_tasks.recv() => {
                     self.end.log(note);
+                    continue;
+                }
+                Some((id, result)) = provided.recv() => {
+                    self.end.provided(id, result);
                     continue;
                 }
                 () = self.kick.cancelled() => break Ok(()),
@@ -261,11 +275,7 @@ impl Connection<'_> {
                 let luns = self.heartbeat(heartbeat).await;
                 self.end.heartbeat_ok(luns);
             }
-            TargetEvent::Provider { id, .. } => {
-                let text = "this target has no VSS hardware provider";
-                self.end
-                    .provided(id, Err(Refusal::new(ErrorCode::Unsupported, text)));
-            }
+            TargetEvent::Provider { id, request } => self.provide(id, request),
             TargetEvent::Log(line) => self.log(&line),
             TargetEvent::VersionRefused(refusal) => self.version_refused(&refusal),
             TargetEvent::Expired => {}
@@ -283,6 +293,26 @@ impl Connection<'_> {
         );
         self.shared
             .event(code::AGENT_TROUBLE, record.id.to_string(), text);
+    }
+
+    /// Hands a request of the VSS provider on; the answer comes back by itself. Each on a thread of its own: a commit, for which VSS
+    /// holds the host's writes, is never behind anything else.
+    fn provide(&self, id: u32, request: Request) {
+        let (shared, known, answers) = (Arc::clone(self.shared), self.known, self.answers.clone());
+        let work = move || {
+            let asker = known.and_then(|agent| shared.asker(agent));
+            let result = match (shared.site(), asker) {
+                (Some(site), Some(asker)) => site.provide(asker, request),
+                (_, None) => Err(Refusal::new(ErrorCode::NotEnrolled, "this agent was revoked")),
+                (None, _) => Err(Refusal::new(
+                    ErrorCode::Internal,
+                    "the target is starting or stopping",
+                )),
+            };
+            // A connection that is gone needs no answer: the agent asks again, or aborts.
+            drop(answers.send((id, result)));
+        };
+        drop(tokio::task::spawn_blocking(work));
     }
 
     async fn enrol(&self, enrol: Enrol) -> Result<[u8; 32], Refusal> {

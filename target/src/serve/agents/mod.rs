@@ -42,8 +42,8 @@ use tokio_util::task::TaskTracker;
 
 pub(crate) use revert::told;
 use shared::Shared;
-pub(crate) use site::Site;
-use site::{LunFacts, limits};
+use site::limits;
+pub(crate) use site::{LunFacts, Site, limits as lun_limits};
 pub(crate) use snapshot::{Cutter, SnapshotAsk, refusal};
 pub(crate) use stillpoint_agentproto::message::{Level, Mode};
 pub(crate) use stillpoint_agentproto::server::{OnFailure, Verdict};

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
-use stillpoint_agentproto::message::{Heartbeat, LunIdentity, SessionState};
+use stillpoint_agentproto::message::{Capabilities, Heartbeat, LunIdentity, SessionState};
 use stillpoint_agentproto::registration::LEASE;
 use stillpoint_agentproto::{AgentId, ErrorCode, LunId, Refusal as WireRefusal};
 use stillpoint_snapshot::Pool;
@@ -18,6 +18,7 @@ use super::tokens::Tokens;
 use super::view::{AgentState, AgentView, LastFreeze};
 use super::{Site, listen, tls};
 use crate::serve::events::{Code, DAEMON, code};
+use crate::serve::vss::Asker;
 
 /// A clock that is off by more is told to the operator.
 const CLOCK_OFF_MAX_MS: u64 = 60_000;
@@ -171,6 +172,20 @@ impl Shared {
             .filter_map(|lun| site.lun_by_id(*lun))
             .map(|lun| lun.identity)
             .collect()
+    }
+
+    /// What a request of the VSS provider is judged by.
+    pub(super) fn asker(&self, agent: AgentId) -> Option<Asker> {
+        let record = self.records.get(agent)?;
+        let live = self.live();
+        let live = live.get(&agent).filter(|live| live.heard.elapsed() < LEASE);
+        Some(Asker {
+            agent,
+            host: record.host,
+            luns: record.luns,
+            initiators: live.map(|live| live.initiators.clone()),
+            provides: record.features.has(Capabilities::VSS_PROVIDER),
+        })
     }
 
     pub(super) fn lun_name(&self, lun: LunId) -> String {

@@ -1,10 +1,13 @@
 //! The rest of the daemon, as seen from here, and the limits of what agents can be used with.
 
-use stillpoint_agentproto::message::LunIdentity;
+use std::sync::Arc;
+
+use stillpoint_agentproto::message::{LunIdentity, Reply, Request};
 use stillpoint_agentproto::{ErrorCode, LunId, Refusal as WireRefusal};
 
 use crate::serve::Daemon;
 use crate::serve::events::Code;
+use crate::serve::vss::{self, Asker};
 
 /// What this module has to know of a LUN.
 #[derive(Clone, Debug)]
@@ -33,6 +36,11 @@ pub(crate) trait Site: Send + Sync + 'static {
     fn lun_by_id(&self, lun: LunId) -> Option<LunFacts>;
     /// The initiator of each session on a LUN.
     fn initiators(&self, lun: &str) -> Vec<String>;
+    /// Carries out a request of the VSS hardware provider. Blocks.
+    ///
+    /// # Errors
+    /// What the rules or the store refuse.
+    fn provide(self: Arc<Self>, asker: Asker, request: Request) -> Result<Reply, WireRefusal>;
     /// Something happened.
     fn event(&self, code: Code, subject: String, text: String, who: &str);
 }
@@ -80,6 +88,10 @@ impl Site for Daemon {
             .collect()
     }
 
+    fn provide(self: Arc<Self>, asker: Asker, request: Request) -> Result<Reply, WireRefusal> {
+        vss::serve(&self, &asker, request)
+    }
+
     fn event(&self, code: Code, subject: String, text: String, who: &str) {
         self.events.emit(code, subject, text, who);
     }
@@ -87,7 +99,7 @@ impl Site for Daemon {
 
 /// The limits of the application note (agent-protocol.md §8), checked at `agent allow` and before every snapshot. A target with
 /// `agents = true` cannot break them; a LUN that is served by another one can.
-pub(super) fn limits(lun: &LunFacts) -> Result<(), WireRefusal> {
+pub(crate) fn limits(lun: &LunFacts) -> Result<(), WireRefusal> {
     broken_limits(lun).into_iter().next().map_or(Ok(()), Err)
 }
 

@@ -22,6 +22,7 @@ use super::site::TargetFacts;
 use super::view::AgentState;
 use super::*;
 use crate::serve::events::Code;
+use crate::serve::vss::Asker;
 use stillpoint_agentproto::message::{Heartbeat, SessionState};
 
 const LUN: LunId = LunId([0x62; 16]);
@@ -64,6 +65,10 @@ impl Site for FakeSite {
 
     fn initiators(&self, _lun: &str) -> Vec<String> {
         self.sessions.lock().unwrap().clone()
+    }
+
+    fn provide(self: Arc<Self>, _asker: Asker, _request: Request) -> Result<Reply, WireRefusal> {
+        Err(WireRefusal::new(ErrorCode::Unsupported, "not in this test"))
     }
 
     fn event(&self, _code: Code, subject: String, text: String, _who: &str) {

@@ -18,7 +18,7 @@ use super::events::{DAEMON, code};
 use super::registry::Session;
 use super::snapshots::close_interrupted;
 use super::state::VolumeTag;
-use super::{Daemon, store};
+use super::{Daemon, store, vss};
 
 pub(crate) use reconcile::{create_missing, make_lun, reconcile};
 
@@ -41,8 +41,22 @@ pub(crate) fn standing(pool: &stillpoint_snapshot::Pool, config: &Config) -> Res
     let mut standing = Standing::default();
     let volumes = pool.volumes();
     for volume in &volumes {
-        let mounted = VolumeTag::of(volume)?.kind == VolumeKind::Mount;
+        let kind = VolumeTag::of(volume)?.kind;
+        let mounted = kind.is_passing();
         match config.lun(&volume.name) {
+            Some(_) if kind == VolumeKind::Vss => {
+                return Err(Refusal::refused(
+                    "shadow_copy",
+                    format!(
+                        "lun {:?}: a shadow copy of a VSS provider has that name",
+                        volume.name
+                    ),
+                    format!(
+                        "name the LUN otherwise, or `stillpoint volume delete {} --yes`",
+                        volume.name
+                    ),
+                ));
+            }
             Some(_) if mounted => {
                 return Err(Refusal::refused(
                     "mounted",
@@ -105,6 +119,7 @@ pub(crate) fn first_start(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
     }
     close_interrupted(&daemon.pool, &daemon.events).map_err(said)?;
     reconcile(daemon, &config, DAEMON).map_err(said)?;
+    vss::restore(daemon).map_err(said)?;
     store::watch(daemon)?;
     let luns = daemon.registry.luns().len();
     daemon.events.emit(

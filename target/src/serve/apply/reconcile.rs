@@ -12,7 +12,7 @@ use crate::serve::events::code;
 use crate::serve::registry::{TargetOrigin, TargetRules};
 use crate::serve::snapshots::serve_mounts;
 use crate::serve::state::{State, VolumeTag};
-use crate::serve::{Daemon, Lun, LunBackend, LunSettings};
+use crate::serve::{Daemon, Lun, LunBackend, LunSettings, vss};
 
 /// A LUN over the volume of its name.
 pub(crate) fn make_lun(
@@ -78,17 +78,19 @@ pub(crate) fn reconcile(daemon: &Daemon, config: &Config, who: &str) -> Result<(
     let luns = serve_luns(daemon, config)?;
     serve_targets(daemon, config, &luns, who);
     serve_mounts(daemon, config)?;
-    let mounts: BTreeSet<String> = daemon
+    vss::serve_all(daemon);
+    let mut passing: BTreeSet<String> = daemon
         .state
         .mounts()?
         .into_iter()
         .map(|mount| mount.name)
         .collect();
+    passing.extend(daemon.vss.names());
     for lun in daemon
         .registry
         .luns()
         .iter()
-        .filter(|lun| config.lun(lun.name()).is_none() && !mounts.contains(lun.name()))
+        .filter(|lun| config.lun(lun.name()).is_none() && !passing.contains(lun.name()))
     {
         daemon.registry.remove_lun(lun.name());
     }
@@ -246,5 +248,6 @@ fn rules(target: &Target, luns: &BTreeMap<String, Arc<Lun>>) -> TargetRules {
         agents: target.has_agents(),
         origin: TargetOrigin::Configured,
         numbers: OnceLock::new(),
+        transients: Vec::new(),
     }
 }

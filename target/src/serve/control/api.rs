@@ -451,6 +451,24 @@ pub(crate) struct LunRow {
     pub(crate) snapshots: usize,
     pub(crate) naa: String,
     pub(crate) serial: String,
+    /// With kind `vss`: whose it is, of what, for how long.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub(crate) shadow_copy: Option<ShadowCopy>,
+}
+
+/// What `lun list` says of a shadow copy beside what it says of every LUN.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct ShadowCopy {
+    /// Host of the agent that made it.
+    pub(crate) owner: String,
+    pub(crate) agent: String,
+    /// VSS's number of the snapshot set.
+    pub(crate) set: String,
+    /// `LUN@NAME` that it is a copy of.
+    pub(crate) source: String,
+    /// Who sees it; none while it is masked.
+    pub(crate) initiator: Option<String>,
+    pub(crate) age_seconds: u64,
 }
 
 /// A LUN on a target.

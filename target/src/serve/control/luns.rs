@@ -6,9 +6,10 @@ use std::sync::Arc;
 use stillpoint_config::{Consistency, Initiators};
 use stillpoint_snapshot::{VolumeId, VolumeInfo};
 
-use super::api::{BadRange, LunDetail, LunPath, LunRow, Refusal, time_text};
+use super::api::{BadRange, LunDetail, LunPath, LunRow, Refusal, ShadowCopy, VolumeKind, time_text};
 use crate::serve::agents::{Mode, PreflightView};
 use crate::serve::state::VolumeTag;
+use crate::serve::vss::CopyView;
 use crate::serve::{Daemon, Lun};
 
 pub(super) fn list(daemon: &Arc<Daemon>) -> Result<Vec<LunRow>, Refusal> {
@@ -20,20 +21,51 @@ pub(super) fn list(daemon: &Arc<Daemon>) -> Result<Vec<LunRow>, Refusal> {
         .collect();
     let snapshots = snapshot_counts(daemon);
     let served = daemon.registry.luns();
+    let mut copies = daemon.vss.views(jiff::Timestamp::now().as_millisecond());
     // A LUN whose volume was deleted a moment ago is not listed any more.
     let pairs = served
         .iter()
         .filter_map(|lun| volumes.get(lun.name()).map(|volume| (lun, volume)));
-    pairs
-        .map(|(lun, volume)| {
-            row(
-                daemon,
-                lun,
-                volume,
-                snapshots.get(&volume.id).copied().unwrap_or(0),
-            )
-        })
-        .collect()
+    let mut rows = Vec::new();
+    for (lun, volume) in pairs {
+        let snapshots = snapshots.get(&volume.id).copied().unwrap_or(0);
+        let copy = copies.remove(lun.name());
+        rows.push(row(daemon, lun, volume, snapshots, copy.as_ref())?);
+    }
+    // What is masked is served to nobody, and still holds space.
+    rows.extend(copies.values().map(|copy| masked(copy, volumes.get(&copy.name))));
+    Ok(rows)
+}
+
+/// A shadow copy that no initiator sees now.
+fn masked(copy: &CopyView, volume: Option<&VolumeInfo>) -> LunRow {
+    LunRow {
+        name: copy.name.clone(),
+        kind: VolumeKind::Vss,
+        size_bytes: copy.size_bytes,
+        used_bytes: volume.map_or(0, |volume| volume.mapped_bytes),
+        block_size: copy.block_size,
+        read_only: !copy.writable,
+        targets: Vec::new(),
+        sessions: 0,
+        snapshots: 0,
+        naa: copy.naa.clone(),
+        serial: copy.serial.clone(),
+        shadow_copy: Some(copy.into()),
+    }
+}
+
+impl From<&CopyView> for ShadowCopy {
+    fn from(copy: &CopyView) -> Self {
+        Self {
+            owner: copy.owner.clone(),
+            agent: copy.agent.clone(),
+            set: copy.set.clone(),
+            source: copy.source.clone(),
+            initiator: copy.shown_to.clone(),
+            age_seconds: copy.age_seconds,
+        }
+    }
 }
 
 /// Snapshots of each volume.
@@ -45,9 +77,16 @@ pub(super) fn snapshot_counts(daemon: &Daemon) -> BTreeMap<VolumeId, usize> {
     counts
 }
 
-fn row(daemon: &Daemon, lun: &Lun, volume: &VolumeInfo, snapshots: usize) -> Result<LunRow, Refusal> {
+fn row(
+    daemon: &Daemon,
+    lun: &Lun,
+    volume: &VolumeInfo,
+    snapshots: usize,
+    copy: Option<&CopyView>,
+) -> Result<LunRow, Refusal> {
     let identity = lun.identity();
     Ok(LunRow {
+        shadow_copy: copy.map(ShadowCopy::from),
         name: lun.name().to_owned(),
         kind: VolumeTag::of(volume)?.kind,
         size_bytes: volume.size_bytes,
@@ -68,6 +107,11 @@ pub(crate) fn paths(daemon: &Daemon, lun: &Lun) -> Vec<LunPath> {
     let path = |target: &Arc<crate::serve::registry::Target>| {
         let rules = target.rules();
         let initiators = match &rules.access.initiators {
+            _ if rules.transient(lun).is_some() => rules
+                .transient(lun)
+                .map(|one| one.initiator.clone())
+                .into_iter()
+                .collect(),
             Initiators::Anyone => vec!["*".to_owned()],
             Initiators::These(names) => names.iter().map(ToString::to_string).collect(),
         };
@@ -97,6 +141,7 @@ pub(crate) fn portals(daemon: &Daemon, groups: &[u16]) -> Vec<String> {
 }
 
 pub(super) fn show(daemon: &Arc<Daemon>, name: &str) -> Result<LunDetail, Refusal> {
+    let copies = daemon.vss.views(jiff::Timestamp::now().as_millisecond());
     let (Some(lun), Some(volume)) = (daemon.registry.lun(name), daemon.pool.volume(name)) else {
         return Err(unknown(daemon, name));
     };
@@ -104,7 +149,7 @@ pub(super) fn show(daemon: &Arc<Daemon>, name: &str) -> Result<LunDetail, Refusa
     let snapshots = daemon.pool.snapshots(Some(volume.id)).len();
     let figures = lun.figures();
     Ok(LunDetail {
-        row: row(daemon, &lun, &volume, snapshots)?,
+        row: row(daemon, &lun, &volume, snapshots, copies.get(name))?,
         grain_bytes: volume.grain_bytes,
         write_cache: figures.write_cache,
         write_cache_configured: lun.settings().write_cache,

@@ -12,7 +12,7 @@ use super::blocking;
 use super::luns::snapshot_counts;
 use crate::serve::events::{Events, code};
 use crate::serve::state::{State, VolumeTag};
-use crate::serve::{Daemon, apply, snapshots};
+use crate::serve::{Daemon, apply, snapshots, vss};
 
 pub(super) fn list(daemon: &Arc<Daemon>) -> Result<Vec<VolumeRow>, Refusal> {
     let config = daemon.config();
@@ -21,6 +21,7 @@ pub(super) fn list(daemon: &Arc<Daemon>) -> Result<Vec<VolumeRow>, Refusal> {
         let tag = VolumeTag::of(&volume)?;
         let state = match (tag.kind, config.lun(&volume.name)) {
             (VolumeKind::Mount, _) => "mounted",
+            (VolumeKind::Vss, _) => "shadow_copy",
             (_, Some(_)) => "assigned",
             (_, None) => "unassigned",
         };
@@ -118,11 +119,11 @@ pub(crate) fn rename_stopped(data_dir: &Path, old: &str, new: &str, who: &str) -
             "",
         ));
     };
-    if VolumeTag::of(&volume.info()?)?.kind == VolumeKind::Mount {
+    if VolumeTag::of(&volume.info()?)?.kind.is_passing() {
         return Err(Refusal::refused(
             "mounted",
-            format!("{old:?} is a mounted snapshot"),
-            "start the daemon and unmount it",
+            format!("{old:?} is a mounted snapshot or a shadow copy"),
+            "start the daemon, and unmount or delete it",
         ));
     }
     rename_in(&pool, &state, old, new)?;
@@ -155,8 +156,19 @@ pub(crate) fn create_stopped(data_dir: &Path, config: &Config, who: &str) -> Res
 }
 
 pub(super) async fn delete(daemon: &Arc<Daemon>, name: &str, who: &str) -> Result<Value, Refusal> {
-    let _changing = daemon.state.changing().await;
     let (name, who) = (name.to_owned(), who.to_owned());
+    let shadow_copy = {
+        let (name, who) = (name.clone(), who.clone());
+        blocking(daemon, move |daemon| vss::delete_by_operator(daemon, &name, &who)).await?
+    };
+    if shadow_copy {
+        return Ok(done([
+            ("name", json!(name)),
+            ("deleted", json!(true)),
+            ("snapshots_deleted", json!(1)),
+        ]));
+    }
+    let _changing = daemon.state.changing().await;
     blocking(daemon, move |daemon| {
         let volume = unassigned(daemon, &name)?;
         let snapshots = daemon.pool.snapshots(Some(volume.id()));

@@ -177,8 +177,7 @@ impl Job<'_> {
     fn go_on(&self, (request, running): Order<'_>, done: Done, reached: &[Reached]) -> Result<(), Stop> {
         let wanted = self.lun.copy_progress(request.ticket, done.segments, done.bytes);
         // Whoever ends a session, takes a LUN away or resets it waits for this copy.
-        let shown =
-            self.session.ending().is_none() && self.session.target.rules().number_of(self.lun).is_some();
+        let shown = self.session.ending().is_none() && self.session.shows(self.lun);
         if !wanted || !shown || self.cancel.is_cancelled() || self.lun.is_waited_for(running) {
             return Err(BlockError::Aborted.into());
         }

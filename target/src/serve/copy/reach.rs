@@ -29,8 +29,7 @@ impl Reached {
     /// A reservation that came meanwhile (the host was fenced), or somebody waits for the copy: a reset, a revert, a PREEMPT AND
     /// ABORT.
     pub(super) fn go_on(&self) -> Result<(), CopyError> {
-        let shown =
-            self.session.ending().is_none() && self.session.target.rules().number_of(&self.lun).is_some();
+        let shown = self.session.ending().is_none() && self.session.shows(&self.lun);
         if !shown || self.lun.is_waited_for(&self.running) {
             return Err(CopyError::Block(BlockError::Aborted));
         }
@@ -83,7 +82,7 @@ fn enter(job: &Job<'_>, naa: [u8; 16], writes: bool) -> Result<Reached, CopyErro
     for session in sessions(job) {
         // In this order: whoever takes the LUN away, or ends the session, then drains the LUN.
         let running = lun.begin();
-        if session.ending().is_some() || session.target.rules().number_of(&lun).is_none() {
+        if session.ending().is_some() || !session.shows(&lun) {
             continue;
         }
         match lun.copy_admits(&session, writes) {

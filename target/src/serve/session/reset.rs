@@ -21,7 +21,9 @@ impl Task {
             return;
         };
         let rules = session.target.rules();
-        let there = rules.luns.iter().any(|(number, _)| lun.number() == Some(*number));
+        let there = lun
+            .number()
+            .is_some_and(|number| rules.find_for(number, &session.initiator).is_some());
         let everywhere = match function {
             TmfFunction::LOGICAL_UNIT_RESET => false,
             TmfFunction::TARGET_WARM_RESET | TmfFunction::TARGET_COLD_RESET => true,
@@ -41,15 +43,14 @@ impl Task {
             return;
         }
         let affected: Vec<Arc<Lun>> = rules
-            .luns
-            .iter()
+            .shown_to(&session.initiator)
             .filter(|(number, _)| everywhere || lun.number() == Some(*number))
             .map(|(_, lun)| Arc::clone(lun))
             .collect();
         tracing::info!(?function, lun = ?lun.number(), "reset by the initiator");
         affected.iter().for_each(|lun| lun.reset());
         let others = self.daemon.registry.sessions_with(|other| other.id != session.id);
-        let shares = |other: &Session, lun: &Lun| other.target.rules().number_of(lun);
+        let shares = |other: &Session, lun: &Lun| other.target.rules().number_for(lun, &other.initiator);
         let mut waits = Vec::new();
         for other in &others {
             let luns: Vec<u16> = affected.iter().filter_map(|lun| shares(other, lun)).collect();
@@ -91,7 +92,7 @@ impl Task {
         let ended = self.conn.abort_lun_tasks(Some(field));
         let rules = session.target.rules();
         if ended.count > 0
-            && let Some((_, lun)) = rules.luns.iter().find(|(known, _)| *known == number)
+            && let Some((_, lun)) = rules.find_for(number, &session.initiator)
         {
             lun.tasks_ended(session.id, cause);
         }

@@ -231,7 +231,15 @@ fn snapshottable(daemon: &Daemon, lun: &str) -> Result<VolumeId, Refusal> {
         return Err(luns::unknown(daemon, lun));
     };
     let info = volume.info()?;
-    if VolumeTag::of(&info)?.kind == VolumeKind::Mount {
+    let kind = VolumeTag::of(&info)?.kind;
+    if kind == VolumeKind::Vss {
+        return Err(Refusal::refused(
+            "shadow_copy",
+            format!("{lun:?} is a shadow copy of a VSS provider, which is gone when its backup is done"),
+            "take the snapshot of its source (`stillpoint lun list` shows it)",
+        ));
+    }
+    if kind == VolumeKind::Mount {
         return Err(Refusal::refused(
             "mounted",
             format!("{lun:?} is a mounted snapshot, which is gone when it is unmounted"),

@@ -266,6 +266,13 @@ pub(crate) fn check_deletable(daemon: &Daemon, snapshot: &SnapshotInfo) -> Resul
             "nobody can delete it before",
         ));
     }
+    if let Some(host) = daemon.vss.holder(&snapshot.volume_name, &snapshot.name) {
+        return Err(Refusal::refused(
+            "shadow_copy",
+            format!("snapshot {name} belongs to a VSS backup of {host}"),
+            "it is deleted when that backup is done; `stillpoint lun list` shows its shadow copies, which `stillpoint volume delete` removes",
+        ));
+    }
     let mounts = daemon.state.mounts()?;
     if let Some(mount) = mounts
         .iter()

@@ -204,6 +204,7 @@ fn serve(daemon: &Daemon, config: &Config, mount: &Mount) -> Result<(), Refusal>
         agents: false,
         origin: TargetOrigin::Mount,
         numbers: OnceLock::new(),
+        transients: Vec::new(),
     };
     daemon.registry.put_target(&mount.iqn, rules);
     Ok(())

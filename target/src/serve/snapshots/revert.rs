@@ -7,7 +7,7 @@ use stillpoint_snapshot::{DiffTo, SnapshotInfo};
 
 use super::create::automatic;
 use super::{Meta, find, level, online};
-use crate::serve::control::api::{Refusal, Revert, SessionLabel, SnapshotRef, VolumeKind, count, time_text};
+use crate::serve::control::api::{Refusal, Revert, SessionLabel, SnapshotRef, count, time_text};
 use crate::serve::control::{Caller, blocking, end_sessions};
 use crate::serve::events::code;
 use crate::serve::registry::LoginHold;
@@ -156,10 +156,10 @@ fn look(daemon: &Daemon, snapshot: &SnapshotRef) -> Result<(Revert, Option<Look>
         .pool
         .volume_by_id(info.volume)
         .ok_or_else(|| gone(snapshot))?;
-    if VolumeTag::of(&volume.info()?)?.kind == VolumeKind::Mount {
+    if VolumeTag::of(&volume.info()?)?.kind.is_passing() {
         return Err(Refusal::refused(
             "mounted",
-            format!("{:?} is a mounted snapshot", snapshot.lun),
+            format!("{:?} is a mounted snapshot or a shadow copy", snapshot.lun),
             "unmount it and mount the other one",
         ));
     }
