@@ -176,6 +176,20 @@ pub(crate) enum SnapshotVerb {
         /// LUN@NAME
         snapshot: SnapshotRef,
     },
+    /// List what agents handed over with a snapshot (VSS backup components, manifests of VMs), or bring one out
+    Documents {
+        /// LUN@NAME
+        snapshot: SnapshotRef,
+        /// Bring this one out: backup-components, writer-metadata or vm-manifest
+        #[arg(long)]
+        kind: Option<String>,
+        /// Of this agent, when several have one
+        #[arg(long, requires = "kind", value_name = "ID")]
+        agent: Option<String>,
+        /// Write it to this file instead of standard output
+        #[arg(long, requires = "kind", value_name = "FILE")]
+        out: Option<std::path::PathBuf>,
+    },
     /// Delete snapshots: all that are named, or none
     Delete {
         /// LUN@NAME …

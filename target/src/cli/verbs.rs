@@ -93,6 +93,12 @@ const CREATED: &[Column] = &[
     Column("ASKED", "requested", Kind::Text),
     Column("CUT MS", "cut_ms", Kind::Number),
 ];
+const DOCUMENTS: &[Column] = &[
+    Column("KIND", "kind", Kind::Text),
+    Column("SIZE", "size_bytes", Kind::Bytes),
+    Column("AGENT", "agent", Kind::Text),
+    Column("SHA-256", "sha256", Kind::Text),
+];
 const DELETED: &[Column] = &[
     Column("LUN", "lun", Kind::Text),
     Column("NAME", "name", Kind::Text),
@@ -343,6 +349,47 @@ fn volume(global: &Global, verb: VolumeVerb) -> Result<(), Refusal> {
     }
 }
 
+/// `snapshot documents`: a table, or one document as it is.
+fn documents(
+    global: &Global,
+    snapshot: api::SnapshotRef,
+    kind: Option<String>,
+    agent: Option<String>,
+    out: Option<&std::path::Path>,
+) -> Result<(), Refusal> {
+    let is_list = kind.is_none();
+    let request = Request::SnapshotDocuments {
+        snapshot,
+        kind,
+        agent,
+    };
+    if is_list {
+        return list(global, &request, "documents", DOCUMENTS);
+    }
+    let value = ask(global, &request)?;
+    if global.json && out.is_none() {
+        return print(global, &value, details);
+    }
+    let broken = |error: String| Refusal::failed("document", error, "report this");
+    let content = value["content_base64"].as_str().unwrap_or_default();
+    let bytes = data_encoding::BASE64
+        .decode(content.as_bytes())
+        .map_err(|error| broken(error.to_string()))?;
+    let written = match out {
+        Some(path) => std::fs::write(path, &bytes).map_err(|error| format!("{}: {error}", path.display())),
+        None => std::io::stdout()
+            .write_all(&bytes)
+            .map_err(|error| error.to_string()),
+    };
+    written.map_err(|error| {
+        Refusal::failed(
+            "io",
+            format!("the document cannot be written: {error}"),
+            "choose another --out",
+        )
+    })
+}
+
 fn snapshot(global: &Global, verb: SnapshotVerb) -> Result<(), Refusal> {
     match verb {
         SnapshotVerb::Create(create) => {
@@ -362,6 +409,12 @@ fn snapshot(global: &Global, verb: SnapshotVerb) -> Result<(), Refusal> {
         }
         SnapshotVerb::List { lun } => list(global, &Request::SnapshotList { lun }, "snapshots", SNAPSHOTS),
         SnapshotVerb::Show { snapshot } => show(global, &Request::SnapshotShow { snapshot }),
+        SnapshotVerb::Documents {
+            snapshot,
+            kind,
+            agent,
+            out,
+        } => documents(global, snapshot, kind, agent, out.as_deref()),
         SnapshotVerb::Delete {
             snapshots,
             plan: true,

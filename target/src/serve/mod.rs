@@ -11,6 +11,7 @@ mod backend;
 mod buffers;
 pub(crate) mod control;
 mod copy;
+mod documents;
 pub(crate) mod events;
 mod fingerprint;
 mod lun;

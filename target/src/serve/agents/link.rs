@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use stillpoint_agentproto::channel::{Channel, ChannelEvent};
 use stillpoint_agentproto::frame::MAX_BODY;
-use stillpoint_agentproto::message::{Capabilities, Hello, Reply, Request};
+use stillpoint_agentproto::message::{Capabilities, Document, FetchBlob, Gather, Hello, Reply, Request};
 use stillpoint_agentproto::tls::{Exactly, Shown};
-use stillpoint_agentproto::{AgentId, ErrorCode, Fingerprint, Refusal};
+use stillpoint_agentproto::{AgentId, ErrorCode, Fingerprint, Refusal, SessionId};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio_rustls::TlsConnector;
@@ -19,9 +19,14 @@ use super::Shared;
 use super::pipe::{Pipe, Turn};
 use super::records::Record;
 use super::tls;
+use crate::serve::documents::sha256;
+use crate::serve::events::code;
 
 /// TCP and TLS each get this long.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Documents of one agent and snapshot.
+const MAX_DOCUMENTS: usize = 8;
 
 /// A channel to an agent, open for requests.
 pub(super) struct Link {
@@ -206,13 +211,14 @@ pub(super) enum Heard {
 
 /// Carries the requests of one snapshot to one agent: dials when there is something to say, and again after a loss.
 pub(super) async fn speak(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     record: &Record,
     mut asks: UnboundedReceiver<(u64, Request)>,
     heard: &UnboundedSender<Heard>,
 ) {
     let mut link: Option<Link> = None;
     let mut calls: BTreeMap<u32, u64> = BTreeMap::new();
+    let mut documents: Vec<Document> = Vec::new();
     // The coordinator is gone when nobody listens; then the loop ends with `asks`.
     let tell = |what| drop(heard.send(what));
     loop {
@@ -229,6 +235,12 @@ pub(super) async fn speak(
                         }
                     }
                 }
+                if let (Some(link), Request::Complete(complete)) = (&mut link, &request) {
+                    // Complete makes the agent forget: what the target shall keep, it has before.
+                    for document in std::mem::take(&mut documents) {
+                        keep(shared, record, link, complete.session, &document).await;
+                    }
+                }
                 let gone = || Refusal::new(ErrorCode::Unreachable, "there is no connection");
                 match link.as_mut().ok_or_else(gone).and_then(|link| link.request(request)) {
                     Ok(id) => drop(calls.insert(id, call)),
@@ -237,6 +249,9 @@ pub(super) async fn speak(
             }
             event = next(&mut link) => match event {
                 Ok(ChannelEvent::Reply { id, result }) => {
+                    if let Ok(Reply::Release(thawed)) = &result {
+                        documents = thawed.documents.iter().take(MAX_DOCUMENTS).cloned().collect();
+                    }
                     if let Some(call) = calls.remove(&id) {
                         tell(Heard::Reply { call, result });
                     }
@@ -258,6 +273,56 @@ pub(super) async fn speak(
     if let Some(link) = link {
         link.close().await;
     }
+}
+
+/// Fetches one document and keeps it with the session. The snapshot is good without it; the operator is told.
+async fn keep(
+    shared: &Arc<Shared>,
+    record: &Record,
+    link: &mut Link,
+    session: SessionId,
+    document: &Document,
+) {
+    let kept = async {
+        let bytes = fetch(link, session, document).await?;
+        let (agent, kind) = (record.id, document.kind);
+        shared
+            .blocking(move |shared| shared.documents.put(session, agent, kind, &bytes))
+            .await
+    };
+    if let Err(refusal) = kept.await {
+        let text = format!(
+            "the document {} of {} for a snapshot was not kept: {}",
+            document.kind, record.host, refusal.text
+        );
+        shared.event(code::AGENT_TROUBLE, record.id.to_string(), text);
+    }
+}
+
+async fn fetch(link: &mut Link, session: SessionId, document: &Document) -> Result<Vec<u8>, Refusal> {
+    let wrong = |text: String| Refusal::new(ErrorCode::Malformed, text);
+    let mut gather = Gather::new(session, document.kind);
+    while gather.whole().is_none() {
+        let request = Request::FetchBlob(FetchBlob {
+            session,
+            kind: document.kind,
+            offset_bytes: gather.next_offset(),
+        });
+        let Reply::FetchBlob(piece) = link.ask(request).await? else {
+            return Err(wrong("another answer than was asked for".to_owned()));
+        };
+        // Each piece brings the document on, or the agent could keep the target busy for ever.
+        let before = gather.next_offset();
+        gather.take(&piece).map_err(|error| wrong(error.to_string()))?;
+        if gather.next_offset() == before && gather.whole().is_none() {
+            return Err(wrong("a piece that brings nothing new".to_owned()));
+        }
+    }
+    let bytes = gather.whole().unwrap_or_default().to_vec();
+    if sha256(&bytes).as_ref() != document.sha256 {
+        return Err(wrong("its content is not what was announced".to_owned()));
+    }
+    Ok(bytes)
 }
 
 async fn next(link: &mut Option<Link>) -> Result<ChannelEvent, String> {

@@ -52,6 +52,7 @@ pub(crate) use view::{AgentView, PreflightView, TestView, TokenView};
 
 use super::Daemon;
 use super::control::api::Refusal;
+use super::documents::Documents;
 use super::events::code;
 use records::{MAX_LUNS, Record, Records};
 
@@ -81,6 +82,7 @@ impl Agents {
             pool: pool.clone(),
             records: Records::open(pool)?,
             tokens: tokens::Tokens::open(&data_dir.join("agents"))?,
+            documents: Documents::new(data_dir),
             live: Mutex::default(),
             last_freeze: Mutex::default(),
             locks: Mutex::default(),
@@ -128,6 +130,11 @@ impl Agents {
     /// Where agents register.
     pub(crate) fn listening(&self) -> Option<SocketAddr> {
         self.0.bound.get().copied()
+    }
+
+    /// What agents handed over with snapshots.
+    pub(crate) fn documents(&self) -> &Documents {
+        &self.0.documents
     }
 
     fn site(&self) -> Result<Arc<dyn Site>, Refusal> {

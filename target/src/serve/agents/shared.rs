@@ -17,6 +17,7 @@ use super::records::{Record, Records};
 use super::tokens::Tokens;
 use super::view::{AgentState, AgentView, LastFreeze};
 use super::{Site, listen, tls};
+use crate::serve::documents::Documents;
 use crate::serve::events::{Code, DAEMON, code};
 use crate::serve::vss::Asker;
 
@@ -60,6 +61,7 @@ pub(super) struct Shared {
     pub(super) pool: Pool,
     pub(super) records: Records,
     pub(super) tokens: Tokens,
+    pub(super) documents: Documents,
     pub(super) live: Mutex<BTreeMap<AgentId, Live>>,
     pub(super) last_freeze: Mutex<BTreeMap<AgentId, LastFreeze>>,
     /// Snapshots of one LUN wait for each other.

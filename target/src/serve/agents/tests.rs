@@ -8,12 +8,12 @@ use stillpoint_agentproto::client::{self, Asked, FreezeReport, Output, ThawRepor
 use stillpoint_agentproto::enrol::{EXPORTER_LABEL, EXPORTER_LEN};
 use stillpoint_agentproto::frame::MAX_BODY;
 use stillpoint_agentproto::message::{
-    App, AppState, Capabilities, Enrol, FrozenVolume, Hello, LunIdentity, LunVolumes, Mount, PreflightReport,
-    Prepared, Register, Role, Severity, Volumes,
+    App, AppState, BlobKind, Capabilities, Document, Enrol, FrozenVolume, Hello, LunIdentity, LunVolumes,
+    Mount, PreflightReport, Prepared, Register, Role, Severity, Volumes, piece_of,
 };
 use stillpoint_agentproto::registration::{AgentEnd, AgentEvent, Purpose};
 use stillpoint_agentproto::server::{Outcome, Phase};
-use stillpoint_agentproto::{AgentId, ErrorCode, Fingerprint};
+use stillpoint_agentproto::{AgentId, ErrorCode, Fingerprint, SessionId};
 use stillpoint_snapshot::PoolOptions;
 use tokio::net::{TcpListener, TcpStream};
 
@@ -411,6 +411,30 @@ async fn next<S: tokio::io::AsyncRead + tokio::io::AsyncWrite>(
     }
 }
 
+/// A document that needs several pieces.
+fn document() -> Vec<u8> {
+    (0..300_000u32).flat_map(u32::to_be_bytes).take(300_000).collect()
+}
+
+/// What every fake agent announces: one as it is, and one that is not what it says.
+fn documents() -> Vec<Document> {
+    let content = document();
+    let sha256 = crate::serve::documents::sha256(&content)
+        .as_ref()
+        .try_into()
+        .unwrap();
+    let total_bytes = u32::try_from(content.len()).unwrap();
+    let named = |kind, sha256| Document {
+        kind,
+        total_bytes,
+        sha256,
+    };
+    vec![
+        named(BlobKind::BackupComponents, sha256),
+        named(BlobKind::WriterMetadata, [0; 32]),
+    ]
+}
+
 struct FakeWork {
     id: AgentId,
     agent: Arc<Mutex<client::Agent>>,
@@ -568,6 +592,13 @@ impl FakeWork {
                     }),
                 );
             }
+            Work::Other {
+                asked,
+                request: Request::FetchBlob(fetch),
+            } => {
+                let piece = piece_of(&document(), fetch.session, fetch.kind, fetch.offset_bytes);
+                agent.answer(asked, Ok(Reply::FetchBlob(piece.expect("within the document"))));
+            }
             Work::Other { asked, .. } => {
                 let refusal = WireRefusal::new(ErrorCode::Unsupported, "not in this test");
                 agent.answer(asked, Err(refusal));
@@ -602,7 +633,7 @@ impl FakeWork {
                         apps: self.app(AppState::Thawed),
                         reason: None,
                         held: None,
-                        documents: vec![],
+                        documents: documents(),
                     },
                 );
             }
@@ -622,6 +653,34 @@ async fn connected() -> (Daemonlet, Host, tokio::task::JoinHandle<()>) {
 }
 
 const FULL: [&str; 4] = ["settle", "cut", "commit", "promote"];
+
+/// They come after the verdict, before the agent forgets.
+async fn kept_documents(daemon: &Daemonlet, session: SessionId) {
+    let kept = daemon.agents.documents();
+    let told = || {
+        let events = daemon.site.events.lock().unwrap();
+        events
+            .iter()
+            .any(|event| event.contains("writer-metadata") && event.contains("not kept"))
+    };
+    for _ in 0..600 {
+        if !kept.list(session).unwrap().is_empty() && told() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(
+        told(),
+        "what is not what it says is not kept, and the operator hears of it"
+    );
+    let rows = kept.list(session).unwrap();
+    let kinds: Vec<_> = rows.iter().map(|row| row.kind.as_str()).collect();
+    assert_eq!(kinds, ["backup-components"]);
+    assert_eq!(
+        kept.read(session, &rows[0].agent, &rows[0].kind).unwrap(),
+        document()
+    );
+}
 
 #[tokio::test]
 async fn an_agent_enrols_registers_and_is_dialled_back() {
@@ -855,6 +914,7 @@ async fn levels_are_what_is_proved() {
         daemon.agents.show("host1").unwrap().last_freeze.unwrap().outcome,
         "hold-ok"
     );
+    kept_documents(&daemon, verdict.session).await;
     daemon.stop().await;
 }
 

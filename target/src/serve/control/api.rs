@@ -11,6 +11,7 @@ use serde_json::Value;
 use stillpoint_config::{Consistency, LunName, OnFailure, Trouble};
 use stillpoint_snapshot::Error as StoreError;
 
+pub(crate) use crate::serve::documents::DocumentRow;
 pub(crate) use crate::serve::events::{Event, Severity};
 pub(crate) use crate::serve::registry::{PortalView, SessionView};
 pub(crate) use crate::serve::state::VolumeKind;
@@ -101,6 +102,13 @@ pub(crate) enum Request {
     },
     SnapshotShow {
         snapshot: SnapshotRef,
+    },
+    SnapshotDocuments {
+        snapshot: SnapshotRef,
+        /// Only this one, with its content.
+        kind: Option<String>,
+        /// Of this agent, when several have one.
+        agent: Option<String>,
     },
     SnapshotDelete {
         snapshots: Vec<SnapshotRef>,
@@ -561,6 +569,20 @@ pub(crate) struct SnapshotDetail {
     pub(crate) sealed: bool,
     /// Known bad data that it shows.
     pub(crate) bad_data: Vec<BadRange>,
+    /// The agents' session in which it was taken; VM snapshots are called after it.
+    pub(crate) session: Option<String>,
+    /// What agents handed over with it: `snapshot documents` brings them out.
+    pub(crate) documents: Vec<DocumentRow>,
+    /// The VMs in it, as the vCenter agent's manifest lists them.
+    pub(crate) vms: Vec<Value>,
+}
+
+/// One document of a snapshot, with its content.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct DocumentReply {
+    #[serde(flatten)]
+    pub(crate) row: DocumentRow,
+    pub(crate) content_base64: String,
 }
 
 /// `volume list`.

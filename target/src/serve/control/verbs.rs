@@ -38,6 +38,19 @@ pub(super) async fn run(daemon: &Arc<Daemon>, request: Request, caller: &Caller)
         Request::SnapshotShow { snapshot } => {
             answer(&blocking(daemon, move |daemon| snapshots::show(daemon, &snapshot)).await?)
         }
+        Request::SnapshotDocuments {
+            snapshot, kind: None, ..
+        } => answer(&blocking(daemon, move |daemon| snapshots::document_rows(daemon, &snapshot)).await?),
+        Request::SnapshotDocuments {
+            snapshot,
+            kind: Some(kind),
+            agent,
+        } => answer(
+            &blocking(daemon, move |daemon| {
+                snapshots::document(daemon, &snapshot, &kind, agent.as_deref())
+            })
+            .await?,
+        ),
         Request::SnapshotDelete {
             snapshots,
             plan: true,

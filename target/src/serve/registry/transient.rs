@@ -113,6 +113,10 @@ impl Registry {
         let target = tables.targets.get(&iqn.to_lowercase()).cloned()?;
         let mut rules = TargetRules::clone(&target.rules());
         let before = rules.transient(lun).cloned();
+        if let Some(before) = before.as_ref().filter(|one| one.is_for(initiator)) {
+            // Nobody is told of what has not changed.
+            return Some(before.number);
+        }
         rules.transients.retain(|one| !is(&one.lun, lun));
         let wanted = before.as_ref().map(|one| one.number).or(wanted);
         let wanted = wanted.filter(|number| rules.all_luns().all(|(taken, _)| taken != *number));

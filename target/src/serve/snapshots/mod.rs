@@ -1,6 +1,7 @@
 //! Snapshots as operators see them: list, show, hold, delete, compare; [`create`], [`revert`] and [`mount`] have their own files.
 
 mod create;
+mod documents;
 mod mount;
 mod online;
 mod revert;
@@ -23,6 +24,7 @@ use super::events::code;
 use super::state::State;
 
 pub(crate) use create::{close_interrupted, create};
+pub(crate) use documents::{one as document, rows as document_rows};
 pub(crate) use mount::{mount, serve_mounts, unmount};
 pub(crate) use online::watch as watch_reverts;
 pub(crate) use revert::{RevertOptions, revert};
@@ -212,8 +214,13 @@ pub(crate) fn show(daemon: &Arc<Daemon>, snapshot: &SnapshotRef) -> Result<Snaps
     let info = find(daemon, snapshot)?;
     let mut bad_data = BadRange::list(&daemon.pool, Some(info.volume))?;
     bad_data.retain(|bad| bad.snapshot.as_ref() == Some(&info.name));
+    let session = session_of(daemon, &info);
+    let documents = session.map_or_else(|| Ok(Vec::new()), |session| documents::list(daemon, session))?;
     Ok(SnapshotDetail {
         row: one(daemon, &info),
+        vms: documents::vms(daemon, session, &documents),
+        session: session.map(|session| session.to_string()),
+        documents,
         sealed: info.sealed,
         bad_data,
     })
@@ -308,6 +315,11 @@ pub(crate) fn plan_delete(
     })
 }
 
+/// The agents' session in which a snapshot was taken.
+fn session_of(daemon: &Daemon, snapshot: &SnapshotInfo) -> Option<stillpoint_agentproto::SessionId> {
+    Meta::of(snapshot).proof(&daemon.state, snapshot.id).session
+}
+
 fn deletable(daemon: &Daemon, snapshots: &[SnapshotRef]) -> Result<Vec<SnapshotInfo>, Refusal> {
     let checked = |snapshot| {
         let info = find(daemon, snapshot)?;
@@ -330,7 +342,9 @@ pub(crate) async fn delete(
         let infos = deletable(daemon, &snapshots)?;
         let clones: Vec<_> = infos.iter().map(|info| used_by(daemon, info)).collect();
         let ids: Vec<SnapshotId> = infos.iter().map(|info| info.id).collect();
+        let sessions: Vec<_> = infos.iter().filter_map(|info| session_of(daemon, info)).collect();
         daemon.pool.delete_snapshots(&ids)?;
+        documents::forget(daemon, sessions);
         let mut answers = Vec::new();
         for ((snapshot, id), clones) in snapshots.iter().zip(ids).zip(clones) {
             daemon.state.big_put(&proof_key(id), None)?;
