@@ -21,7 +21,7 @@ use stillpoint_agentproto::registration::{AgentEnd, AgentEvent, Purpose};
 use stillpoint_agentproto::tls::{Anyone, client, server_name};
 use stillpoint_agentproto::{AgentId, ErrorCode, LunId, SetId, ShadowId};
 use stillpoint_tests::raw::{Cdb, Nexus, Raw};
-use stillpoint_tests::{Daemon, Guest, GuestSpec, Scratch, story, wait_until};
+use stillpoint_tests::{Daemon, Scratch, story, wait_until};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_stillpoint-under-test");
 const IQN: &str = "iqn.2026-11.test:sql01";
@@ -600,60 +600,6 @@ fn one_instant(data: &[u8], before: u64, after: u64) -> Result<()> {
     Ok(())
 }
 
-/// The kernel's initiator as the backup host: it sees the LUN after a rescan, reads what was frozen, writes to it, and it vanishes.
-#[test]
-fn a_linux_guest_backs_up_from_a_shadow_copy() {
-    story("vss-guest", |scratch: &Scratch| {
-        let daemon = Daemon::start(BINARY, scratch, CONFIG)?;
-        let agent = Agent::start(&daemon, &["sql01"])?;
-        let lun = lun_id(&daemon, "sql01")?;
-        let spec = GuestSpec {
-            name: "backup",
-            initiator: HOST,
-            payload: Vec::new(),
-            forward: Vec::new(),
-        };
-        let mut guest = Guest::boot(scratch, spec)?;
-        guest.run(&format!(
-            "iscsiadm -m discovery -t sendtargets -p {} >/dev/null; iscsiadm -m node -T {IQN} --login >/dev/null",
-            daemon.portal()
-        ))?;
-        let disk = guest_disk(&mut guest, 0)?;
-        guest.run(&format!(
-            "mkfs.ext4 -q {disk}; mkdir -p /data /copy; mount {disk} /data; echo before > /data/file; sync"
-        ))?;
-        let mut vss = agent.client()?;
-        let ready = vss.call(ask(1, lun))?;
-        taken(&agent, 1, &ready)?;
-        guest.run("echo after > /data/file; sync")?;
-        let mut vss = agent.client()?;
-        let shown = vss.call(expose(1, Visibility::Exposed))?.identity;
-        let rescan = "iscsiadm -m session --rescan >/dev/null";
-        guest.run(rescan)?;
-        let number = shown.number.context("a number")?;
-        let copy = guest_disk(&mut guest, number)?;
-        let wwid = guest.run(&format!(
-            "cat /sys/block/{}/device/wwid",
-            copy.trim_start_matches("/dev/")
-        ))?;
-        ensure!(wwid.trim() == shown.lun.to_string(), "{wwid} {shown:?}");
-        let frozen = guest.run(&format!(
-            "mount {copy} /copy; cat /copy/file; echo mine > /copy/file; sync; cat /copy/file /data/file; umount /copy; e2fsck -fn {copy} >/dev/null 2>&1 && echo clean"
-        ))?;
-        let words: Vec<&str> = frozen.split_whitespace().collect();
-        ensure!(words == ["before", "mine", "after", "clean"], "{frozen}");
-        ensure!(agent.client()?.call(delete(1))?.removed == 1);
-        let left = guest.run(&format!(
-            "{rescan}; dd if={copy} of=/dev/null bs=4096 count=1 iflag=direct 2>/dev/null && echo readable || echo gone
-             sg_luns {disk} | grep -c '^ *[0-9a-f]\\{{16\\}}' || true
-             cat /data/file"
-        ))?;
-        let words: Vec<&str> = left.split_whitespace().collect();
-        ensure!(words == ["gone", "1", "after"], "{left}");
-        clean(&daemon)
-    });
-}
-
 /// A commit on a busy machine: one that was answered too late is asked again, and is the same.
 fn taken(agent: &Agent, number: u8, ready: &ProvReady) -> Result<()> {
     wait_until("the commit", LIMIT, || {
@@ -663,19 +609,4 @@ fn taken(agent: &Agent, number: u8, ready: &ProvReady) -> Result<()> {
             Err(error) => Err(error.into()),
         }
     })
-}
-
-/// The disk that a LUN is in the guest.
-fn guest_disk(guest: &mut Guest, number: u16) -> Result<String> {
-    let found = guest.wait_for(
-        "the disk",
-        LIMIT,
-        &format!(
-            "for b in /sys/class/iscsi_session/session*/device/target*/*:{number}/block/*; do
-                 [ -b /dev/${{b##*/}} ] && echo /dev/${{b##*/}} && exit 0
-             done
-             exit 1"
-        ),
-    )?;
-    Ok(found.trim().to_owned())
 }

@@ -188,7 +188,7 @@ pub(crate) enum SnapshotVerb {
         agent: Option<String>,
         /// Write it to this file instead of standard output
         #[arg(long, requires = "kind", value_name = "FILE")]
-        out: Option<std::path::PathBuf>,
+        out: Option<PathBuf>,
     },
     /// Delete snapshots: all that are named, or none
     Delete {

@@ -352,7 +352,7 @@ fn volume(global: &Global, verb: VolumeVerb) -> Result<(), Refusal> {
 /// `snapshot documents`: a table, or one document as it is.
 fn documents(
     global: &Global,
-    snapshot: api::SnapshotRef,
+    snapshot: SnapshotRef,
     kind: Option<String>,
     agent: Option<String>,
     out: Option<&std::path::Path>,
@@ -371,7 +371,10 @@ fn documents(
         return print(global, &value, details);
     }
     let broken = |error: String| Refusal::failed("document", error, "report this");
-    let content = value["content_base64"].as_str().unwrap_or_default();
+    let content = value
+        .get("content_base64")
+        .and_then(Value::as_str)
+        .unwrap_or_default();
     let bytes = data_encoding::BASE64
         .decode(content.as_bytes())
         .map_err(|error| broken(error.to_string()))?;
@@ -390,23 +393,26 @@ fn documents(
     })
 }
 
+/// `snapshot create`.
+fn take(global: &Global, create: super::args::SnapshotCreate) -> Result<(), Refusal> {
+    let request = Request::SnapshotCreate(api::SnapshotCreate {
+        luns: create.luns,
+        name: create.name,
+        consistency: create.consistency,
+        on_failure: create.on_failure,
+        lock_seconds: create.lock.as_ref().map(Duration::as_secs),
+        note: create.note,
+    });
+    let value = ask(global, &request)?;
+    print(global, &value, |value| match value {
+        Value::Array(_) => rows(value, CREATED),
+        one => rows(&json!([one]), CREATED),
+    })
+}
+
 fn snapshot(global: &Global, verb: SnapshotVerb) -> Result<(), Refusal> {
     match verb {
-        SnapshotVerb::Create(create) => {
-            let request = Request::SnapshotCreate(api::SnapshotCreate {
-                luns: create.luns,
-                name: create.name,
-                consistency: create.consistency,
-                on_failure: create.on_failure,
-                lock_seconds: create.lock.as_ref().map(Duration::as_secs),
-                note: create.note,
-            });
-            let value = ask(global, &request)?;
-            print(global, &value, |value| match value {
-                Value::Array(_) => rows(value, CREATED),
-                one => rows(&json!([one]), CREATED),
-            })
-        }
+        SnapshotVerb::Create(create) => take(global, create),
         SnapshotVerb::List { lun } => list(global, &Request::SnapshotList { lun }, "snapshots", SNAPSHOTS),
         SnapshotVerb::Show { snapshot } => show(global, &Request::SnapshotShow { snapshot }),
         SnapshotVerb::Documents {

@@ -411,6 +411,16 @@ async fn next<S: tokio::io::AsyncRead + tokio::io::AsyncWrite>(
     }
 }
 
+fn other(request: Request) -> Result<Reply, WireRefusal> {
+    match request {
+        Request::FetchBlob(fetch) => {
+            let piece = piece_of(&document(), fetch.session, fetch.kind, fetch.offset_bytes);
+            Ok(Reply::FetchBlob(piece.expect("within the document")))
+        }
+        _ => Err(WireRefusal::new(ErrorCode::Unsupported, "not in this test")),
+    }
+}
+
 /// A document that needs several pieces.
 fn document() -> Vec<u8> {
     (0..300_000u32).flat_map(u32::to_be_bytes).take(300_000).collect()
@@ -592,17 +602,7 @@ impl FakeWork {
                     }),
                 );
             }
-            Work::Other {
-                asked,
-                request: Request::FetchBlob(fetch),
-            } => {
-                let piece = piece_of(&document(), fetch.session, fetch.kind, fetch.offset_bytes);
-                agent.answer(asked, Ok(Reply::FetchBlob(piece.expect("within the document"))));
-            }
-            Work::Other { asked, .. } => {
-                let refusal = WireRefusal::new(ErrorCode::Unsupported, "not in this test");
-                agent.answer(asked, Err(refusal));
-            }
+            Work::Other { asked, request } => agent.answer(asked, other(request)),
             Work::Freeze { .. } if behaviour == Behaviour::DropsAtFreeze => return false,
             Work::Freeze { session, .. } => {
                 agent.hold_started(now, session).unwrap();
