@@ -206,8 +206,8 @@ fn a_set_lives_and_goes() {
     assert_eq!(lun.identity().naa, reserved.lun.0);
     assert_eq!(read(&bench.daemon, name), 2, "as it was at the commit");
     let rules = bench.daemon.registry.target(IQN).unwrap().rules();
-    assert_eq!(rules.numbers_for(&HOST.to_uppercase()), [0, 1]);
-    assert_eq!(rules.numbers_for("iqn.of.another"), [0]);
+    assert_eq!(rules.numbers_for(&HOST.to_uppercase()).into_owned(), [0, 1]);
+    assert_eq!(rules.numbers_for("iqn.of.another").into_owned(), [0]);
     // Masked and shown again it has what was written to it, and its number.
     write(&bench.daemon, name, 9);
     assert_eq!(bench.expose(1, Visibility::Masked).unwrap().number, None);
@@ -376,7 +376,7 @@ fn a_restart_keeps_what_was_answered_and_nothing_else() {
     assert_eq!(bench.daemon.pool.snapshots(None).len(), 2);
     let rules = bench.daemon.registry.target(IQN).unwrap().rules();
     assert_eq!(
-        rules.numbers_for(HOST),
+        rules.numbers_for(HOST).into_owned(),
         [0, shown.number.unwrap()],
         "shown again, the masked one not"
     );
