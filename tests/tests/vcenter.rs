@@ -1,6 +1,7 @@
 //! VMs on a LUN: their vCenter (govmomi's simulator with our extension), the real agent, the real daemon.
 //!
-//! `STILLPOINT_SOAK_FAULTS=1` (minutes) breaks every single call to the vCenter in each way, instead of those that change something.
+//! `STILLPOINT_SOAK_FAULTS=1` (minutes) breaks every single call to the vCenter in each way, instead of the first of each kind that changes
+//! something in two ways, and kills either end at each of these.
 
 #![expect(clippy::indexing_slicing, reason = "reading a JSON value by key cannot panic")]
 
@@ -454,7 +455,8 @@ impl Scene {
             if !soak && !first {
                 continue;
             }
-            for (kind, times) in [("fault", 1), ("lost", 1), ("drop", 1), ("fault", 100)] {
+            let kinds = [("lost", 1), ("fault", 100), ("fault", 1), ("drop", 1)];
+            for (kind, times) in kinds.into_iter().take(if soak { 4 } else { 2 }) {
                 let what = format!("{kind} ×{times} at call {} ({name})", at + 1);
                 self.baseline()?;
                 self.write(2)?;
