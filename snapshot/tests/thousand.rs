@@ -119,11 +119,26 @@ impl Thousand {
         self.pool.plan_delete(ids).unwrap().freed_bytes
     }
 
-    /// Waits until nothing is left to be freed. What an ended job has given back is given back by then.
+    /// Bytes that the volume and its snapshots show.
+    fn shown(&self) -> u64 {
+        let all = self.snapshots.values().chain([&self.head]);
+        let places: BTreeSet<(usize, u64)> = all.flat_map(|c| c.iter().copied().enumerate()).collect();
+        places.len() as u64 * GRAIN
+    }
+
+    /// Waits until what is in use is exactly what is shown.
     fn settle(&self) {
         let begun = Instant::now();
-        while self.pool.stats().jobs > 0 {
-            assert!(begun.elapsed() < PATIENCE, "{:?}", self.pool.stats());
+        loop {
+            let stats = self.pool.stats();
+            if stats.jobs == 0 && stats.allocated_bytes == self.shown() {
+                return;
+            }
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "{} are shown: {stats:?}",
+                self.shown()
+            );
             std::thread::sleep(Duration::from_millis(2));
         }
     }
