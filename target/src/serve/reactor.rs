@@ -68,7 +68,8 @@ impl Reactors {
     pub(crate) fn watch(&self) -> Option<Watching<'_>> {
         let free = |watching| (watching < self.watching_max).then_some(watching + 1);
         let taken = self.watching.fetch_update(Relaxed, Relaxed, free);
-        taken.is_ok().then_some(Watching(&self.watching))
+        // Lazily: one that is made and thrown away would give back a right that it never had.
+        taken.is_ok().then(|| Watching(&self.watching))
     }
 
     /// A place on the thread that serves the fewest connections.
