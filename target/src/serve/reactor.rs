@@ -113,3 +113,26 @@ impl Drop for Place {
         self.load.fetch_sub(1, Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_right_to_watch_gives_nothing_back() {
+        let reactors = Reactors {
+            threads: Vec::new(),
+            watching: AtomicUsize::new(0),
+            watching_max: 1,
+        };
+        let first = reactors.watch();
+        assert!(first.is_some());
+        for _ in 0..3 {
+            assert!(reactors.watch().is_none());
+            assert_eq!(reactors.watching.load(Relaxed), 1);
+        }
+        drop(first);
+        assert_eq!(reactors.watching.load(Relaxed), 0);
+        assert!(reactors.watch().is_some());
+    }
+}
