@@ -30,11 +30,12 @@ impl Inner {
         pages: RangeInclusive<PageNo>,
         own_tombs: bool,
     ) -> Result<Vec<Found>> {
-        if !self.state().loans.is_empty() {
-            let one = |page| self.resolve_once(branch, epoch, page, own_tombs, u64::MAX);
-            return self.stable(|| pages.clone().map(one).collect());
-        }
         self.stable(|| {
+            // Asked at each look: a loan that begins before it must not be passed over.
+            if !self.state().loans.is_empty() {
+                let one = |page| self.resolve_once(branch, epoch, page, own_tombs, u64::MAX);
+                return pages.clone().map(one).collect();
+            }
             let mut tombs = vec![Tombs::default(); pages.clone().count()];
             let mut found: Vec<Option<Found>> = pages.clone().map(|_| None).collect();
             let (mut b, mut e) = (branch, epoch);

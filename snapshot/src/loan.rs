@@ -554,8 +554,9 @@ impl Volume {
         };
         let now_ms = self.pool.now_ms();
         {
-            // What was issued before is what `to` shows, what comes later finds the loan.
-            let _writers = self.shared.locks.lock_all(Mode::Shared);
+            // What was issued before is what `to` shows, what comes later finds the loan. Readers are waited for too: what
+            // they have looked up is held by `to` only from here on, and that goes when the loan is done (I3).
+            let _whole = self.shared.locks.lock_all(Mode::Exclusive);
             self.shared.alive()?;
             check_range(offset, len, self.size_bytes())?;
             let branch = self.shared.head();

@@ -8,7 +8,7 @@
 //! | c | a lonely old page version | here |
 //! | d, d2 | a flush, and an overwrite in place, while the group of the write closes | here |
 //! | e | pages changed by the next group while one is written | here |
-//! | f, f2, f3 | a slow read of a grain that is released and used again: by UNMAP, delete, revert | here |
+//! | f to f5 | a slow read of a grain that is released and used again: by UNMAP, delete, revert, a loan; a copy from it | here |
 //! | g | sealing against delete and overwrite | `sealing_that_races_delete_and_overwrite_gives_no_false_error` in integrity.rs |
 //! | h | two writes to different sectors of one held grain | here |
 //! | i, i2 | a copy against an in-place write already chosen; a reference that is dropped | copy.rs |
@@ -34,7 +34,8 @@ use std::time::Duration;
 
 use stillpoint_snapshot::sim::{Loss, Rng, World};
 use stillpoint_snapshot::{
-    CloneSpec, Pool, PoolOptions, SnapshotId, SnapshotInfo, SnapshotSpec, Volume, VolumeSpec, check_media,
+    CloneSpec, CopySource, Pool, PoolOptions, SnapshotId, SnapshotInfo, SnapshotSpec, Volume, VolumeSpec,
+    check_media,
 };
 
 use common::gate::Gate;
@@ -72,13 +73,17 @@ fn open(world: World) -> Bench {
 }
 
 fn bench() -> Bench {
+    bench_with(PoolOptions::default().loan_bytes)
+}
+
+/// Where copies of more than so many bytes are loans.
+fn bench_with(loan_bytes: u64) -> Bench {
     let (world, gate) = (World::new(), Gate::default());
-    let pool = Pool::create_with(
-        Arc::new(world.disk()),
-        Box::new(world.meta()),
-        &options(gate.clone()),
-    )
-    .unwrap();
+    let options = PoolOptions {
+        loan_bytes,
+        ..options(gate.clone())
+    };
+    let pool = Pool::create_with(Arc::new(world.disk()), Box::new(world.meta()), &options).unwrap();
     Bench { world, gate, pool }
 }
 
@@ -489,6 +494,69 @@ fn f3_a_slow_read_across_a_revert_never_returns_another_volumes_data() {
         revert.join().unwrap();
     });
     assert_eq!(read(&v, 0), 1);
+    b.check();
+    b.empties();
+}
+
+/// Copies a page over all of `v` by a loan, frees what `v` had, and gives it to another volume; as far as that goes.
+fn lend_over(b: &Bench, v: &Volume, from: &Volume, pause: common::gate::Pause) {
+    std::thread::scope(|scope| {
+        let copier = beside(scope, || {
+            v.copy(0, &CopySource::Volume(from), 0, PAGE).unwrap();
+            b.jobs();
+        });
+        for _ in 0..30 {
+            std::thread::sleep(Duration::from_millis(10));
+            if copier.is_finished() {
+                break;
+            }
+        }
+        reuse(b, 200);
+        pause.release();
+        copier.join().unwrap();
+    });
+}
+
+#[test]
+fn f4_a_slow_read_across_a_loan_never_returns_another_volumes_data() {
+    let b = bench_with(GRAIN);
+    let (v, from) = (b.volume("v", PAGE), b.volume("from", PAGE));
+    fill(&v, 0, 64, 1);
+    fill(&from, 0, 64, 2);
+    v.flush().unwrap();
+    std::thread::scope(|scope| {
+        let pause = b.gate.arm("read.looked_up");
+        let reader = beside(scope, || {
+            let byte = read(&v, 0);
+            assert!([1, 2].contains(&byte), "another volume's data: {byte:#x}");
+        });
+        pause.wait();
+        lend_over(&b, &v, &from, pause);
+        reader.join().unwrap();
+    });
+    assert_eq!(read(&v, 0), 2);
+    b.check();
+    b.empties();
+}
+
+#[test]
+fn f5_a_slow_copy_from_under_a_loan_takes_no_reference_to_what_is_free() {
+    let b = bench_with(8 * GRAIN);
+    let (v, from, to) = (b.volume("v", PAGE), b.volume("from", PAGE), b.volume("to", PAGE));
+    fill(&v, 0, 64, 1);
+    fill(&from, 0, 64, 2);
+    v.flush().unwrap();
+    std::thread::scope(|scope| {
+        let pause = b.gate.arm("copy.looked_up");
+        let copier = beside(scope, || {
+            to.copy(0, &CopySource::Volume(&v), 0, 4 * GRAIN).unwrap();
+        });
+        pause.wait();
+        lend_over(&b, &v, &from, pause);
+        copier.join().unwrap();
+    });
+    assert!([1, 2].contains(&read(&to, 0)));
+    assert_eq!(read(&v, 0), 2);
     b.check();
     b.empties();
 }
