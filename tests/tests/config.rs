@@ -72,6 +72,24 @@ fn every_error_is_listed_with_its_line() {
 }
 
 #[test]
+fn a_thousand_targets_start_and_come_back() {
+    story("a thousand targets", |scratch| {
+        let luns: String = (0..1000)
+            .map(|number| lun(&format!("l{number}"), "1GiB"))
+            .collect();
+        // Within the harness's limit for a start; work that grows with the cube of their number does not end in it.
+        let mut daemon = Daemon::start(BINARY, scratch, &format!("{PORTAL}{luns}"))?;
+        let names = daemon.json(&["lun", "list"])?;
+        ensure!(names.as_array().is_some_and(|luns| luns.len() == 1000), "{names}");
+        daemon.stop()?;
+        daemon.resume()?;
+        let last = daemon.url("iqn.2026-11.test:l999", 0);
+        qemu_io(&last, &["write -P 7 0 64k", "read -P 7 0 64k"])?.success()?;
+        Ok(())
+    });
+}
+
+#[test]
 fn reload_leaves_other_sessions_alone() {
     story("reload under a live session", |scratch| {
         let (one, two) = (lun("one", "64MiB"), lun("two", "64MiB"));
