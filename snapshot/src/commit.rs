@@ -1,6 +1,5 @@
 //! Commits: data first, then the map, then the answer (invariants I3, I4, I7). One in flight, the next collects.
 
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::alloc::Closed;
@@ -19,8 +18,6 @@ const ENTRIES_MAX: u64 = 65_536;
 /// New page versions beyond which writers wait too: their `E` keys all go with the batch that closes the group, behind
 /// which map misses wait.
 const CREATED_MAX: usize = 8192;
-/// Bytes written after which a sync of the data file is due, so that the next flush finds little.
-const BYTES_DUE: u64 = 64 << 20;
 /// `J` values per batch that goes ahead of the closing one: map misses are served between.
 const JOURNAL_SLICE: usize = 64;
 /// Pages per batch of a checkpoint.
@@ -411,15 +408,14 @@ impl Inner {
 
     /// Counts data that was written; wakes the keeper when a sync is due.
     pub(crate) fn wrote(&self, bytes: u64) {
-        let before = self.unsynced_bytes.fetch_add(bytes, Ordering::Relaxed);
-        if before < BYTES_DUE && before + bytes >= BYTES_DUE {
+        if self.unsynced.wrote(bytes) {
             self.changed.notify_all();
         }
     }
 
     /// How long the keeper may sleep before a commit is due; zero = now.
     pub(crate) fn due_in(&self, state: &State) -> Option<Duration> {
-        if state.open.entries >= ENTRIES_DUE || self.unsynced_bytes.load(Ordering::Relaxed) >= BYTES_DUE {
+        if state.open.entries >= ENTRIES_DUE || self.unsynced.is_due() {
             return Some(Duration::ZERO);
         }
         if state.open.is_empty() {

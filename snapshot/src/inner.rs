@@ -19,6 +19,7 @@ use crate::scrub::Scrubbing;
 use crate::state::State;
 use crate::tomb::Tombs;
 use crate::types::{BranchId, Epoch, Point, PoolOptions, SnapshotId, StoreEvent};
+use crate::unsynced::Unsynced;
 use crate::usage::Known;
 use crate::warm::{Identity, WarmLog, WarmMedium};
 use crate::{Error, Result};
@@ -41,8 +42,7 @@ pub(crate) struct Inner {
     pub(crate) job_gate: RwLock<()>,
     /// Steps of jobs that are not durable yet: what they gave back counts as in use until then.
     pub(crate) steps: AtomicUsize,
-    /// Bytes written since the last sync of the data file began.
-    pub(crate) unsynced_bytes: AtomicU64,
+    pub(crate) unsynced: Unsynced,
     pub(crate) data_syncs: AtomicU64,
     /// Grains known to be bad: what keeps reads from asking when there are none.
     pub(crate) bad_count: Arc<AtomicUsize>,
@@ -134,7 +134,7 @@ impl Inner {
             threads: Mutex::new(Vec::new()),
             job_gate: RwLock::new(()),
             steps: AtomicUsize::new(0),
-            unsynced_bytes: AtomicU64::new(0),
+            unsynced: Unsynced::default(),
             data_syncs: AtomicU64::new(0),
             bad_count,
             recovery_incomplete: AtomicBool::new(false),
@@ -248,9 +248,10 @@ impl Inner {
             turns.running = true;
             let covers = turns.asked;
             drop(turns);
-            self.unsynced_bytes.store(0, Ordering::Relaxed);
+            let (bytes, began) = (self.unsynced.begin(), Instant::now());
             self.data_syncs.fetch_add(1, Ordering::Relaxed);
             let result = self.disk.sync_data();
+            self.unsynced.ended(bytes, began.elapsed());
             turns = lock(&self.data_sync.turns);
             turns.running = false;
             match result {

@@ -1,6 +1,5 @@
 //! What runs without being asked: commits by the clock, checkpoints, jobs, punching, and the look for space.
 
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::Result;
@@ -86,7 +85,7 @@ pub(crate) fn work(inner: &Inner) {
 impl Inner {
     pub(crate) fn keep_once(&self) -> Result<()> {
         if self.state().open.is_empty() {
-            if self.unsynced_bytes.load(Ordering::Relaxed) > 0 {
+            if self.unsynced.any() {
                 self.sync_data()?;
             }
         } else {

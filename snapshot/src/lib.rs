@@ -40,6 +40,7 @@ mod state;
 pub mod superblock;
 mod tomb;
 mod types;
+mod unsynced;
 mod usage;
 mod volume;
 mod warm;
