@@ -228,6 +228,11 @@ impl Inner {
         from
     }
 
+    /// Whether a sync of the data file is expected to be over about as soon as another thread could be asked for it.
+    pub(crate) fn syncs_soon(&self) -> bool {
+        self.unsynced.syncs_soon() && !lock(&self.data_sync.turns).running
+    }
+
     /// Makes every data write that returned before this call durable.
     ///
     /// # Errors

@@ -492,6 +492,27 @@ fn cached_reads_and_in_place_writes_need_no_waiting() {
 }
 
 #[test]
+fn a_flush_in_passing_syncs_and_leaves_changes_of_the_map_to_others() {
+    let (_dir, pool) = pool();
+    let v = volume(&pool, "v", 1 << 30);
+    fill(&v, 0, 1);
+    assert!(!v.try_flush(true).unwrap(), "the map has changed");
+    v.flush().unwrap();
+    // What syncs of little take is learnt from one that a worker made.
+    v.write(0, &[2; 512], false).unwrap();
+    v.flush().unwrap();
+    v.write(0, &[3; 512], false).unwrap();
+    let before = pool.stats().data_syncs;
+    // A slow device may refuse; what was said to be done must be.
+    if v.try_flush(true).unwrap() {
+        assert_eq!(pool.stats().data_syncs, before + 1);
+    }
+    snap(&pool, &v, "s");
+    fill(&v, 0, 4);
+    assert!(!v.try_flush(true).unwrap(), "the grain went elsewhere");
+}
+
+#[test]
 fn limits_and_small_values() {
     let (dir, pool) = pool();
     pool.meta_put_many(&[("a/1".into(), Some(vec![1; 4080])), ("a/2".into(), Some(vec![2]))])

@@ -15,12 +15,19 @@ const DUE_MAX: u64 = 1 << 30;
 /// A sync of less says little about the device: its cost is that of the round trip.
 const TELLING: u64 = 8 << 20;
 
+/// As much as a sync takes along with its round trip to the device.
+const LITTLE: u64 = 256 << 10;
+/// A sync of little that is expected to take less than this is not worth a hop to another thread and back, which takes 100 µs.
+const SOON_US: u64 = 400;
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Unsynced {
     /// Bytes written since the last sync of the data file began.
     bytes: AtomicU64,
     due: AtomicU64,
+    /// What syncs of little took of late, in microseconds: the mean of the last few.
+    little_us: AtomicU64,
 }
 
 impl Default for Unsynced {
@@ -28,6 +35,7 @@ impl Default for Unsynced {
         Self {
             bytes: AtomicU64::new(0),
             due: AtomicU64::new(DUE_MIN),
+            little_us: AtomicU64::new(u64::MAX),
         }
     }
 }
@@ -52,8 +60,23 @@ impl Unsynced {
         self.bytes.swap(0, Relaxed)
     }
 
+    /// Whether a sync would be over about as soon as another thread could be asked for it. A device that was slow once is left
+    /// to other threads until their syncs were quick again.
+    pub(crate) fn syncs_soon(&self) -> bool {
+        self.bytes.load(Relaxed) <= LITTLE && self.little_us.load(Relaxed) < SOON_US
+    }
+
     /// The sync of `bytes` took `time`.
     pub(crate) fn ended(&self, bytes: u64, time: Duration) {
+        if bytes <= LITTLE {
+            let (mean, now) = (self.little_us.load(Relaxed), micros(time));
+            let mean = if mean == u64::MAX {
+                now
+            } else {
+                (mean * 7 + now) / 8
+            };
+            self.little_us.store(mean, Relaxed);
+        }
         if bytes >= TELLING {
             let a_second = u128::from(bytes) * 1_000_000 / time.as_micros().max(1);
             let due = u64::try_from(a_second).unwrap_or(DUE_MAX);
@@ -62,9 +85,32 @@ impl Unsynced {
     }
 }
 
+fn micros(time: Duration) -> u64 {
+    // So that the mean of a few cannot overflow.
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX).min(1 << 40)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_device_is_waited_for_while_it_is_quick() {
+        let unsynced = Unsynced::default();
+        assert!(!unsynced.syncs_soon(), "nothing is known");
+        unsynced.ended(4096, Duration::from_micros(SOON_US / 2));
+        assert!(unsynced.syncs_soon());
+        unsynced.wrote(LITTLE + 1);
+        assert!(!unsynced.syncs_soon(), "much to sync");
+        unsynced.ended(unsynced.begin(), Duration::from_secs(1));
+        assert!(unsynced.syncs_soon(), "it took long because it was much");
+        unsynced.ended(4096, Duration::from_millis(10));
+        assert!(!unsynced.syncs_soon(), "slow once");
+        for _ in 0..20 {
+            unsynced.ended(4096, Duration::from_micros(SOON_US / 2));
+        }
+        assert!(unsynced.syncs_soon(), "quick again");
+    }
 
     #[test]
     fn the_bound_follows_the_device() {

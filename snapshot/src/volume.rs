@@ -261,19 +261,20 @@ impl Volume {
         self.pool.flush()
     }
 
-    /// Like [`Volume::flush`], but gives `false` instead of waiting: for a pool in memory whose map has not changed since the
-    /// last commit.
+    /// Like [`Volume::flush`], but gives `false` instead of waiting: for a pool whose map has not changed since the last commit,
+    /// in memory or, `if_short`, on a device that has lately synced as little as there is now in less than half a millisecond.
     ///
     /// # Errors
     /// As [`Volume::flush`].
-    pub fn try_flush(&self) -> Result<bool> {
+    pub fn try_flush(&self, if_short: bool) -> Result<bool> {
         self.shared.alive()?;
         self.pool.poison.check()?;
         let committed = {
             let state = self.pool.state();
             state.open.is_empty() && state.closing.is_none()
         };
-        if !committed || !self.pool.disk.syncs_at_once() {
+        let soon = self.pool.disk.syncs_at_once() || if_short && self.pool.syncs_soon();
+        if !committed || !soon {
             return Ok(false);
         }
         self.pool.sync_data().map(|()| true)

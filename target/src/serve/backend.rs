@@ -87,8 +87,9 @@ impl LunBackend {
     }
 
     /// Carries out `op` when that needs no waiting: the map page is cached, nobody holds the range, the data is in the page
-    /// cache. `None` leaves everything as it was: hand the operation to a worker.
-    pub(crate) fn try_execute(&self, op: &BlockOp, data: &[u8]) -> Option<BlockResult> {
+    /// cache. With `may_sync` a sync of the device that is expected to be short counts as no waiting. After `None` hand the
+    /// operation to a worker; what it writes may have been written in part.
+    pub(crate) fn try_execute(&self, op: &BlockOp, data: &[u8], may_sync: bool) -> Option<BlockResult> {
         let Self::Local(volume) = self;
         let tried = match *op {
             BlockOp::Read { len, .. } | BlockOp::Write { len, .. } if len > IN_PLACE_MAX => return None,
@@ -96,14 +97,14 @@ impl LunBackend {
                 let (done, data) = buffers::read_into(len as usize, |buffer| volume.try_read(offset, buffer));
                 done.map(|done| done.then_some(BlockResult::Data(data)))
             }
-            BlockOp::Write {
-                offset,
-                len,
-                fua: false,
-            } => volume
+            BlockOp::Write { fua: true, .. } if !may_sync => return None,
+            BlockOp::Write { offset, len, fua } => volume
                 .try_write(offset, data.get(..len as usize)?)
+                .and_then(|done| Ok(done && (!fua || volume.try_flush(may_sync)?)))
                 .map(|done| done.then_some(BlockResult::Done)),
-            BlockOp::Flush => volume.try_flush().map(|done| done.then_some(BlockResult::Done)),
+            BlockOp::Flush => volume
+                .try_flush(may_sync)
+                .map(|done| done.then_some(BlockResult::Done)),
             _ => return None,
         };
         tried.unwrap_or_else(|error| Some(BlockResult::Failed(failure(&error))))

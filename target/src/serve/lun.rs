@@ -398,8 +398,9 @@ pub(crate) struct Planned {
 
 impl Planned {
     /// Carries the command out if that needs no waiting; else it is still to be done, by [`Planned::execute`] on a worker.
-    pub(crate) fn try_now(self, lun: &Lun) -> Step {
-        match lun.backend().try_execute(self.planned.op(), &self.data) {
+    /// `may_sync`: see [`Backend::try_execute`](super::backend::Backend::try_execute).
+    pub(crate) fn try_now(self, lun: &Lun, may_sync: bool) -> Step {
+        match lun.backend().try_execute(self.planned.op(), &self.data, may_sync) {
             Some(result) => Step::Answer(lun.outcome(self.planned.finish(result))),
             None => Step::Work(self),
         }

@@ -270,10 +270,9 @@ fn take(daemon: &Arc<Daemon>, stream: TcpStream, peer: SocketAddr, portal: &Port
             let tracker = daemon.tracker.clone();
             let serve = async move {
                 match TcpStream::from_std(stream) {
-                    Ok(stream) => session::run(daemon, stream, peer, local, group, seat).await,
+                    Ok(stream) => session::run(daemon, stream, peer, local, group, place, seat).await,
                     Err(error) => tracing::warn!(%peer, %error, "connection cannot be served"),
                 }
-                drop(place);
             };
             tracker.spawn_on(serve, &handle);
         }

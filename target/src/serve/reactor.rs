@@ -106,6 +106,11 @@ impl Place {
     pub(crate) fn handle(&self) -> &Handle {
         &self.handle
     }
+
+    /// Whether the thread serves no other connection.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.load.load(Relaxed) == 1
+    }
 }
 
 impl Drop for Place {

@@ -29,6 +29,7 @@ use super::admit::admit;
 use super::copy::{Cancel, Job};
 use super::lun::{Lun, Planned, Step, absent};
 use super::net::{DiscoveryName, DiscoveryPlace, PendingSeat};
+use super::reactor::Place;
 use super::registry::{Control, Entering, NotNow, Session};
 use super::trace::Trace;
 use watch::Habits;
@@ -49,10 +50,11 @@ pub(crate) async fn run(
     peer: SocketAddr,
     local: SocketAddr,
     portal_group: u16,
+    place: Place,
     seat: PendingSeat,
 ) {
     let span = tracing::info_span!("conn", %peer, initiator = tracing::field::Empty, session = tracing::field::Empty);
-    match Task::new(daemon, peer, local, portal_group, seat) {
+    match Task::new(daemon, peer, local, portal_group, place, seat) {
         Ok(mut task) => task.serve(&stream).instrument(span).await,
         Err(error) => tracing::error!(%peer, %error, "connection closed: the system gives no random numbers"),
     }
@@ -86,6 +88,7 @@ struct Task {
     peer: SocketAddr,
     local: SocketAddr,
     portal_group: u16,
+    place: Place,
     seat: Option<PendingSeat>,
     /// A normal session, from its admission on.
     session: Option<Arc<Session>>,
@@ -125,6 +128,7 @@ impl Task {
         peer: SocketAddr,
         local: SocketAddr,
         portal_group: u16,
+        place: Place,
         seat: PendingSeat,
     ) -> Result<Self, getrandom::Error> {
         let config = connection_config(&daemon, peer, local, portal_group)?;
@@ -138,6 +142,7 @@ impl Task {
             peer,
             local,
             portal_group,
+            place,
             seat: Some(seat),
             session: None,
             attached: Vec::new(),
@@ -445,8 +450,10 @@ impl Task {
             return;
         }
         let task = command.task;
+        // Nobody else on this thread, and no other command of ours, is held up.
+        let may_sync = self.running.is_empty() && self.place.is_alone();
         let step = match lun.plan(&session, &rules, command, token) {
-            Step::Work(planned) => planned.try_now(lun),
+            Step::Work(planned) => planned.try_now(lun, may_sync),
             step => step,
         };
         match step {
