@@ -58,6 +58,33 @@ fn unmap_of_nothing_is_good() {
     assert_eq!(unmap(&mut bench, &halves).status, GOOD);
 }
 
+/// ANC_SUP is zero (VPD page B2h): whoever asks for anchored blocks all the same is told which field was wrong, and nothing changes.
+#[test]
+fn anchors_are_refused_by_their_field() {
+    let mut bench = Bench::small();
+    bench.fill(b'a');
+    let unmap = [0x42, 1, 0, 0, 0, 0, 0, 0, 24, 0];
+    let list: Vec<_> = [vec![0, 22, 0, 16, 0, 0, 0, 0], vec![0; 11], vec![8], vec![0; 4]].concat();
+    // UNMAP and ANCHOR both: SBC-3 takes ANCHOR alone for an error of its own.
+    let same = |flags| (cdb(0x41, flags, 0, 8), cdb(0x93, flags, 0, 8));
+    let ((ten, sixteen), (alone_ten, alone_sixteen)) = (same(0x18), same(0x10));
+    let refused = [
+        bench.give(&unmap, &list),
+        bench.give(&ten, &[0; 512]),
+        bench.give(&sixteen, &[0; 512]),
+        bench.give(&alone_ten, &[0; 512]),
+        bench.give(&alone_sixteen, &[0; 512]),
+    ];
+    for reply in refused {
+        assert_eq!(sense(&reply), INVALID_FIELD);
+        // SKSV, C/D = the CDB, and the byte (SPC-4 §4.5.2.4.2).
+        assert_eq!(reply.sense[15..18], [0xc0, 0, 1]);
+    }
+    assert_eq!(bench.ask(&cdb(0x28, 0, 0, 8)).data, vec![b'a'; 8 * 512]);
+    let page = bench.ask(&[0x12, 1, 0xb2, 0, 64, 0]).data;
+    assert_eq!(page[5] & 0x02, 0, "ANC_SUP");
+}
+
 #[test]
 fn a_bad_unmap_list_unmaps_nothing() {
     let mut spec = spec(BlockSize::B512, 4096);
@@ -70,8 +97,6 @@ fn a_bad_unmap_list_unmaps_nothing() {
         sense(&unmap(&mut bench, &[(0, 1000), (2000, 25)])),
         Some((5, 0x2600))
     );
-    let anchor = [0x42, 1, 0, 0, 0, 0, 0, 0, 8, 0];
-    assert_eq!(sense(&bench.give(&anchor, &[0; 8])), INVALID_FIELD);
     let unmap = |len: u8| [0x42, 0, 0, 0, 0, 0, 0, 0, len, 0];
     // Shorter than its header; shorter than announced in the CDB; shorter than announced in itself.
     assert_eq!(sense(&bench.give(&unmap(7), &[0; 7])), Some((5, 0x1a00)));
