@@ -292,6 +292,10 @@ fn tokens_show_a_point_in_time() {
         let mut there = log_in(daemon, HOST, OTHER, &[0])?;
         good(write_using(&mut there, 0, &token, 1000, &[(0, 8)])?)?;
         ensure!(there.read(0, 0, 8)?[..] == *bytes(0, 8), "in another target");
+        // And by another host: a token is worth what it says to whoever holds it (Hyper-V hands them on), hence unguessable.
+        let mut guest = log_in(daemon, "iqn.2026-11.com.example:another-host", OTHER, &[0])?;
+        good(write_using(&mut guest, 0, &token, 1000, &[(16, 8)])?)?;
+        ensure!(guest.read(0, 16, 8)?[..] == *bytes(0, 8), "by another initiator");
         good(write_using(&mut raw, 0, &token, 0, &[(8, 1000)])?)?;
         ensure!(raw.read(0, 8, 1000)?[..] == *bytes(8, 1000), "back");
         // 512-byte blocks into 4096-byte blocks.

@@ -795,6 +795,26 @@ fn a_clusters_reservation_outlives_the_daemon() {
                 "after {blow} the owner may not write: {reply:?}"
             );
         }
+        // The last REGISTER says what is kept (SPC-4 §6.14.3): this one with APTPL = 0 keeps nothing.
+        let mut raw = log_in(daemon, &mine)?;
+        let (command, mut list) = out(0, key, key);
+        list[20] = 0;
+        let reply = raw.run_write(&command, &list)?;
+        ensure!(reply.status == 0, "register without APTPL: {reply:?}");
+        let mut other = log_in(daemon, &Actor::windows("node2"))?;
+        let reply = other.run_write(&Cdb::write10(0, 0, 1), &[1; 512])?;
+        ensure!(
+            reply.status == RESERVATION_CONFLICT,
+            "the reservation was to stay until the restart: {reply:?}"
+        );
+        daemon.kill()?;
+        daemon.resume()?;
+        let mut other = log_in(daemon, &Actor::windows("node2"))?;
+        let reply = other.run_write(&Cdb::write10(0, 0, 1), &[1; 512])?;
+        ensure!(
+            reply.status == 0,
+            "a reservation that was not to be kept: {reply:?}"
+        );
         Ok(())
     });
 }
