@@ -97,10 +97,13 @@ impl LunBackend {
                 let (done, data) = buffers::read_into(len as usize, |buffer| volume.try_read(offset, buffer));
                 done.map(|done| done.then_some(BlockResult::Data(data)))
             }
-            BlockOp::Write { fua: true, .. } if !may_sync => return None,
-            BlockOp::Write { offset, len, fua } => volume
+            // With FUA a grain that moves needs a commit: tried here, the worker would have to write the data once more.
+            BlockOp::Write {
+                offset,
+                len,
+                fua: false,
+            } => volume
                 .try_write(offset, data.get(..len as usize)?)
-                .and_then(|done| Ok(done && (!fua || volume.try_flush(may_sync)?)))
                 .map(|done| done.then_some(BlockResult::Done)),
             BlockOp::Flush => volume
                 .try_flush(may_sync)
